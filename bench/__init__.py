@@ -1,0 +1,1 @@
+"""Measuring: peers side by side, demos on real data, the console script."""

@@ -1,0 +1,1 @@
+"""What touches the outside world: adapter files, thin modules, other frameworks, the command line."""

@@ -1,0 +1,77 @@
+"""What clients send: LoRA layers and adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLayer:
+    """One adapted module of one client: the update ``scaling * B @ A``.
+
+    Attributes:
+        A: lora_A, shape (r, n), floating point.
+        B: lora_B, shape (m, r), same dtype and device as ``A``.
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+
+    Raises:
+        ValueError: the shapes do not make a product, dtypes or devices differ, or the scaling is not finite.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            shapes = f"lora_B {tuple(self.B.shape)} and lora_A {tuple(self.A.shape)}"
+            raise ValueError(f"{shapes} do not multiply: expected (m, r) and (r, n)")
+        if self.A.dtype != self.B.dtype or not self.A.is_floating_point():
+            raise ValueError(
+                f"lora_A is {self.A.dtype} and lora_B is {self.B.dtype}: expected one floating-point dtype"
+            )
+        if self.A.device != self.B.device:
+            raise ValueError(f"lora_A is on {self.A.device} and lora_B on {self.B.device}")
+        if not abs(self.scaling) < float("inf"):
+            raise ValueError(f"scaling: expected a finite number, got {self.scaling}")
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of lora_A."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n), the shape of the weight that the update is added to."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def delta(self) -> Tensor:
+        """The dense update ``scaling * B @ A``, shape (m, n), for small layers and tests."""
+        return (self.B @ self.A) * self.scaling
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A whole adapter of one client, or the global one.
+
+    Attributes:
+        modules: module name -> LoraLayer. May be a lazy mapping that reads a layer when it is asked for.
+        extras: tensor name -> full tensor trained beside the factors (``modules_to_save``, biases); averaged by weight.
+        config: the adapter's configuration as its file states it (for PEFT, ``adapter_config.json``), or None.
+    """
+
+    modules: Mapping[str, LoraLayer]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+
+
+AdapterLike: TypeAlias = Adapter | Mapping[str, LoraLayer]
+
+
+def as_adapter(adapter: AdapterLike) -> Adapter:
+    """Return ``adapter`` itself, or a plain mapping of layers wrapped as an Adapter."""
+    return adapter if isinstance(adapter, Adapter) else Adapter(modules=adapter)
