@@ -1,0 +1,73 @@
+"""Alternating least squares over rank-r pairs: block power iteration on dW, in Gram space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .coefficients import Pair, balance, orthonormaliser
+from .group import Group, target_energy
+
+
+@dataclass(frozen=True)
+class AlternatingLeastSquares:
+    """``B = sum B_u P_u``, ``A = sum Q_u A_u`` with free blocks (MATH.md 1.3).
+
+    Fix A, orthonormalise its rows: the best B is ``dW A^T``, in coefficients ``P = D G_A Q``. Then the mirror image.
+    The squared error never rises and converges to the rank-r optimum at rate (sigma_{r+1} / sigma_r)^2.
+
+    Attributes:
+        tolerance: stop once a sweep lowers the squared error by less than this fraction of it.
+        max_sweeps: an upper bound on the sweeps.
+    """
+
+    tolerance: float = 1e-6
+    max_sweeps: int = 200
+
+    def solve(self, group: Group, start: Pair, rank: int | None = None) -> Pair:
+        """Improve ``start`` (any rank) to the best pair of rank ``rank`` (default: its own) that the sweeps reach.
+
+        Returns:
+            A balanced pair; status ``converged`` or ``max-sweeps``, and the sweeps.
+        """
+        rank = start.P.shape[-1] if rank is None else rank
+        Q = self._start(group, start, rank)
+        energy = target_energy(group) if group.gram is not None else None
+        P, captured = Q, torch.zeros(len(group.targets), dtype=torch.float64, device=group.device)
+        status, sweep = "max-sweeps", 0
+        for sweep in range(1, self.max_sweeps + 1):
+            before = captured
+            P, Q_hat, _ = half_step(group, "A", Q)
+            Q, _, captured = half_step(group, "B", P)
+            left = (energy - captured).clamp_min(1e-13 * energy) if energy is not None else 1e-2 * captured
+            if bool((captured - before <= self.tolerance * left).all()):
+                status = "converged"
+                break
+        P, Q_hat, _ = half_step(group, "A", Q)
+        return balance(group, Pair(P, Q_hat, status, sweep), rank)
+
+    @staticmethod
+    def _start(group: Group, start: Pair, rank: int) -> Tensor:
+        """Rows of A to start from; what the start lacks is filled by a fixed random sketch of the members."""
+        Q = start.Q if start.Q.shape[-1] <= rank else balance(group, start, rank).Q
+        missing = rank - Q.shape[-1]
+        if missing <= 0:
+            return Q
+        generator = torch.Generator().manual_seed(0)
+        sketch = torch.randn(group.total_rank, missing, dtype=torch.float64, generator=generator).to(Q.device)
+        return torch.cat([Q, group.D.sqrt() * sketch], -1)
+
+
+def half_step(group: Group, side: str, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Given coefficients Y of one side, the least-squares coefficients X of the other.
+
+    Returns:
+        X, the orthonormalised Y (their pair is the new estimate), and ``||Y||^2`` in the metric of its Gram, which
+        after a half-step on the other side is the captured part of ``||dW||^2``.
+    """
+    C = group.apply(side, Y)  # type: ignore[arg-type]
+    S = Y.mT @ C
+    T = orthonormaliser(S)
+    return group.D * (C @ T), Y @ T, S.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -1,0 +1,88 @@
+"""Pairs of coefficients, their gauge, and the small dense algebra that all estimators share.
+
+A pair ``(P, Q)``, both (L, R, r) float64, stands for ``B = Bs P`` and ``A = Q^T As`` of L modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .group import Group
+
+RELATIVE_CUTOFF = 1e-13
+"""Directions of a unit-diagonal float64 Gram below this eigenvalue are rounding, not data."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Coefficients of one estimate for every module of a group.
+
+    Attributes:
+        P: (L, R, r) float64, ``B = Bs P``.
+        Q: (L, R, r) float64, ``A = Q^T As``.
+        status: how the estimate was reached.
+        sweeps: alternating sweeps used, 0 for closed forms.
+    """
+
+    P: Tensor
+    Q: Tensor
+    status: str
+    sweeps: int = 0
+
+
+def eigh_psd(S: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (clamped at 0) and eigenvectors of symmetric positive semidefinite matrices (..., r, r)."""
+    values, vectors = torch.linalg.eigh(0.5 * (S + S.mT))
+    return values.clamp_min(0.0), vectors
+
+
+def orthonormaliser(S: Tensor) -> Tensor:
+    """T (..., r, r) with ``T^T S T`` the identity on the numerical range of S and zero off it.
+
+    S is scaled to unit diagonal first, so that columns of very different norms keep their directions.
+    """
+    scale = _inverse_or_zero(S.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt())
+    values, vectors = eigh_psd(S * scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    keep = values > RELATIVE_CUTOFF * S.shape[-1]
+    return scale.unsqueeze(-1) * vectors * torch.where(keep, values, torch.inf).rsqrt().unsqueeze(-2)
+
+
+def _inverse_or_zero(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.inf).reciprocal()
+
+
+def solve_psd(H: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares solution of ``H x = g`` for (..., U, U) positive semidefinite H, and the gain ``g^T x >= 0``."""
+    T = orthonormaliser(H)
+    y = T.mT @ g.unsqueeze(-1)
+    return (T @ y).squeeze(-1), (y * y).sum((-2, -1))
+
+
+def trace_product(X: Tensor, Y: Tensor) -> Tensor:
+    """Inner products ``<X, Y>`` over the last two axes."""
+    return (X * Y).sum((-2, -1))
+
+
+def balance(group: Group, pair: Pair, rank: int) -> Pair:
+    """The best rank-``rank`` pair within the product, with ``B^T B = A A^T`` diagonal (MATH.md 1.5).
+
+    Where the product has lower rank, trailing columns are zero.
+    """
+    S_B = pair.P.mT @ group.apply("B", pair.P)
+    S_A = pair.Q.mT @ group.apply("A", pair.Q)
+    (b, V_B), (a, V_A) = eigh_psd(S_B), eigh_psd(S_A)
+    core = (V_B * b.sqrt().unsqueeze(-2)).mT @ (V_A * a.sqrt().unsqueeze(-2))
+    U, sigma, Vt = torch.linalg.svd(core, full_matrices=False)
+    # B = Bs P and the product Bs P Q^T As: map its singular vectors back without inverting S_A or S_B twice
+    root = _inverse_or_zero(torch.where(sigma > 1e-150, sigma, 0.0).sqrt()).unsqueeze(-2)
+    P = pair.P @ ((V_A * a.sqrt().unsqueeze(-2)) @ Vt.mT * root)
+    Q = pair.Q @ ((V_B * b.sqrt().unsqueeze(-2)) @ U * root)
+    return Pair(fit_rank(P, rank), fit_rank(Q, rank), pair.status, pair.sweeps)
+
+
+def fit_rank(X: Tensor, rank: int) -> Tensor:
+    """Cut or zero-pad the last axis to ``rank``."""
+    return torch.nn.functional.pad(X[..., :rank], (0, max(0, rank - X.shape[-1])))

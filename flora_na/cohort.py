@@ -1,0 +1,159 @@
+"""Which clients take part in which module: the join over adapters that may lack modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layer import Adapter, AdapterLike, LoraLayer, as_adapter
+from .target import Target, make_target
+from .weights import Weights, normalise_weights
+
+MISSING = ("error", "renormalize", "zero")
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """The clients of one aggregation, checked.
+
+    Attributes:
+        adapters: of the clients with positive weight.
+        weights: (U,) float64 of those clients, sum 1.
+        names: their labels, for messages and reports.
+        modules: the union of their modules, in the order of first appearance.
+        missing: the policy for a module that a client lacks.
+    """
+
+    adapters: tuple[Adapter, ...]
+    weights: Tensor
+    names: tuple[str, ...]
+    modules: tuple[str, ...]
+    missing: str = "error"
+
+    def present(self, module: str) -> list[int]:
+        """Positions of the clients that have the module."""
+        return [u for u, adapter in enumerate(self.adapters) if module in adapter.modules]
+
+    def target(self, module: str, anchor: Adapter | None = None) -> Target:
+        """Read the module's layers and put its target together.
+
+        A client without the module counts as a zero update (``zero``), or the weights of the others are scaled to
+        sum 1 (``renormalize``).
+        """
+        clients = self.present(module)
+        layers = [_layer(self.adapters[u], module, self.names[u]) for u in clients]
+        weights = self.weights[clients]
+        if self.missing == "renormalize":
+            weights = weights / weights.sum()
+        base = None if anchor is None else _layer(anchor, module, "the anchor")
+        return make_target(
+            [layer.B for layer in layers],
+            [layer.A for layer in layers],
+            weights,
+            [layer.scaling for layer in layers],
+            anchor=None if base is None else (base.B, base.A),
+            anchor_scaling=1.0 if base is None else base.scaling,
+            name=module,
+            clients=[self.names[u] for u in clients],
+        )
+
+
+def _layer(adapter: Adapter, module: str, name: str) -> LoraLayer:
+    try:
+        return adapter.modules[module]
+    except KeyError:
+        raise ValueError(f"{module}: {name} has no such module") from None
+
+
+def make_cohort(
+    adapters: Sequence[AdapterLike],
+    weights: Weights = None,
+    *,
+    names: Sequence[str] | None = None,
+    missing: str = "error",
+) -> Cohort:
+    """Check weights, names and modules of the clients, and leave out clients of weight zero.
+
+    Raises:
+        ValueError: no clients, bad weights, wrong number of names, unknown policy, no modules, or a module that a
+            client lacks under ``missing="error"``.
+    """
+    if missing not in MISSING:
+        raise ValueError(f"missing: expected one of {', '.join(MISSING)}, got {missing!r}")
+    w = normalise_weights(weights, len(adapters))
+    labels = [f"client {u}" for u in range(len(adapters))] if names is None else list(names)
+    if len(labels) != len(adapters):
+        raise ValueError(f"names: expected {len(adapters)} (one per client), got {len(labels)}")
+    active = [u for u in range(len(adapters)) if w[u] > 0]
+    kept = [as_adapter(adapters[u]) for u in active]
+    modules = tuple(dict.fromkeys(name for adapter in kept for name in adapter.modules))
+    cohort = Cohort(tuple(kept), w[active], tuple(labels[u] for u in active), modules, missing)
+    if not modules:
+        raise ValueError("adapters: no client has a LoRA module")
+    if missing == "error":
+        _require_all(cohort)
+    return cohort
+
+
+def _require_all(cohort: Cohort) -> None:
+    for module in cohort.modules:
+        for u, adapter in enumerate(cohort.adapters):
+            if module not in adapter.modules:
+                others = len(cohort.present(module))
+                raise ValueError(
+                    f"{module}: {cohort.names[u]} has no such module, {others} other client(s) have; "
+                    "choose missing='renormalize' or 'zero' to go on"
+                )
+
+
+def average_extras(cohort: Cohort) -> dict[str, Tensor]:
+    """Weighted means of the full tensors trained beside the factors, accumulated in float64.
+
+    Raises:
+        ValueError: a client lacks one (unless ``missing`` allows it), shapes differ, or one is not floating point or
+            not finite.
+    """
+    names = dict.fromkeys(name for adapter in cohort.adapters for name in adapter.extras)
+    return {name: _average(cohort, name) for name in names}
+
+
+def _average(cohort: Cohort, name: str) -> Tensor:
+    present = [u for u, adapter in enumerate(cohort.adapters) if name in adapter.extras]
+    if len(present) < len(cohort.adapters) and cohort.missing != "renormalize":
+        absent = next(u for u in range(len(cohort.adapters)) if u not in present)
+        raise ValueError(
+            f"{name}: {cohort.names[absent]} has no such tensor; a full tensor has no zero to stand for it"
+        )
+    weights = cohort.weights[present] / cohort.weights[present].sum()
+    total, like = None, None
+    for u, w in zip(present, weights.tolist(), strict=True):
+        tensor = cohort.adapters[u].extras[name]
+        like = tensor if like is None else like
+        _check_extra(tensor, like, name, cohort.names[u], cohort.names[present[0]])
+        total = tensor.double() * w if total is None else total.add_(tensor.double(), alpha=w)
+    assert total is not None
+    assert like is not None
+    return total.to(like.dtype)
+
+
+def _check_extra(tensor: Tensor, like: Tensor, name: str, client: str, first: str) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: {client} has dtype {tensor.dtype}: expected floating point")
+    if tensor.shape != like.shape:
+        raise ValueError(f"{name}: {client} has shape {tuple(tensor.shape)}, {first} has {tuple(like.shape)}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name}: the tensor of {client} contains NaN or Inf")
+
+
+def check_anchor(anchor: AdapterLike | None, cohort: Cohort, argument: str) -> Adapter | None:
+    """An anchor or a previous adapter, which must have every module."""
+    if anchor is None:
+        return None
+    adapter = as_adapter(anchor)
+    lacking = [name for name in cohort.modules if name not in adapter.modules]
+    if lacking:
+        raise ValueError(f"{argument}: has no module {lacking[0]}")
+    return adapter

@@ -1,0 +1,159 @@
+"""The squared errors behind ``rho = ||dW - BA|| / ||dW||``, certified to three digits.
+
+From Grams a squared error is a difference of nearly equal numbers when rho is small. So every value is held against
+the rounding error of what was subtracted; where three digits are not safe, the norm is taken again from the factors
+of the residual in float64 (``kernels.lowrank_norm``), without any difference of squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedgram import kernels
+
+from .coefficients import Pair, trace_product
+from .group import Group, target_energy
+from .target import Target
+
+Factors = tuple[list[Tensor], list[Tensor]]
+MARGIN = 2000.0
+"""A squared error this many times above its own rounding error gives rho to three digits."""
+ROUNDING = {"cpu": 2.0**-50, "cuda": 4e-6}
+"""Relative error of a Gram entry: float64 on the CPU; on a GPU the kernels' promise for 16-bit and float32 inputs."""
+ZERO = 1e-14
+"""A target this small beside its terms has cancelled to rounding: it is treated as zero."""
+
+
+@dataclass(frozen=True, eq=False)
+class Errors:
+    """``||dW||^2`` and ``||dW - BA||^2`` of the modules of a group, (L,) float64 each."""
+
+    energy: Tensor
+    error: Tensor
+
+    @property
+    def rho(self) -> Tensor:
+        """(L,) relative divergence; NaN where dW is zero."""
+        return (self.error / self.energy).sqrt()
+
+
+def combine(
+    groups: Sequence[tuple[Group, Pair]], dtype: torch.dtype | None = None, backend: str = "auto"
+) -> list[Factors]:
+    """The factors of all modules in one read of the clients' factors: (list of B, list of A) per group."""
+    targets = [t for group, _ in groups for t in group.targets]
+    P = [t_scale * x for group, pair in groups for t_scale, x in zip(group.row_scale("B"), pair.P, strict=True)]
+    Q = [(t_scale * x).mT for group, pair in groups for t_scale, x in zip(group.row_scale("A"), pair.Q, strict=True)]
+    B, A = kernels.factor_combine([t.B for t in targets], [t.A for t in targets], P, Q, dtype=dtype, backend=backend)
+    sizes = [len(group.targets) for group, _ in groups]
+    return list(zip(_split(B, sizes), _split(A, sizes), strict=True))
+
+
+def _split(items: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
+    out, start = [], 0
+    for size in sizes:
+        out.append(items[start : start + size])
+        start += size
+    return out
+
+
+def pair_errors(group: Group, pair: Pair) -> Errors:
+    """Errors of a pair of coefficients, before any rounding to a dtype."""
+
+    def factors(ids: list[int]) -> Factors:
+        return combine([(group.subset(ids), Pair(pair.P[ids], pair.Q[ids], pair.status))], torch.float64)[0]
+
+    if group.gram is None:
+        return _exact(group.targets, factors(list(range(len(group.targets)))))
+    C_B, C_A = group.apply("B", pair.P), group.apply("A", pair.Q)
+    norms_B, norms_A = group.row_norms("B").unsqueeze(-1), group.row_norms("A").unsqueeze(-1)
+    mass = ((norms_B * pair.P.abs()).sum(1) * (norms_A * pair.Q.abs()).sum(1)).sum(-1)
+    inner = (group.D * C_A * C_B).sum((-2, -1))
+    square = trace_product(pair.P.mT @ C_B, pair.Q.mT @ C_A)
+    return _certified(group, inner, square, mass, factors)
+
+
+def measured_errors(groups: Sequence[Group], results: Sequence[Factors], backend: str = "auto") -> list[Errors]:
+    """Errors of the factors as they are returned, rounding to their dtype included; one more read of the factors."""
+    formed = [(g, f) for g, f in zip(groups, results, strict=True) if g.gram is not None]
+    targets = [t for g, _ in formed for t in g.targets]
+    B, A = [b for _, f in formed for b in f[0]], [a for _, f in formed for a in f[1]]
+    crosses: list[tuple[Tensor, ...]] = []
+    if formed:
+        X = kernels.factor_cross([t.B for t in targets], [t.A for t in targets], B, A, backend=backend)
+        own = kernels.factor_gram([[b] for b in B], [[a] for a in A], backend=backend)
+        crosses = list(zip(X[0] or [], X[1] or [], *own, strict=True))
+    out, start = [], 0
+    for group, factors in zip(groups, results, strict=True):
+        if group.gram is None:
+            out.append(_exact(group.targets, factors))
+            continue
+        rows = crosses[start : start + len(group.targets)]
+        out.append(_measured(group, factors, rows))
+        start += len(rows)
+    return out
+
+
+def _measured(group: Group, factors: Factors, rows: list[tuple[Tensor, ...]]) -> Errors:
+    X_B, X_A, S_B, S_A = (torch.stack([row[i] for row in rows]) for i in range(4))
+    inner = (group.D * group.row_scale("B") * group.row_scale("A") * X_B * X_A).sum((-2, -1))
+    norms_B, norms_A = (S.diagonal(dim1=-2, dim2=-1).sqrt() for S in (S_B, S_A))
+
+    def pick(ids: list[int]) -> Factors:
+        return [factors[0][i] for i in ids], [factors[1][i] for i in ids]
+
+    return _certified(group, inner, trace_product(S_B, S_A), (norms_B * norms_A).sum(-1), pick)
+
+
+def _certified(
+    group: Group, inner: Tensor, square: Tensor, mass: Tensor, factors: Callable[[list[int]], Factors]
+) -> Errors:
+    """Put the three terms together; redo exactly what is not safely above its rounding error."""
+    energy, target_mass = energies(group), mass_of_target(group)
+    error = energy - 2 * inner + square
+    ids = (error < MARGIN * rounding(group) * (target_mass + mass) ** 2).nonzero().flatten().tolist()
+    if ids:
+        error[ids] = _residual_squares([group.targets[i] for i in ids], factors(ids))
+    return Errors(energy, error)
+
+
+def rounding(group: Group) -> float:
+    """The relative error of the group's Gram entries."""
+    return ROUNDING.get(group.device.type, ROUNDING["cuda"])
+
+
+def mass_of_target(group: Group) -> Tensor:
+    """(L,) the sum of the norms of the rank-one terms of dW: what may cancel within it."""
+    return (group.D.squeeze(-1) * group.row_norms("B") * group.row_norms("A")).sum(-1)
+
+
+def energies(group: Group) -> Tensor:
+    """(L,) ``||dW||^2``, certified; exactly 0 where the terms cancel to rounding."""
+    if group.gram is None:
+        return _squares(group.targets)
+    energy, mass = target_energy(group), mass_of_target(group)
+    ids = (energy < MARGIN * rounding(group) * mass**2).nonzero().flatten().tolist()
+    if ids:
+        exact = _squares([group.targets[i] for i in ids])
+        energy[ids] = torch.where(exact <= (ZERO * mass[ids]) ** 2, 0.0, exact)
+    return energy
+
+
+def _exact(targets: Sequence[Target], factors: Factors) -> Errors:
+    return Errors(_squares(targets), _residual_squares(targets, factors))
+
+
+def _squares(targets: Sequence[Target]) -> Tensor:
+    c = [t.coefficients.to(t.device) for t in targets]
+    return torch.stack(kernels.lowrank_norm([t.B for t in targets], [t.A for t in targets], c)).square()
+
+
+def _residual_squares(targets: Sequence[Target], factors: Factors) -> Tensor:
+    B = [(*t.B, b) for t, b in zip(targets, factors[0], strict=True)]
+    A = [(*t.A, a) for t, a in zip(targets, factors[1], strict=True)]
+    c = [torch.cat([t.coefficients, t.coefficients.new_tensor([-1.0])]).to(t.device) for t in targets]
+    return torch.stack(kernels.lowrank_norm(B, A, c)).square()

@@ -1,0 +1,178 @@
+"""One module: estimate a pair of factors from the clients' factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .coefficients import Pair
+from .divergence import Errors, Factors, combine, measured_errors
+from .gauge import align
+from .group import Group, make_groups
+from .methods import check_method, solve, with_averages, zero_targets
+from .stack import concatenate, residual_factors
+from .target import Target, make_target
+from .weights import Weights, normalise_weights
+from .yardsticks import Yardsticks
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """One pair of factors near ``dW = sum w_u s_u B_u A_u``, with its evidence. The scaling of the pair is 1.
+
+    Attributes:
+        B: (m, r), in the input dtype and on the input device.
+        A: (r, n), likewise.
+        rho: ``||dW - BA|| / ||dW||`` of the factors as returned, their rounding included; NaN where dW is zero.
+        norm: ``||dW||``, Frobenius.
+        status: ``closed-form``, ``converged``, ``max-sweeps``, ``exact`` (stack) or ``zero-target`` (dW is zero: the
+            averaged factors are returned).
+        sweeps: alternating sweeps used; 0 for closed forms.
+    """
+
+    B: Tensor
+    A: Tensor
+    rho: float
+    norm: float
+    status: str
+    sweeps: int
+    _target: Target = field(repr=False)
+    _yardsticks: Yardsticks = field(repr=False)
+    _index: int = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the pair."""
+        return self.A.shape[0]
+
+    @property
+    def rho_fedavg(self) -> float:
+        """rho of the averaged factors (FedIT); computed when first asked for."""
+        return float(self._yardsticks.fedavg.rho[self._index])
+
+    @property
+    def rho_optimal(self) -> float:
+        """rho of the best pair of this rank (Eckart-Young); computed when first asked for."""
+        return float(self._yardsticks.optimal.rho[self._index])
+
+    def residual(self) -> tuple[Tensor, Tensor]:
+        """``dW - BA`` as factors (m, R + r), (R + r, n): what FedEx-LoRA adds to the base weights. float32 or wider."""
+        return residual_factors(self._target, self.B, self.A)
+
+
+@torch.no_grad()
+def estimate(
+    B: Sequence[Tensor],
+    A: Sequence[Tensor],
+    weights: Weights = None,
+    scalings: Sequence[float] | Tensor | None = None,
+    *,
+    method: str = "als",
+    rank: int | None = None,
+    anchor: tuple[Tensor, Tensor] | None = None,
+    align_to: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> Estimate:
+    """Estimate one pair ``(B, A)`` whose product is near ``dW = sum_u w_u s_u B_u A_u`` (arXiv:2509.26399).
+
+    Args:
+        B: lora_B of every client, (m, r_u); ranks may differ, dtypes are promoted to one.
+        A: lora_A of every client, (r_u, n).
+        weights: one per client, normalised to sum 1; uniform by default. Clients of weight 0 take no part.
+        scalings: one per client (alpha / r); 1 by default.
+        method: ``fedavg`` averages the factors; ``flora-na`` fits one scalar per client and side; ``als`` fits whole
+            blocks by alternating least squares; ``svd`` is the optimum; ``stack`` concatenates (exact, rank sum r_u).
+        rank: of the result; None is the largest rank among clients (and anchor). Above what the factors span, the
+            result is padded with zero columns.
+        anchor: last round's global factors ``(B_g, A_g)``: ``flora-na`` then estimates
+            ``A_g + sum q_u (A_u - A_g)``, and likewise B; for ``als`` and ``svd`` they are only more to combine from.
+        align_to: factors of an earlier round; the result is rotated to come nearest to them (als and svd only).
+        backend: ``auto``, ``triton`` or ``torch``, for the operations on the factors.
+
+    Returns:
+        The pair, with rho, the two yardsticks, status and sweeps.
+
+    Raises:
+        ValueError: bad shapes, dtypes, weights, rank or method; NaN or Inf in a factor (names the client).
+    """
+    w = normalise_weights(weights, len(B))
+    target = drop_idle(make_target(B, A, w, scalings, anchor=anchor))
+    [result] = estimate_targets(
+        [target], method=method, rank=rank, align_to=None if align_to is None else [align_to], backend=backend
+    )
+    return result
+
+
+def drop_idle(target: Target) -> Target:
+    """The target without its clients of weight zero, which would only offer the estimators more to combine from."""
+    clients = len(target.B) - target.anchored
+    keep = [u for u in range(len(target.B)) if u >= clients or target.weights[u] > 0]
+    if len(keep) == len(target.B):
+        return target
+    B, A = tuple(target.B[u] for u in keep), tuple(target.A[u] for u in keep)
+    labels = tuple(target.clients[u] for u in keep)
+    return Target(B, A, target.weights[keep], target.scalings[keep], target.anchored, target.name, labels)
+
+
+def estimate_targets(
+    targets: Sequence[Target],
+    *,
+    method: str,
+    rank: int | None = None,
+    shared: bool = False,
+    align_to: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    backend: str = "auto",
+) -> list[Estimate]:
+    """Estimates for many modules at once: each operation on the factors is one call over all of them."""
+    check_method(method, rank, shared)
+    if align_to is not None and method not in ("als", "svd"):
+        raise ValueError(f"align_to: rotates the pairs of 'als' and 'svd'; {method!r} has a gauge of its own")
+    groups = make_groups(targets, backend)
+    if method == "stack":
+        pairs = [Pair(torch.empty(0), torch.empty(0), "exact") for _ in groups]
+        factors = [_stacked(group) for group, _ in groups]
+    else:
+        pairs = _pairs([group for group, _ in groups], method, rank, shared)
+        if align_to is not None:
+            pairs = [_align(g, ids, p, align_to, backend) for (g, ids), p in zip(groups, pairs, strict=True)]
+        factors = combine([(g, p) for (g, _), p in zip(groups, pairs, strict=True)], backend=backend)
+    errors = measured_errors([group for group, _ in groups], factors, backend)
+    results: dict[int, Estimate] = {}
+    for (group, ids), pair, pieces, error in zip(groups, pairs, factors, errors, strict=True):
+        results.update(zip(ids, _estimates(group, pair, pieces, error), strict=True))
+    return [results[i] for i in range(len(targets))]
+
+
+def _pairs(groups: list[Group], method: str, rank: int | None, shared: bool) -> list[Pair]:
+    pairs = solve(groups, method, rank, shared=shared)
+    zeros = [zero_targets(g, p) for g, p in zip(groups, pairs, strict=True)]
+    return [with_averages(g, p, z) if bool(z.any()) else p for g, p, z in zip(groups, pairs, zeros, strict=True)]
+
+
+def _align(
+    group: Group, ids: list[int], pair: Pair, previous: Sequence[tuple[Tensor, Tensor] | None], backend: str
+) -> Pair:
+    chosen = [previous[i] for i in ids]
+    empty = [(t.B[0][:, :0], t.A[0][:0]) for t in group.targets]
+    return align(group, pair, [e if c is None else c for c, e in zip(chosen, empty, strict=True)], backend)
+
+
+def _stacked(group: Group) -> Factors:
+    pieces = [concatenate(t) for t in group.targets]
+    return [b for b, _ in pieces], [a for _, a in pieces]
+
+
+def _estimates(group: Group, pair: Pair, factors: Factors, errors: Errors) -> list[Estimate]:
+    norms, rhos = errors.energy.sqrt().tolist(), errors.rho.tolist()
+    yardsticks: dict[int, Yardsticks] = {}
+    out = []
+    for i, (target, B, A) in enumerate(zip(group.targets, *factors, strict=True)):
+        rho, status = (rhos[i], pair.status) if norms[i] > 0 else (float("nan"), "zero-target")
+        if norms[i] > 0 and not rho < float("inf"):
+            raise ValueError(f"{target.name}: the aggregate overflows {target.dtype}; convert the factors to float32")
+        measure = yardsticks.setdefault(A.shape[0], Yardsticks(group, A.shape[0]))
+        out.append(Estimate(B, A, rho, norms[i], status, pair.sweeps, target, measure, i))
+    return out

@@ -1,0 +1,22 @@
+"""The FedIT rule: averaged factors, the baseline every user has."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .coefficients import Pair, balance
+from .group import Group
+
+
+def solve_fedavg(group: Group, rank: int | None = None) -> Pair:
+    """``B = sum w_u B_u``, ``A = sum w_u A_u``, zero-padded to the largest rank.
+
+    A smaller ``rank`` returns the best pair of that rank within the averaged product.
+    """
+    return scalar_pair(group, group.weights, group.weights, rank, "closed-form", 0)
+
+
+def scalar_pair(group: Group, p: Tensor, q: Tensor, rank: int | None, status: str, sweeps: int) -> Pair:
+    """The pair of one scalar per member and side (L, M), cut or padded to ``rank``."""
+    pair = Pair(group.expand(p), group.expand(q), status, sweeps)
+    return pair if rank is None or rank == group.rank else balance(group, pair, rank)

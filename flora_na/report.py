@@ -1,0 +1,121 @@
+"""The evidence that goes with an aggregate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .estimate import Estimate
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleReport:
+    """One module of an aggregate.
+
+    Attributes:
+        rho: relative divergence of the factors as returned; NaN where dW is zero.
+        norm: ``||dW||`` (Frobenius).
+        rank: of the returned pair.
+        status: see ``Estimate.status``.
+        sweeps: alternating sweeps used.
+    """
+
+    rho: float
+    norm: float
+    rank: int
+    status: str
+    sweeps: int
+    _fedavg: Callable[[], float]
+    _optimal: Callable[[], float]
+
+    @staticmethod
+    def of(estimate: Estimate) -> ModuleReport:
+        """The report of one estimate; its yardsticks stay lazy."""
+        return ModuleReport(
+            estimate.rho,
+            estimate.norm,
+            estimate.rank,
+            estimate.status,
+            estimate.sweeps,
+            lambda: estimate.rho_fedavg,
+            lambda: estimate.rho_optimal,
+        )
+
+    def settled(self) -> ModuleReport:
+        """The same with its yardsticks computed, so that nothing of the module's Grams is kept."""
+        fedavg, optimal = self.rho_fedavg, self.rho_optimal
+        return ModuleReport(self.rho, self.norm, self.rank, self.status, self.sweeps, lambda: fedavg, lambda: optimal)
+
+    @property
+    def rho_fedavg(self) -> float:
+        """rho of the averaged factors; computed when first asked for."""
+        return self._fedavg()
+
+    @property
+    def rho_optimal(self) -> float:
+        """rho of the best pair of this rank; computed when first asked for."""
+        return self._optimal()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; NaN becomes None."""
+        return {
+            "rho": finite(self.rho),
+            "rho_fedavg": finite(self.rho_fedavg),
+            "rho_optimal": finite(self.rho_optimal),
+            "norm": finite(self.norm),
+            "rank": self.rank,
+            "status": self.status,
+            "sweeps": self.sweeps,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """All modules of an aggregate; totals are over all modules together: ``sqrt(sum ||dW - BA||^2 / sum ||dW||^2)``."""
+
+    method: str
+    clients: Mapping[str, float]
+    modules: Mapping[str, ModuleReport]
+
+    @property
+    def rho(self) -> float:
+        """Of the aggregate as returned."""
+        return total((m.rho, m.norm) for m in self.modules.values())
+
+    @property
+    def rho_fedavg(self) -> float:
+        """Of the averaged factors."""
+        return total((m.rho_fedavg, m.norm) for m in self.modules.values())
+
+    @property
+    def rho_optimal(self) -> float:
+        """Of the best pairs of the same ranks."""
+        return total((m.rho_optimal, m.norm) for m in self.modules.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: totals, client weights, and every module; NaN becomes None."""
+        return {
+            "method": self.method,
+            "rho": finite(self.rho),
+            "rho_fedavg": finite(self.rho_fedavg),
+            "rho_optimal": finite(self.rho_optimal),
+            "clients": dict(self.clients),
+            "modules": {name: module.to_dict() for name, module in self.modules.items()},
+        }
+
+
+def total(parts: Iterable[tuple[float, float]]) -> float:
+    """rho over several modules from pairs (rho, norm); modules of norm zero count for nothing, all zero gives NaN."""
+    kept = [(rho, norm) for rho, norm in parts if norm > 0]
+    scale = max((norm for _, norm in kept), default=0.0)
+    if scale == 0:
+        return math.nan
+    error = sum((rho * (norm / scale)) ** 2 for rho, norm in kept)
+    return math.sqrt(error / sum((norm / scale) ** 2 for _, norm in kept))
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for NaN and Inf, which JSON does not have."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,181 @@
+"""FLoRA-NA's estimator: one scalar per client and side, ``B = sum p_u B_u`` and ``A = sum q_u A_u``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .coefficients import solve_psd, trace_product
+from .group import Group, Side, target_energy
+
+
+@dataclass(frozen=True, eq=False)
+class Scalars:
+    """p and q of one group, (L, M) float64 each, and how they were reached."""
+
+    p: Tensor
+    q: Tensor
+    status: str
+    sweeps: int
+
+
+@dataclass(frozen=True)
+class ScalarLeastSquares:
+    """Alternating exact least squares for p and q (the P and Q of arXiv:2509.26399).
+
+    The authors fit p and q by 200 steps of AdamW on the dense products, with a uniform target, weight decay and one
+    pair for all layers. Here each half-step is the exact minimiser of ``||dW - BA||`` in one of the two, so the
+    objective never rises above that of ``fedavg``, where it starts. With an anchor ``(B_g, A_g)`` the estimate is
+    ``A_g + sum q_u (A_u - A_g)``: the coefficients, the anchor's included, sum to 1.
+
+    Attributes:
+        tolerance: stop once a sweep lowers the squared error by less than this fraction of it.
+        max_sweeps: an upper bound on the sweeps.
+        cg_steps: in the implicit regime a half-step is this many conjugate-gradient steps at most.
+    """
+
+    tolerance: float = 1e-6
+    max_sweeps: int = 100
+    cg_steps: int = 12
+
+    def solve(self, groups: Sequence[Group], *, shared: bool = False) -> list[Scalars]:
+        """p and q for every group; ``shared``: one p and one q for all modules (as the authors' code has it)."""
+        if shared:
+            return self._alternate(groups, shared=True)
+        return [self._alternate([group], shared=False)[0] for group in groups]
+
+    def _alternate(self, groups: Sequence[Group], *, shared: bool) -> list[Scalars]:
+        problem = _Problem(groups, shared, self.cg_steps)
+        p = q = problem.start()
+        energy = problem.energy()
+        status, sweep = "max-sweeps", 0
+        for sweep in range(1, self.max_sweeps + 1):
+            p, gain_p, _ = problem.improve("B", p, q)
+            q, gain_q, captured = problem.improve("A", q, p)
+            left = (energy - captured).clamp_min(1e-13 * energy) if energy is not None else 1e-2 * captured
+            if bool((gain_p + gain_q <= self.tolerance * left).all()):
+                status = "converged"
+                break
+        p, q = problem.normalise_gauge(p, q)
+        return [Scalars(problem.spread(p, g), problem.spread(q, g), status, sweep) for g in groups]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The two least-squares problems, per module or (``shared``) summed over all modules of all groups."""
+
+    groups: Sequence[Group]
+    shared: bool
+    cg_steps: int
+
+    def start(self) -> Tensor:
+        return self.groups[0].weights[:1] if self.shared else self.groups[0].weights
+
+    def spread(self, p: Tensor, group: Group) -> Tensor:
+        return p.expand(len(group.targets), -1)
+
+    def collect(self, parts: list[Tensor]) -> Tensor:
+        """Per-module quantities (L, ...) as they are, or summed to (1, ...) where one p serves all modules."""
+        return torch.cat(parts).sum(0, keepdim=True) if self.shared else parts[0]
+
+    def energy(self) -> Tensor | None:
+        """``||dW||^2`` where the Grams are formed."""
+        if any(g.gram is None for g in self.groups):
+            return None
+        return self.collect([target_energy(g) for g in self.groups])
+
+    def improve(self, side: Side, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The exact step in p with q fixed; the drop of the squared error, and ``<dW, BA>`` after it."""
+        other: Side = "A" if side == "B" else "B"
+        normal = [_Normal(g, side, other, self.spread(q, g)) for g in self.groups]
+        h = self.collect([n.h for n in normal])
+        curvature = self._curvature(normal)
+        residual = h - curvature(p)
+        step, gain = self._solve(normal, curvature, residual)
+        return p + step, gain, (h * (p + step)).sum(-1)
+
+    def _curvature(self, normal: list[_Normal]) -> Callable[[Tensor], Tensor]:
+        if all(n.H is not None for n in normal):
+            H = self.collect([n.H for n in normal if n.H is not None])
+            return lambda x: (H @ x.unsqueeze(-1)).squeeze(-1)
+        return lambda x: self.collect([n.product(self.spread(x, n.group)) for n in normal])
+
+    def _solve(self, normal: list[_Normal], curvature: Callable[[Tensor], Tensor], g: Tensor) -> tuple[Tensor, Tensor]:
+        anchored = self.groups[0].anchored
+        free, lift = (_free, _lift) if anchored else (_same, _same)
+        if all(n.H is not None for n in normal):
+            H = self.collect([n.H for n in normal if n.H is not None])
+            step, gain = solve_psd(free(free(H).mT).mT if anchored else H, free(g))
+            return lift(step), gain
+        return _conjugate_gradients(lambda x: free(curvature(lift(x))), free(g), lift, self.cg_steps)
+
+    def normalise_gauge(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Equal norms of B and A; an anchor fixes the gauge, so then nothing is changed."""
+        if self.groups[0].anchored:
+            return p, q
+        b = self.collect([_square(g, "B", self.spread(p, g)) for g in self.groups])
+        a = self.collect([_square(g, "A", self.spread(q, g)) for g in self.groups])
+        ratio = torch.where((a > 0) & (b > 0), (a / b.clamp_min(1e-300)) ** 0.25, 1.0).unsqueeze(-1)
+        return p * ratio, q / ratio
+
+
+class _Normal:
+    """Normal equations of one side of one group: ``H p = h`` of MATH.md 1.3."""
+
+    def __init__(self, group: Group, side: Side, other: Side, q: Tensor) -> None:
+        self.group, self.side = group, side
+        Y = group.expand(q)
+        C = group.apply(other, Y)
+        self.S = Y.mT @ C
+        self.h = self.traces(group.apply(side, group.D * C))
+        self.H = None
+        if group.gram is not None:
+            self.H = group.member_blocks(group.gram[side] * self.S[:, group.slot][:, :, group.slot])
+
+    def traces(self, Z: Tensor) -> Tensor:
+        """``tr(Z_i)`` of every member's block of Z (L, R, r): (L, M)."""
+        return self.group.sum_members((Z * self.group.selector).sum(-1))
+
+    def product(self, p: Tensor) -> Tensor:
+        """``H p`` without H."""
+        return self.traces(self.group.apply(self.side, self.group.expand(p)) @ self.S)
+
+
+def _square(group: Group, side: Side, p: Tensor) -> Tensor:
+    P = group.expand(p)
+    return trace_product(P, group.apply(side, P))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _free(x: Tensor) -> Tensor:
+    """Drop the anchor's coefficient, which is 1 minus the others: the transpose of ``_lift``."""
+    return x[..., :-1] - x[..., -1:]
+
+
+def _lift(x: Tensor) -> Tensor:
+    return torch.cat([x, -x.sum(-1, keepdim=True)], -1)
+
+
+def _conjugate_gradients(
+    matvec: Callable[[Tensor], Tensor], g: Tensor, lift: Callable[[Tensor], Tensor], steps: int
+) -> tuple[Tensor, Tensor]:
+    """A few steps on ``H x = g`` from 0, batched over the leading axis; every step lowers the error."""
+    x, r, d = torch.zeros_like(g), g, g
+    rr = (r * r).sum(-1, keepdim=True)
+    gain, floor = torch.zeros_like(rr), 1e-12 * rr
+    for _ in range(steps):
+        Hd = matvec(d)
+        dHd = (d * Hd).sum(-1, keepdim=True)
+        alpha = torch.where((dHd > 0) & (rr > floor), rr / dHd.clamp_min(1e-300), 0.0)
+        x, r = x + alpha * d, r - alpha * Hd
+        gain = gain + alpha * rr
+        new = (r * r).sum(-1, keepdim=True)
+        d = r + torch.where(rr > 0, new / rr.clamp_min(1e-300), 0.0) * d
+        rr = new
+    return lift(x), gain.squeeze(-1)

@@ -1,0 +1,129 @@
+"""One module's problem: which sum of products the estimate must come near to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """``dW = sum_u w_u s_u B_u A_u`` of one module (MATH: eq. of 1.1), with an optional anchor pair.
+
+    The members are the clients and, last, the anchor with weight zero. A scaling ``s_u`` is split evenly over the
+    two factors (``sqrt|s_u|`` each, the sign to B), so that every later formula reads as if all scalings were 1.
+
+    Attributes:
+        B: one (m, r_u) tensor per member.
+        A: one (r_u, n) tensor per member, all factors of one dtype and on one device.
+        weights: (members,) float64, clients sum to 1, the anchor 0.
+        scalings: (members,) float64.
+        anchored: whether the last member is the anchor.
+        name: the module, for messages.
+        clients: labels of the clients, for messages.
+    """
+
+    B: tuple[Tensor, ...]
+    A: tuple[Tensor, ...]
+    weights: Tensor
+    scalings: Tensor
+    anchored: bool
+    name: str
+    clients: tuple[str, ...]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank of every member."""
+        return tuple(b.shape[1] for b in self.B)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors and of the result."""
+        return self.B[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the factors and of the result."""
+        return self.B[0].device
+
+    @property
+    def coefficients(self) -> Tensor:
+        """(members,) float64: ``w_u s_u``."""
+        return self.weights * self.scalings
+
+    @property
+    def scale_A(self) -> Tensor:
+        """(members,) float64: what each A_u is multiplied by, ``sqrt|s_u|``."""
+        return self.scalings.abs().sqrt()
+
+    @property
+    def scale_B(self) -> Tensor:
+        """(members,) float64: what each B_u is multiplied by, ``sign(s_u) sqrt|s_u|``."""
+        return self.scalings.sign() * self.scale_A
+
+    def label(self, member: int) -> str:
+        """How a message names the member."""
+        return "the anchor" if self.anchored and member == len(self.B) - 1 else self.clients[member]
+
+
+def make_target(
+    B: Sequence[Tensor],
+    A: Sequence[Tensor],
+    weights: Tensor,
+    scalings: Sequence[float] | Tensor | None = None,
+    *,
+    anchor: tuple[Tensor, Tensor] | None = None,
+    anchor_scaling: float = 1.0,
+    name: str = "the module",
+    clients: Sequence[str] | None = None,
+) -> Target:
+    """Check the factors of one module and put them together.
+
+    Raises:
+        ValueError: numbers of factors differ, shapes do not fit, dtypes are not floating point, devices differ,
+            scalings are not finite; the message names the module and the client.
+    """
+    labels = tuple(clients) if clients is not None else tuple(f"client {u}" for u in range(len(B)))
+    if len(B) != len(A):
+        raise ValueError(f"{name}: {len(B)} factors B but {len(A)} factors A")
+    s = torch.ones(len(B), dtype=torch.float64)
+    if scalings is not None:
+        s = torch.as_tensor(scalings, dtype=torch.float64, device="cpu").flatten()
+    if s.numel() != len(B):
+        raise ValueError(f"{name}: expected {len(B)} scalings (one per client), got {s.numel()}")
+    for u, value in enumerate(s.tolist()):
+        if not abs(value) < float("inf"):
+            raise ValueError(f"{name}: the scaling of {labels[u]} is {value}")
+    if anchor is not None:
+        B, A, labels = [*B, anchor[0]], [*A, anchor[1]], (*labels, "the anchor")
+        s = torch.cat([s, s.new_tensor([anchor_scaling])])
+        weights = torch.cat([weights, weights.new_zeros(1)])
+    _check_factors(B, A, name, labels)
+    dtype = reduce(torch.promote_types, (t.dtype for t in (*B, *A)))
+    return Target(
+        tuple(b.detach().to(dtype) for b in B),
+        tuple(a.detach().to(dtype) for a in A),
+        weights,
+        s,
+        anchor is not None,
+        name,
+        labels,
+    )
+
+
+def _check_factors(B: Sequence[Tensor], A: Sequence[Tensor], name: str, labels: Sequence[str]) -> None:
+    m, n, device = B[0].shape[0] if B[0].ndim else -1, A[0].shape[-1] if A[0].ndim else -1, B[0].device
+    for b, a, label in zip(B, A, labels, strict=True):
+        shapes = f"{name}: {label} has B {tuple(b.shape)} and A {tuple(a.shape)}"
+        if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
+            raise ValueError(f"{shapes}: expected (m, r) and (r, n)")
+        if (b.shape[0], a.shape[1]) != (m, n):
+            raise ValueError(f"{shapes}: an update of {b.shape[0]} x {a.shape[1]} where {labels[0]} has {m} x {n}")
+        if not (b.is_floating_point() and a.is_floating_point()):
+            raise ValueError(f"{name}: {label} has dtypes {b.dtype} and {a.dtype}: expected floating point")
+        if b.device != device or a.device != device:
+            raise ValueError(f"{name}: {label} is on {b.device} and {a.device}, {labels[0]} on {device}")

@@ -1,0 +1,31 @@
+"""Client weights: checked once, normalised to sum 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Weights = Sequence[float] | Tensor | None
+
+
+def normalise_weights(weights: Weights, count: int) -> Tensor:
+    """Return ``count`` non-negative weights of sum 1, shape (count,), float64 on the CPU; uniform for None.
+
+    Raises:
+        ValueError: no clients, or weights of the wrong number, negative, not finite or all zero.
+    """
+    if count == 0:
+        raise ValueError("adapters: expected at least one client, got none")
+    if weights is None:
+        return torch.full((count,), 1.0 / count, dtype=torch.float64)
+    w = torch.as_tensor(weights, dtype=torch.float64, device="cpu").flatten()
+    if w.numel() != count:
+        raise ValueError(f"weights: expected {count} (one per client), got {w.numel()}")
+    for u, value in enumerate(w.tolist()):
+        if not 0.0 <= value < float("inf"):
+            raise ValueError(f"weights: client {u} has {value}; expected a finite number >= 0")
+    if not w.any():
+        raise ValueError("weights: all are zero; at least one must be positive")
+    return (w / w.max()) / (w / w.max()).sum()

@@ -1,0 +1,41 @@
+"""What an estimate is held against: the divergence of averaged factors, and of the best pair of the same rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .divergence import MARGIN, Errors, energies, mass_of_target, pair_errors, rounding
+from .fedavg import solve_fedavg
+from .group import Group
+from .svd import solve_svd, spectrum
+
+
+@dataclass(frozen=True, eq=False)
+class Yardsticks:
+    """Computed when first asked for, from the Grams that are there already."""
+
+    group: Group
+    rank: int
+
+    @cached_property
+    def fedavg(self) -> Errors:
+        """Errors of the averaged factors (FedIT), at this rank."""
+        return pair_errors(self.group, solve_fedavg(self.group, min(self.rank, self.group.rank)))
+
+    @cached_property
+    def optimal(self) -> Errors:
+        """Errors of the best pair of this rank (Eckart-Young)."""
+        if self.rank >= self.group.total_rank:
+            energy = energies(self.group)
+            return Errors(energy, torch.zeros_like(energy))
+        if self.group.gram is None:
+            return pair_errors(self.group, solve_svd(self.group, self.rank))
+        tail = spectrum(self.group).energies[:, self.rank :].sum(-1)
+        doubtful = tail < MARGIN * rounding(self.group) * mass_of_target(self.group) ** 2
+        if bool(doubtful.any()):
+            exact = pair_errors(self.group, solve_svd(self.group, self.rank)).error
+            tail = torch.where(doubtful, exact, tail)
+        return Errors(energies(self.group), tail)
