@@ -4,11 +4,11 @@
 ``client_gramian`` gives the inner products of the clients' whole updates in weight space.
 """
 
-from .aggregate import Aggregation, aggregate
+from .aggregation import Aggregation, aggregate
 from .als import AlternatingLeastSquares
-from .estimate import Estimate, estimate
+from .estimation import Estimate, estimate
 from .inner_products import client_gramian
-from .inspect import Inspection, ModuleInspection, inspect
+from .inspection import Inspection, ModuleInspection, inspect
 from .layer import Adapter, AdapterLike, LoraLayer
 from .methods import METHODS
 from .report import ModuleReport, Report

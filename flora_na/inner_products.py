@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedgram import kernels
 
-from .aggregate import chunks
+from .aggregation import chunks
 from .cohort import Cohort, make_cohort
 from .group import Group, make_groups
 from .layer import AdapterLike

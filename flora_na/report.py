@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .estimate import Estimate
+from .estimation import Estimate
 
 
 @dataclass(frozen=True, eq=False)

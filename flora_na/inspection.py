@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .aggregate import Progress, chunks
+from .aggregation import Progress, chunks
 from .cohort import Cohort, make_cohort
 from .divergence import energies, pair_errors
 from .group import Group, make_groups

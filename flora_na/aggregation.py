@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .cohort import Cohort, average_extras, check_anchor, make_cohort
-from .estimate import Estimate, estimate_targets
+from .estimation import Estimate, estimate_targets
 from .layer import Adapter, AdapterLike, LoraLayer
 from .methods import check_method
 from .report import ModuleReport, Report

@@ -1,0 +1,228 @@
+"""Whole adapters: reports, extras, residuals, missing modules, lazy mappings, scope."""
+
+import json
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from fedgram import flora_na
+from fedgram.flora_na import Adapter, LoraLayer
+from fedgram_testing.factors import clients, dense
+
+SHAPES = {"layer.0.query": (20, 30), "layer.0.value": (12, 30), "layer.1.query": (20, 30)}
+
+
+def cohort(count=4, ranks=None, seed=0, scaling=2.0):
+    """Adapters of ``count`` clients over SHAPES."""
+    ranks = [3] * count if ranks is None else ranks
+    modules = [{} for _ in range(count)]
+    for i, (name, (m, n)) in enumerate(SHAPES.items()):
+        B, A = clients(ranks, m, n, seed=seed + i)
+        for u in range(count):
+            modules[u][name] = LoraLayer(A=A[u], B=B[u], scaling=scaling)
+    extras = [{"classifier.weight": torch.full((2, 3), float(u))} for u in range(count)]
+    return [Adapter(mod, ex, {"r": 3}) for mod, ex in zip(modules, extras, strict=True)]
+
+
+def target(adapters, name, weights=None):
+    layers = [a.modules[name] for a in adapters]
+    return dense([x.B for x in layers], [x.A for x in layers], weights, [x.scaling for x in layers])
+
+
+@pytest.mark.parametrize("method", flora_na.METHODS)
+def test_every_module_is_estimated_and_reported(method):
+    adapters = cohort(ranks=[3, 2, 4, 3])
+    result = flora_na.aggregate(adapters, [1, 2, 3, 4], method=method)
+    errors, energies = 0.0, 0.0
+    for name in SHAPES:
+        W, layer = target(adapters, name, [1, 2, 3, 4]), result.adapter.modules[name]
+        assert layer.scaling == 1.0
+        error = float((W - layer.B.double() @ layer.A.double()).norm())
+        report = result.report.modules[name]
+        assert report.rho == pytest.approx(error / float(W.norm()), rel=5e-4)
+        assert report.norm == pytest.approx(float(W.norm()))
+        assert report.rank == layer.rank
+        errors, energies = errors + error**2, energies + float(W.norm()) ** 2
+    assert result.report.rho == pytest.approx(math.sqrt(errors / energies), rel=5e-4)
+    written = json.loads(json.dumps(result.report.to_dict()))
+    assert written["rho"] == result.report.rho
+    assert list(written["modules"]) == list(SHAPES)
+    assert written["clients"]["client 3"] == pytest.approx(0.4)
+
+
+def test_a_mapping_will_do_and_order_of_modules_is_kept():
+    adapters = [a.modules for a in cohort()]
+    assert list(flora_na.aggregate(adapters).adapter.modules) == list(SHAPES)
+
+
+def test_extras_are_averaged_by_weight_never_dropped():
+    result = flora_na.aggregate(cohort(), [0.0, 1.0, 1.0, 2.0])
+    assert torch.equal(result.adapter.extras["classifier.weight"], torch.full((2, 3), 2.25))
+    assert result.adapter.config == {"r": 3}
+
+
+def test_residual_makes_any_method_exact():
+    adapters = cohort()
+    result = flora_na.aggregate(adapters, method="fedavg", residual=True)
+    for name in SHAPES:
+        W = target(adapters, name)
+        whole = result.adapter.modules[name].delta().double() + result.residual.modules[name].delta().double()
+        assert float((W - whole).norm()) < 1e-5 * float(W.norm())
+    assert flora_na.aggregate(adapters).residual is None
+
+
+def test_missing_modules_follow_the_policy():
+    adapters = cohort()
+    lacking = Adapter({k: v for k, v in adapters[1].modules.items() if k != "layer.0.value"}, adapters[1].extras)
+    adapters[1] = lacking
+    with pytest.raises(ValueError, match=r"layer.0.value: client 1 has no such module, 3 other"):
+        flora_na.aggregate(adapters)
+    present = [adapters[u] for u in (0, 2, 3)]
+    for policy, factor in (("renormalize", 1.0), ("zero", 0.75)):
+        layer = flora_na.aggregate(adapters, method="stack", missing=policy).adapter.modules["layer.0.value"]
+        W = factor * target(present, "layer.0.value")
+        assert float((W - layer.delta().double()).norm()) < 1e-5 * float(W.norm())
+    with pytest.raises(ValueError, match="expected one of error, renormalize, zero"):
+        flora_na.aggregate(adapters, missing="skip")
+    with pytest.raises(ValueError, match="shared: needs every module"):
+        flora_na.aggregate(adapters, method="flora-na", shared=True, missing="zero")
+
+
+def test_shared_scope_uses_one_pair_for_all_modules():
+    adapters = cohort(6)
+    shared = flora_na.aggregate(adapters, [9, 1, 1, 1, 1, 1], method="flora-na", shared=True)
+    own = flora_na.aggregate(adapters, [9, 1, 1, 1, 1, 1], method="flora-na")
+    fedavg = flora_na.aggregate(adapters, [9, 1, 1, 1, 1, 1], method="fedavg")
+    assert own.report.rho <= shared.report.rho <= fedavg.report.rho
+    coefficients = []
+    for name in SHAPES:
+        stack = torch.stack([a.modules[name].B.flatten() for a in adapters], 1)
+        result = shared.adapter.modules[name].B.flatten().unsqueeze(1)
+        coefficients.append(torch.linalg.lstsq(stack, result).solution.flatten())
+    assert torch.allclose(coefficients[0], coefficients[1], atol=1e-4)
+    assert torch.allclose(coefficients[0], coefficients[2], atol=1e-4)
+    with pytest.raises(ValueError, match="exists for 'flora-na' only"):
+        flora_na.aggregate(adapters, method="als", shared=True)
+
+
+def test_align_to_keeps_the_product_and_stays_near():
+    adapters, later = cohort(), cohort(seed=0)
+    first = flora_na.aggregate(adapters, method="svd")
+    turned = {
+        name: LoraLayer(A=-layer.A.flip(0), B=-layer.B.flip(1), scaling=1.0)
+        for name, layer in first.adapter.modules.items()
+    }
+    again = flora_na.aggregate(later, method="svd", align_to=turned)
+    for name in SHAPES:
+        assert torch.allclose(again.adapter.modules[name].B, turned[name].B, atol=1e-3)
+
+
+def test_anchor_must_have_every_module():
+    adapters = cohort()
+    with pytest.raises(ValueError, match=r"anchor: has no module layer.0.value"):
+        flora_na.aggregate(adapters, method="flora-na", anchor={"layer.0.query": adapters[0].modules["layer.0.query"]})
+
+
+class Lazy(Mapping):
+    """Reads a layer when it is asked for, and remembers how often."""
+
+    def __init__(self, modules):
+        self.modules, self.reads = modules, []
+
+    def __getitem__(self, name):
+        self.reads.append(name)
+        return self.modules[name]
+
+    def __iter__(self):
+        return iter(self.modules)
+
+    def __len__(self):
+        return len(self.modules)
+
+    def __contains__(self, name):
+        return name in self.modules
+
+
+def test_lazy_adapters_are_read_once_a_few_modules_at_a_time(monkeypatch):
+    lazy = [Lazy(a.modules) for a in cohort()]
+    monkeypatch.setattr("fedgram.flora_na.aggregation.CHUNK_BYTES", 1)
+    seen = []
+    flora_na.aggregate(lazy, progress=lambda done, total, name: seen.append((done, total, name, list(lazy[0].reads))))
+    assert [s[:3] for s in seen] == [(i + 1, 3, name) for i, name in enumerate(SHAPES)]
+    assert seen[0][3] == ["layer.0.query"]
+    assert all(adapter.reads == list(SHAPES) for adapter in lazy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: dict(adapters=[]), "at least one client"),
+        (lambda a: dict(adapters=[{}, {}]), "no client has a LoRA module"),
+        (lambda a: dict(adapters=a, names=["x"]), "names: expected 4"),
+        (lambda a: dict(adapters=a, weights=[1, 2]), "expected 4"),
+        (lambda a: dict(adapters=[a[0], Adapter(a[1].modules)]), "classifier.weight: client 1 has no such tensor"),
+        (
+            lambda a: dict(adapters=[a[0], Adapter(a[1].modules, {"classifier.weight": torch.ones(3)})]),
+            r"client 1 has shape \(3,\)",
+        ),
+        (
+            lambda a: dict(adapters=[a[0], Adapter(a[1].modules, {"classifier.weight": torch.ones(2, 3) / 0})]),
+            "the tensor of client 1 contains NaN or Inf",
+        ),
+        (
+            lambda a: dict(adapters=[a[0], Adapter(a[1].modules, {"classifier.weight": torch.ones(2, 3).int()})]),
+            "expected floating point",
+        ),
+    ],
+)
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        flora_na.aggregate(**change(cohort()))
+
+
+def test_names_appear_in_errors():
+    adapters = cohort()
+    adapters[2].modules["layer.1.query"].A[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^layer.1.query: lora_A of hospital-3 contains NaN$"):
+        flora_na.aggregate(adapters, names=["a", "b", "hospital-3", "d"])
+
+
+def test_client_gramian_is_the_gram_of_the_dense_updates():
+    adapters = cohort(ranks=[1, 2, 3, 4])
+    flat = torch.stack(
+        [torch.cat([(x.scaling * x.B.double() @ x.A.double()).flatten() for x in a.modules.values()]) for a in adapters]
+    )
+    G = flora_na.client_gramian(adapters)
+    assert torch.allclose(G, flat @ flat.T, rtol=1e-10)
+    w = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    assert torch.allclose(flora_na.client_gramian(adapters, w), (flat @ flat.T) * w * w[:, None], rtol=1e-10)
+
+
+def test_client_gramian_counts_a_missing_module_as_zero():
+    adapters = cohort()
+    adapters[0] = Adapter({"layer.0.query": adapters[0].modules["layer.0.query"]}, adapters[0].extras)
+    G = flora_na.client_gramian(adapters, missing="zero")
+    expected = float(
+        (2 * adapters[0].modules["layer.0.query"].B.double() @ adapters[0].modules["layer.0.query"].A.double()).norm()
+    )
+    assert float(G[0, 0].sqrt()) == pytest.approx(expected)
+
+
+def test_inspection_agrees_with_aggregation():
+    adapters = cohort(5, ranks=[2, 3, 3, 3, 3])
+    adapters[4] = Adapter({k: LoraLayer(A=v.A, B=-20 * v.B, scaling=v.scaling) for k, v in adapters[4].modules.items()})
+    adapters = [Adapter(a.modules) for a in adapters]
+    found = flora_na.inspect(adapters, [1, 2, 3, 4, 5])
+    for method in ("fedavg", "flora-na", "als", "svd"):
+        report = flora_na.aggregate(adapters, [1, 2, 3, 4, 5], method=method).report
+        assert found.ladder[method] == pytest.approx(report.rho, rel=1e-5)
+    module = found.modules["layer.0.query"]
+    assert module.rank_curve[2] == pytest.approx(module.rho["svd"], rel=1e-6)
+    assert module.rank_curve == sorted(module.rank_curve, reverse=True)
+    assert torch.allclose(found.gramian, flora_na.client_gramian(adapters), rtol=1e-12)
+    assert int(found.outlier_scores.argmax()) == 4
+    assert float(found.outlier_scores[4]) > 3
+    assert float(found.cosines[4]) > 0 > float(found.cosines[0])
+    json.dumps(found.to_dict())
