@@ -1,1 +1,25 @@
 """Operations on the big tensors: each a public function with a torch twin and, where it pays, a Triton kernel."""
+
+from .factor_combine import factor_combine
+from .factor_cross import factor_cross
+from .factor_gram import factor_gram
+from .ghost_gram import ghost_gram
+from .grad_combine import grad_combine
+from .grad_gram import GradGram, grad_gram
+from .lowrank_norm import lowrank_norm
+from .lowrank_sum import lowrank_sum
+from .subset_select import SubsetSelection, subset_select
+
+__all__ = [
+    "GradGram",
+    "SubsetSelection",
+    "factor_combine",
+    "factor_cross",
+    "factor_gram",
+    "ghost_gram",
+    "grad_combine",
+    "grad_gram",
+    "lowrank_norm",
+    "lowrank_sum",
+    "subset_select",
+]

@@ -1,0 +1,184 @@
+"""Work lists of ``factor_gram`` and ``factor_cross``: tiles of ``X_i^T X_j``, their splits and the reduction."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._factor_plan import MAX_OFFSET, ColumnTable, Operand, Piece, tile_of
+from ._plan import WIDEST, to_device
+
+LARGEST_TILE = {"native": 128, "tf32x3": 64, "ieee": 64, "fp64": 64}
+PROGRAMS = 512  # what the splits aim at: four programs on each processor of today's largest GPUs
+SPLIT = (256, 4096)  # fewest and most rows of one program: float32 chains stay short, partials stay few
+PARTIAL_BYTES = 1 << 26  # partial sums of one batch of modules: they stay in the GPU's cache until they are reduced
+
+
+@dataclass(frozen=True)
+class Task:
+    """One product ``X_i^T X_j`` of stacked columns; with ``j`` None the symmetric ``X_i^T X_i``."""
+
+    i: Sequence[Piece]
+    j: Sequence[Piece] | None
+    precision: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a launch is compiled for: tiles, types and the vector widths that the plan has proven."""
+
+    tile_i: int
+    tile_j: int
+    diagonal: bool
+    dtype_i: torch.dtype
+    dtype_j: torch.dtype
+    precision: str
+    tall: tuple[int, int]
+    wide: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Tiles of equal size that are summed over their slots: rows (slot, slots, out, rows, columns, row, column, 0)."""
+
+    tile_i: int
+    tile_j: int
+    symmetric: bool
+    tiles: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Launches that share one buffer of partial sums. Work rows: (wide, i, j, k0, k1, slot, rows, columns)."""
+
+    elements: int
+    wide_sums: bool  # float64 partial sums
+    launches: list[tuple[Variant, Tensor]]
+    reductions: list[Reduction]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A task in the column table, with its place in the output."""
+
+    i: Operand
+    j: Operand | None
+    tile_i: int
+    tile_j: int
+    precision: str
+    out: int
+
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the result."""
+        return self.i.columns, (self.j or self.i).columns
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """The tiles to compute: all, or one triangle of a symmetric product."""
+        rows, columns = (-(-n // t) for n, t in zip(self.shape(), (self.tile_i, self.tile_j), strict=True))
+        return [(a, b) for a in range(rows) for b in range(a if self.j is None else 0, columns)]
+
+
+class GramPlan:
+    """Everything a call needs beside the addresses."""
+
+    def __init__(self, tasks: Sequence[Task], device: torch.device) -> None:
+        columns = ColumnTable()
+        self.offsets: list[int] = []
+        self.shapes: list[tuple[int, int]] = []
+        products, self.numel = [], 0
+        for task in tasks:
+            product = _place(task, columns, self.numel)
+            products.append(product)
+            self.offsets.append(self.numel)
+            self.shapes.append(product.shape())
+            self.numel += product.shape()[0] * product.shape()[1]
+        self.addresses = columns.addresses(device)
+        self.strides = to_device(columns.strides(), device)
+        self.batches = _batches([p for p in products if all(p.shape())], device)
+
+    def split(self, out: Tensor) -> list[Tensor]:
+        """The matrices in the flat output."""
+        return [
+            out[o : o + rows * columns].view(rows, columns)
+            for o, (rows, columns) in zip(self.offsets, self.shapes, strict=True)
+        ]
+
+
+def _place(task: Task, table: ColumnTable, out: int) -> Product:
+    largest = LARGEST_TILE[task.precision]
+    tile_i = tile_of(sum(p.rank for p in task.i), largest)
+    i = table.add(task.i, tile_i)
+    if task.j is None:
+        return Product(i, None, tile_i, tile_i, task.precision, out)
+    tile_j = tile_of(sum(p.rank for p in task.j), largest)
+    return Product(i, table.add(task.j, tile_j, wide=i.wide), tile_i, tile_j, task.precision, out)
+
+
+def rows_per_program(products: Sequence[Product]) -> int:
+    """How many rows one program sums: a rule of the sizes alone, so that the bits do not depend on the device."""
+    rows = sum(len(p.tiles()) * p.i.length for p in products)
+    least, most = SPLIT
+    return min(max(-(-rows // PROGRAMS // least) * least, least), most)
+
+
+def _batches(products: Sequence[Product], device: torch.device) -> list[Batch]:
+    split = rows_per_program(products)
+    batches: list[Batch] = []
+    for wide_sums in (False, True):
+        drafts = [_Draft()]
+        for p in products:
+            if (p.precision == "fp64") != wide_sums:
+                continue
+            for tile in p.tiles():
+                slots = max(1, -(-p.i.length // split))
+                elements = slots * p.tile_i * p.tile_j
+                if drafts[-1].elements and (drafts[-1].elements + elements) * (8 if wide_sums else 4) > PARTIAL_BYTES:
+                    drafts.append(_Draft())
+                drafts[-1].add(p, tile, slots, split)
+        batches += [d.finish(wide_sums, device) for d in drafts if d.elements]
+    return batches
+
+
+class _Draft:
+    """A batch in the making."""
+
+    def __init__(self) -> None:
+        self.elements = 0
+        self.work: dict[tuple, dict[tuple[bool, tuple[int, int]], list]] = defaultdict(lambda: defaultdict(list))
+        self.tiles: dict[tuple[int, int, bool], list] = defaultdict(list)
+
+    def add(self, p: Product, tile: tuple[int, int], slots: int, split: int) -> None:
+        j, (a, b) = p.j or p.i, tile
+        symmetric = p.j is None
+        row, column = a * p.tile_i, b * p.tile_j
+        kind = (p.tile_i, p.tile_j, symmetric and a == b, p.i.dtype, j.dtype, p.precision)
+        rows = self.work[kind][p.i.wide, (p.i.vector, j.vector)]
+        size = p.tile_i * p.tile_j
+        self.tiles[p.tile_i, p.tile_j, symmetric].append((self.elements, slots, p.out, *p.shape(), row, column, 0))
+        for s in range(slots):
+            k = (s * split, min((s + 1) * split, p.i.length))
+            place = (p.i.first + row, j.first + column, *k, self.elements + s * size)
+            rows.append((int(p.i.wide), *place, p.shape()[0] - row, p.shape()[1] - column))
+        self.elements += slots * size
+
+    def finish(self, wide_sums: bool, device: torch.device) -> Batch:
+        if self.elements > MAX_OFFSET:
+            raise ValueError(
+                f"{self.elements} partial sums of one module do not fit 32-bit offsets; use the torch backend"
+            )
+        launches = []
+        for kind, groups in self.work.items():
+            full = (WIDEST // kind[3].itemsize, WIDEST // kind[4].itemsize)
+            # tall and wide tiles run in one launch wherever each has only one variant
+            talls, wides = ([(v, rows) for (w, v), rows in groups.items() if w == wide] for wide in (False, True))
+            for tall, wide in zip_longest(talls, wides, fillvalue=(full, [])):
+                work = np.array(tall[1] + wide[1], np.int32)
+                launches.append((Variant(*kind, tall[0], wide[0]), to_device(work, device)))
+        reductions = [Reduction(*k, to_device(np.array(t, np.int64), device)) for k, t in self.tiles.items()]
+        return Batch(self.elements, wide_sums, launches, reductions)

@@ -1,0 +1,132 @@
+"""Host plans of the factor kernels: the table of stacked columns and the work lists, one row per program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._plan import WIDEST, AddressTable, power_of_two_divisor
+
+MAX_OFFSET = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor seen as tall columns (length, rank): ``B_u``, or ``A_u^T``."""
+
+    index: int  # in the flat list of tensors
+    length: int
+    rank: int
+    stride_k: int  # along the length, in elements
+    stride_c: int  # from column to column
+    dtype: torch.dtype
+    alignment: int  # power of two that divides the address, at most WIDEST
+
+    @staticmethod
+    def of(index: int, tensor: Tensor, *, transposed: bool) -> Piece:
+        """Describe ``tensor``, or with ``transposed`` its transpose."""
+        shape, strides = tensor.shape[:: -1 if transposed else 1], tensor.stride()[:: -1 if transposed else 1]
+        alignment = power_of_two_divisor(tensor.data_ptr(), WIDEST)
+        if tensor.numel() and alignment < tensor.dtype.itemsize:
+            raise ValueError(f"tensor {index}: its address is not a multiple of its element size")
+        return Piece(index, *shape, *strides, tensor.dtype, alignment)
+
+
+def is_wide(pieces: Sequence[Piece]) -> bool:
+    """Whether the long dimension of every piece is contiguous, so that tiles are read along it."""
+    return all(p.stride_k == 1 or p.length <= 1 for p in pieces if p.rank)
+
+
+def vector_width(pieces: Sequence[Piece], *, wide: bool) -> int:
+    """Elements that every load may take at once: the hint on the kernels' pointers, proven here.
+
+    Every group of ``vector_width`` neighbours, along the length (wide) or across columns (tall), starting at a
+    multiple of it, is contiguous in memory and starts at a multiple of its own size in bytes.
+    """
+    width = WIDEST // pieces[0].dtype.itemsize
+    for p in pieces:
+        if not p.rank or not p.length:
+            continue
+        contiguous, across = (p.length, p.stride_c if p.rank > 1 else 0)
+        if not wide:
+            if p.stride_c != 1 and p.rank > 1:
+                return 1
+            contiguous, across = p.rank, (p.stride_k if p.length > 1 else 0)
+        for number in (p.alignment // p.dtype.itemsize, contiguous, across):
+            width = power_of_two_divisor(number, width)
+    return width
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Stacked columns of one module and side in the column table."""
+
+    first: int  # first column of the table
+    columns: int
+    length: int
+    dtype: torch.dtype
+    wide: bool
+    vector: int
+
+
+class ColumnTable:
+    """One row per stacked column: which tensor, where in it, and its stride along the length.
+
+    Columns are padded to whole tiles by repeating the last vector group: padding is read, never kept, so that no load
+    needs a mask that would split it.
+    """
+
+    def __init__(self) -> None:
+        self.source: list[np.ndarray] = []
+        self.offset: list[np.ndarray] = []
+        self.stride: list[np.ndarray] = []
+        self.columns = 0
+
+    def add(self, pieces: Sequence[Piece], tile: int, *, wide: bool | None = None) -> Operand:
+        """Append the columns of ``pieces``, padded to a multiple of ``tile``."""
+        wide = is_wide(pieces) if wide is None else wide
+        vector = vector_width(pieces, wide=wide)
+        width = sum(p.rank for p in pieces)
+        operand = Operand(self.columns, width, pieces[0].length, pieces[0].dtype, wide, vector)
+        if not width:
+            return operand
+        ranks = [p.rank for p in pieces]
+        within = np.concatenate([np.arange(r) for r in ranks])
+        size = pieces[0].dtype.itemsize
+        columns = {
+            "source": np.repeat([p.index for p in pieces], ranks),
+            "offset": within * np.repeat([p.stride_c * size for p in pieces], ranks),
+            "stride": np.repeat([p.stride_k if p.length > 1 else 0 for p in pieces], ranks),
+        }
+        if columns["stride"].max() > MAX_OFFSET:
+            raise ValueError(f"a row stride of {columns['stride'].max()} elements does not fit 32 bits")
+        group = 1 if wide else vector
+        padding = width - group + np.arange(-width % tile) % group
+        for name, values in columns.items():
+            getattr(self, name).append(np.concatenate([values, values[padding]]))
+        self.columns += width + len(padding)
+        return operand
+
+    def addresses(self, device: torch.device) -> AddressTable:
+        """The table of the columns' addresses."""
+        return AddressTable(_joined(self.source, np.int64), _joined(self.offset, np.int64), device)
+
+    def strides(self) -> np.ndarray:
+        """The columns' strides along the length, int32."""
+        return _joined(self.stride, np.int32)
+
+
+def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+
+def tile_of(columns: int, largest: int) -> int:
+    """The smallest tile of 16, 32, .. ``largest`` columns that holds all, or ``largest``."""
+    tile = 16
+    while tile < min(columns, largest):
+        tile *= 2
+    return tile

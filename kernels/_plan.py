@@ -1,0 +1,97 @@
+"""What a launch over many tensors needs beside them: their layout, the plan made from it once, and their addresses.
+
+A plan (work list, strides, variants) depends on shapes, strides, types, device and on how the addresses are aligned,
+so it is cached on exactly these; the addresses themselves are read anew on every call.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._dispatch import interpreting
+
+WIDEST = 16  # bytes of the widest load of a GPU thread
+T = TypeVar("T")
+
+
+def describe(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
+    """Shape, strides and type of every tensor: equal for two lists of tensors of one layout."""
+    return tuple([(t.shape, t.stride(), t.dtype) for t in tensors])
+
+
+def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+    """The tensors' addresses, int64."""
+    return np.fromiter((t.data_ptr() for t in tensors), np.int64, len(tensors))
+
+
+def alignments(pointers: np.ndarray) -> bytes:
+    """How every address lies within the widest load: the part of an address that a variant depends on."""
+    return (pointers & (WIDEST - 1)).astype(np.uint8).tobytes()
+
+
+def power_of_two_divisor(number: int, cap: int) -> int:
+    """The largest power of two, at most ``cap`` (one itself), that divides ``number``; ``cap`` for 0."""
+    return min(number & -number, cap) if number else cap
+
+
+def place(device: torch.device) -> tuple[Hashable, ...]:
+    """What device tables belong to: the device, and the stream whose order protects their memory."""
+    if device.type != "cuda":
+        return (device,)
+    return (device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy a host array to the device without making the host wait for the work queued there."""
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def check_runnable(device: torch.device) -> None:
+    """Raise where kernels cannot follow addresses: Triton's interpreter reads them on the host."""
+    if interpreting() and device.type != "cpu":
+        raise RuntimeError(f"TRITON_INTERPRET=1 follows addresses on the host only; the tensors are on {device}")
+
+
+class PlanCache(Generic[T]):
+    """The most recently used plans, by layout."""
+
+    def __init__(self, size: int = 32) -> None:
+        self.size = size
+        self.plans: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, build: Callable[[], T]) -> T:
+        """The plan stored under ``key``, built where there is none."""
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = build()
+            while len(self.plans) > self.size:
+                self.plans.popitem(last=False)
+        self.plans.move_to_end(key)
+        return plan
+
+
+class AddressTable:
+    """Addresses ``pointers[source] + offset`` on the device, copied again only when the tensors have moved."""
+
+    def __init__(self, source: np.ndarray, offset: np.ndarray, device: torch.device) -> None:
+        self.source, self.offset, self.device = source, offset, device
+        self.pointers: bytes = b""
+        self.table: Tensor | None = None
+
+    def of(self, pointers: np.ndarray) -> Tensor:
+        """The int64 table for tensors that now lie at ``pointers``."""
+        now = pointers.tobytes()
+        if self.table is None or now != self.pointers:
+            # a new table, never an overwritten one: a kernel still queued may be reading the old one
+            self.table = to_device(pointers[self.source] + self.offset, self.device)
+            self.pointers = now
+        return self.table

@@ -1,0 +1,104 @@
+"""What every Triton kernel here shares: the product at a stated precision, type names, and what is compiled ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ._dispatch import interpreting
+
+# Stated, because the default of Triton's fusion of multiplications and additions changes between versions.
+FP_FUSION = True
+TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def product(x, y, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """``acc + x @ y``. PRECISION: native (16-bit operands), tf32x3 or ieee (float32), fp64."""
+    if PRECISION == "fp64":
+        acc = tl.dot(x.to(tl.float64), y.to(tl.float64), acc, input_precision="ieee", out_dtype=tl.float64)
+    elif PRECISION == "native":
+        if INTERPRET:  # Triton's interpreter would multiply the bit patterns of bf16 as integers
+            acc = tl.dot(x.to(tl.float32), y.to(tl.float32), acc)
+        else:
+            acc = tl.dot(x, y, acc)
+    else:
+        acc = tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def trips(n, INTERPRET: tl.constexpr):
+    """``n`` as a bound of ``range``: Triton 3.6's interpreter cannot convert its scalars under NumPy >= 2.4."""
+    if INTERPRET:
+        n = n.handle.data.item()
+    return n
+
+
+@triton.jit
+def column_tile(
+    p_columns, strides, k, k1,
+    TYPE: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Rows ``k`` of columns that start at ``p_columns``, (rows, columns), or with WIDE (columns, rows).
+
+    An address from a table has lost its alignment: the hint stands on the final pointer, and the host plan proves it.
+    """
+    BYTES: tl.constexpr = VECTOR * (TYPE.primitive_bitwidth // 8)
+    if WIDE:
+        p = p_columns[:, None] + k[None, :]
+        p = tl.max_contiguous(tl.multiple_of(p, (1, BYTES)), (1, VECTOR))
+        m = (k < k1)[None, :]
+    else:
+        p = p_columns[None, :] + k[:, None].to(tl.int64) * strides[None, :].to(tl.int64)
+        p = tl.max_contiguous(tl.multiple_of(p, (1, BYTES)), (1, VECTOR))
+        m = (k < k1)[:, None]
+    if MASK:
+        b = tl.load(p, mask=m, other=0.0)
+    else:
+        b = tl.load(p)
+    return b
+
+
+def precision(types: set[torch.dtype], *, precise: bool) -> str:
+    """How to multiply operands of the given types: native, tf32x3, ieee or fp64; never plain tf32."""
+    if precise or torch.float64 in types:
+        return "fp64"
+    if len(types) == 1 and next(iter(types)).itemsize == 2:
+        return "native"
+    return float32_precision()
+
+
+def float32_precision() -> str:
+    """Three tf32 products where there are tf32 units; AMD multiplies float32 itself."""
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+def options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """Keyword arguments of a launch."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FP_FUSION}
+
+
+def interpret_flag() -> bool:
+    """The INTERPRET argument of the kernels."""
+    return interpreting()
+
+
+@dataclass(frozen=True)
+class AotConfig:
+    """One shipped configuration of a kernel, as the benchmarks' gate compiles it ahead of time."""
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]  # run-time arguments: Triton type strings
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    divisible: tuple[str, ...] = ()  # integer arguments that are multiples of 16; pointers always are
+    tensor_cores: bool = True  # whether the compiled kernel must hold tensor-core instructions
+    wide_loads: bool = True  # whether it must hold 128-bit loads

@@ -1,0 +1,143 @@
+"""Weighted combinations of the clients' LoRA factors: ``B = sum_u B_u P_u`` and ``A = sum_u Q_u A_u`` per module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._dispatch import resolve
+from ._factor_inputs import CACHE_BYTES, CACHE_BYTES_GPU, FLOATS, Factors, Stack, check_factors, flat, tall_A, tall_B
+
+Combined = list[Tensor] | None
+
+
+def factor_combine(
+    B: Factors | None,
+    A: Factors | None,
+    P: Sequence[Tensor] | None,
+    Q: Sequence[Tensor] | None,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Combined, Combined]:
+    """Combine the clients' factors of every module into one pair, accumulating wide and rounding once.
+
+    Args:
+        B: ``B[l][u]`` (m_l, r_lu) of module ``l`` and client ``u``, or None to skip the side.
+        A: ``A[l][u]`` (r_lu, n_l), or None.
+        P: ``P[l]`` float64, either blocks (R_l, r), ``B_out = sum_u B_u P_u``, or scalars (U_l,),
+            ``B_out = sum_u p_u B_u`` with every ``B_u`` padded by zero columns to the largest rank. None with ``B``.
+        Q: ``Q[l]`` float64, either blocks (r, R_l), ``A_out = sum_u Q_u A_u``, or scalars (U_l,). None with ``A``.
+        dtype: type of the outputs; by default that of the inputs.
+        backend: ``auto``, ``triton`` or ``torch``.
+
+    Returns:
+        Two lists, of (m_l, r) and (r, n_l) tensors on the inputs' device; None for a skipped side.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit together; the message names the tensor.
+        RuntimeError: ``backend="triton"`` cannot run here.
+    """
+    check_combine(B, A, P, Q, dtype)
+    resolve(backend, flat(B, A, P, Q))
+    return factor_combine_torch(B, A, P, Q, dtype=dtype)
+
+
+def check_combine(
+    B: Factors | None,
+    A: Factors | None,
+    P: Sequence[Tensor] | None,
+    Q: Sequence[Tensor] | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Raise ValueError unless the arguments of ``factor_combine`` fit together."""
+    check_factors(B, A)
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype: expected a float type, got {dtype}")
+    for name, factors, coefficients, rank_dim in (("P", B, P, 1), ("Q", A, Q, 0)):
+        side = "BA"[1 - rank_dim]
+        if (factors is None) != (coefficients is None):
+            raise ValueError(f"{name}: must be None exactly where {side} is None")
+        if coefficients is None or factors is None:
+            continue
+        if len(coefficients) != len(factors):
+            raise ValueError(f"{name}: {len(coefficients)} modules, {side} has {len(factors)}")
+        for l, (c, clients) in enumerate(zip(coefficients, factors, strict=True)):
+            R = sum(t.shape[rank_dim] for t in clients)
+            fits = c.shape == (len(clients),) or (c.ndim == 2 and c.shape[1 - rank_dim] == R)
+            if c.dtype != torch.float64 or not fits:
+                blocks = f"({R}, r)" if name == "P" else f"(r, {R})"
+                raise ValueError(
+                    f"{name}[{l}]: expected float64 ({len(clients)},) or {blocks}, got {tuple(c.shape)} {c.dtype}"
+                )
+
+
+@torch.no_grad()
+def factor_combine_torch(
+    B: Factors | None,
+    A: Factors | None,
+    P: Sequence[Tensor] | None,
+    Q: Sequence[Tensor] | None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Combined, Combined]:
+    """The torch twin of ``factor_combine``: float64 throughout, in blocks that fit the cache."""
+    left = right = None
+    if B is not None and P is not None:
+        left = [_combine(tall_B(bs), p, dtype, transposed=False) for bs, p in zip(B, P, strict=True)]
+    if A is not None and Q is not None:
+        right = [
+            _combine(tall_A(as_), q.T if q.ndim == 2 else q, dtype, transposed=True).T
+            for as_, q in zip(A, Q, strict=True)
+        ]
+    return left, right
+
+
+def output_dtype(columns: Sequence[Tensor], dtype: torch.dtype | None) -> torch.dtype:
+    """The asked type, or the common type of the inputs."""
+    for t in columns if dtype is None else ():
+        dtype = t.dtype if dtype is None else torch.promote_types(dtype, t.dtype)
+    assert dtype is not None
+    return dtype
+
+
+def _combine(stack: Stack, coefficients: Tensor, dtype: torch.dtype | None, *, transposed: bool) -> Tensor:
+    scalars = coefficients.ndim == 1
+    rank = max(t.shape[1] for t in stack.columns) if scalars else coefficients.shape[1]
+    shape = (rank, stack.length) if transposed else (stack.length, rank)
+    out = torch.zeros(shape, dtype=output_dtype(stack.columns, dtype), device=stack.device)
+    tall = out.T if transposed else out
+    if out.numel() and stack.width:
+        (_combine_scalars if scalars else _combine_blocks)(stack, coefficients, tall)
+    return tall
+
+
+def _combine_blocks(stack: Stack, P: Tensor, out: Tensor) -> None:
+    product = torch.empty(P.shape[1], min(stack.rows_per_block(), stack.length), dtype=P.dtype, device=P.device)
+    for start, stop, block in stack.blocks():
+        # as (r, rows): BLAS runs a product with few rows up to 30 times faster than one with few columns
+        out[start:stop].copy_(torch.mm(P.T, block.T, out=product[:, : stop - start]).T)
+
+
+def _combine_scalars(stack: Stack, p: Tensor, out: Tensor) -> None:
+    """``sum_u p_u B_u`` as one vector-matrix product per block: client u is row u of the block, zero-padded."""
+    clients, rank = len(stack.columns), out.shape[1]
+    cache = CACHE_BYTES if stack.device.type == "cpu" else CACHE_BYTES_GPU
+    step = min(stack.length, max(64, cache // (8 * clients * rank)))
+    ragged = any(t.shape[1] != rank for t in stack.columns)
+    shape = (clients, rank, step) if stack.wide else (clients, step, rank)
+    buffer = torch.zeros(shape, dtype=torch.float64, device=stack.device)
+    for start in range(0, stack.length, max(step, 1)):
+        stop = min(start + step, stack.length)
+        if stop - start < step:  # the last block is a fresh one: rows of a part of the buffer are not contiguous
+            shape = (clients, rank, stop - start) if stack.wide else (clients, stop - start, rank)
+            buffer = torch.zeros(shape, dtype=torch.float64, device=stack.device)
+        rows = [t[start:stop] for t in stack.columns]
+        if not ragged:
+            torch.stack([t.T for t in rows] if stack.wide else rows, out=buffer)
+        for u, t in enumerate(rows if ragged else ()):
+            (buffer[u].T if stack.wide else buffer[u])[:, : t.shape[1]].copy_(t)
+        part = (p @ buffer.view(clients, -1)).view(buffer.shape[1:])
+        out[start:stop].copy_(part.T if stack.wide else part)

@@ -1,0 +1,162 @@
+"""One weighted sum of K gradients, each a list of tensors, written where the caller wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._dispatch import resolve
+from ._grad_plan import Gradients, Layout, check_gradients, flat_range, flatten, memory_order, unflatten
+
+# Columns summed at a time: the accumulator and one converted gradient stay in the cache.
+BLOCK_COLUMNS = 1 << 18
+
+
+def grad_combine(
+    gradients: Gradients, coefficients: Tensor, *, out: Sequence[Tensor] | None = None, backend: str = "auto"
+) -> list[Tensor]:
+    """Return ``d = sum_k v_k g_k``, tensor by tensor, in one read of the gradients.
+
+    The sum is wide (float64 for float64 and float32 gradients, float32 for 16-bit ones) and rounded once.
+
+    Args:
+        gradients: K sequences of P tensors, the same shapes and types for every task (float64, float32, bfloat16 or
+            float16; types may differ between parameters).
+        coefficients: (K,) v of any float type, on any device; on the gradients' device they are not synchronised.
+        out: P tensors to write to (the parameters' ``.grad``), of the gradients' shapes, of any float type and
+            strides. ``out[p]`` may be one of the ``gradients[k][p]`` itself; it may overlap no other gradient and no
+            other output.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        ``out``, or P new tensors of the gradients' types, as a list.
+
+    Raises:
+        ValueError: gradients, coefficients or outputs that do not fit together, or outputs that overlap.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
+    """
+    layout = check_gradients(gradients)
+    if coefficients.shape != (layout.tasks,):
+        raise ValueError(f"coefficients: expected shape ({layout.tasks},), got {tuple(coefficients.shape)}")
+    v = coefficients.detach().to(device=layout.device, dtype=torch.float64)
+    if out is not None:
+        _check_out(out, layout)
+    if torch.compiler.is_compiling():
+        if out is None:
+            return _grad_combine_op(flatten(gradients), v, backend)
+        _grad_combine_out_op(flatten(gradients), v, list(out), backend)
+        return list(out)
+    outputs = _empty_like(gradients[0]) if out is None else list(out)
+    _combine(gradients, layout, v, outputs, backend)
+    return outputs
+
+
+def _combine(gradients: Gradients, layout: Layout, v: Tensor, out: Sequence[Tensor], backend: str) -> None:
+    _check_overlaps(gradients, out)
+    if resolve(backend, [v]) == "triton":
+        from . import _grad_combine_triton as kernel
+
+        kernel.combine(gradients, layout, v, out)
+    else:
+        _combine_torch(gradients, v, out)
+
+
+@torch.library.custom_op("fedgram::grad_combine", mutates_args=())
+def _grad_combine_op(gradients: Sequence[Tensor], coefficients: Tensor, backend: str) -> list[Tensor]:
+    nested = unflatten(gradients, coefficients.shape[0])
+    out = _empty_like(nested[0])
+    _combine(nested, check_gradients(nested), coefficients, out, backend)
+    return out
+
+
+@_grad_combine_op.register_fake
+def _(gradients: Sequence[Tensor], coefficients: Tensor, backend: str) -> list[Tensor]:
+    return _empty_like(unflatten(gradients, coefficients.shape[0])[0])
+
+
+@torch.library.custom_op("fedgram::grad_combine_out", mutates_args=("out",))
+def _grad_combine_out_op(
+    gradients: Sequence[Tensor], coefficients: Tensor, out: Sequence[Tensor], backend: str
+) -> None:
+    nested = unflatten(gradients, coefficients.shape[0])
+    _combine(nested, check_gradients(nested), coefficients, out, backend)
+
+
+@_grad_combine_out_op.register_fake
+def _(gradients: Sequence[Tensor], coefficients: Tensor, out: Sequence[Tensor], backend: str) -> None:
+    return None
+
+
+@torch.no_grad()
+def _combine_torch(gradients: Gradients, v: Tensor, out: Sequence[Tensor]) -> None:
+    """The torch twin: block by block, every gradient's block added to one wide accumulator."""
+    work = {
+        wide: torch.empty((2, BLOCK_COLUMNS), dtype=wide, device=v.device) for wide in map(_wide_type, gradients[0])
+    }
+    for p, target in enumerate(out):
+        tensors = [g[p] for g in gradients]
+        wide = _wide_type(tensors[0])
+        scale = v.to(wide)
+        flat = memory_order([*tensors, target])
+        *sources, result = flat if flat is not None else [*tensors, torch.empty_like(target).flatten()]
+        for start in range(0, target.numel(), BLOCK_COLUMNS):
+            stop = min(start + BLOCK_COLUMNS, target.numel())
+            total, term = work[wide][:, : stop - start]
+            total.zero_()
+            for k, source in enumerate(sources):
+                total.addcmul_(term.copy_(flat_range(source, start, stop)), scale[k])
+            result[start:stop].copy_(total)
+        if flat is None:
+            target.copy_(result.view(target.shape))
+
+
+def _wide_type(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.element_size() >= 4 else torch.float32
+
+
+def _empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t) for t in tensors]
+
+
+def _check_out(out: Sequence[Tensor], layout: Layout) -> None:
+    if len(out) != len(layout.shapes):
+        raise ValueError(f"out: expected {len(layout.shapes)} tensors, got {len(out)}")
+    for p, (t, shape) in enumerate(zip(out, layout.shapes, strict=True)):
+        if t.shape != shape:
+            raise ValueError(f"out[{p}]: expected shape {tuple(shape)}, got {tuple(t.shape)}")
+        if not t.is_floating_point() or t.device != layout.device:
+            raise ValueError(f"out[{p}]: expected a float tensor on {layout.device}, got {t.dtype} on {t.device}")
+        if torch._debug_has_internal_overlap(t) == 1:
+            raise ValueError(f"out[{p}]: several of its elements share one place in memory (an expanded tensor)")
+
+
+def _check_overlaps(gradients: Gradients, out: Sequence[Tensor]) -> None:
+    """Outputs may share memory with nothing but a gradient of the same parameter with the same elements."""
+    storages = {t.untyped_storage().data_ptr() for t in out}
+    if len(storages) == len(out) and not any(t.untyped_storage().data_ptr() in storages for g in gradients for t in g):
+        return
+    spans = [(*_span(t), p, t, "out") for p, t in enumerate(out) if t.numel()]
+    spans += [
+        (*_span(t), p, t, f"gradients[{k}]") for k, g in enumerate(gradients) for p, t in enumerate(g) if t.numel()
+    ]
+    spans.sort(key=lambda s: s[:2])
+    live: list[tuple] = []
+    for span in spans:
+        start, _, p, t, name = span
+        live = [other for other in live if other[1] > start]
+        for _, _, q, s, other in live:
+            if "out" in (name, other) and not (name != other and p == q and _same_elements(s, t)):
+                raise ValueError(f"{name}[{p}] and {other}[{q}] overlap in memory")
+        live.append(span)
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """First byte and the byte after the last of ``t``."""
+    extent = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
+    return t.data_ptr(), t.data_ptr() + extent * t.element_size()
+
+
+def _same_elements(s: Tensor, t: Tensor) -> bool:
+    return s.data_ptr() == t.data_ptr() and s.dtype == t.dtype and s.stride() == t.stride()

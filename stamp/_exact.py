@@ -1,0 +1,117 @@
+"""One dual to rounding on the CPU: Frank-Wolfe finds the face, closed forms solve it, an active set makes sure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ._degenerate import cone_projection, leave
+from ._faces import descend
+from ._frank_wolfe import pairwise_frank_wolfe
+from ._problem import Array, Point, Problem
+
+VIOLATION = 1e-14  # a task that gains less than this share of its terms is not let in
+COARSE = 1e-6  # Frank-Wolfe only has to find the face
+STATUSES = ("optimal", "degenerate", "mean", "stationary", "inexact", "nonfinite")
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What the exact solver found."""
+
+    w: Array
+    step: Array  # v - u
+    objective: float
+    gap: float
+    scale: float
+    status: str
+    iterations: int
+
+
+def solve(problem: Problem) -> Solution:
+    """Solve to the rounding of the Gram matrix. K = 1 and K = 2 come out in closed form: one face."""
+    trivial = _without_search(problem)
+    if trivial is not None:
+        return trivial
+    w = problem.u.copy()
+    point = problem.at(w)
+    if point.gap <= 0:  # the mean itself, as for gradients that agree: g_w = g0 to the last bit
+        return replace(_regular(problem, point, 0), step=problem.c * w)
+    return _active_set(problem, _start(problem))
+
+
+def _start(problem: Problem) -> Array:
+    """The best vertex, then Frank-Wolfe where there are faces enough to choose from."""
+    w = np.zeros(problem.K)
+    w[int((problem.beta + problem.s * problem.norms).argmin())] = 1.0
+    if problem.K <= 2:
+        return np.full(problem.K, 1.0 / problem.K)
+    return pairwise_frank_wolfe(problem, w, 8 * problem.K, COARSE)
+
+
+def _without_search(problem: Problem) -> Solution | None:
+    if problem.n0 == 0:
+        u = problem.u.copy()
+        return Solution(u, np.zeros_like(u), 0.0, 0.0, 0.0, "stationary", 0)
+    if problem.c == 0:
+        w = np.zeros(problem.K)
+        w[int(problem.beta.argmin())] = 1.0
+        value = float(problem.constant + problem.beta.min())
+        return Solution(w, np.zeros_like(w), value, 0.0, problem.scale(w > 0), "mean", 0)
+    return None
+
+
+def _regular(problem: Problem, point: Point, iterations: int) -> Solution:
+    step = (problem.s / point.norm) * point.w
+    scale = problem.scale(point.w > 0)
+    return Solution(point.w, step, problem.objective(point), point.gap, scale, "optimal", iterations)
+
+
+def _on_the_cone(problem: Problem, w: Array, x: Array, length: float, iterations: int) -> Solution:
+    step = problem.s / max(length, 1.0)
+    worst = float((problem.constant + problem.beta + step * _gram(problem, x)).min())
+    scale = max(problem.n0, problem.scale((w > 0) | (x != 0)))
+    return Solution(w, step * x, 0.0, max(-worst, 0.0), scale, "degenerate", iterations)
+
+
+def _gram(problem: Problem, x: Array) -> Array:
+    """``G x`` for any ``x``."""
+    return problem.n * x.sum() + problem.h * x.sum() + float(problem.h @ x) + problem.H @ x
+
+
+def _active_set(problem: Problem, w: Array) -> Solution:
+    best: Solution | None = None
+    iterations, limit, stalled, exits, lowest = 0, 30 * problem.K + 100, 0, 0, np.inf
+    while iterations < limit and stalled <= 5:
+        w, solves = descend(problem, w, limit - iterations)
+        iterations += solves
+        point = problem.at(w)
+        if point.vanishing:
+            x, length = cone_projection(problem, w)
+            if length > 1 + 1e-9 and exits < 5:  # the optimum lies below zero, away from this point
+                exits += 1
+                w = pairwise_frank_wolfe(problem, leave(w, x), 8 * problem.K, COARSE)
+                continue
+            return _on_the_cone(problem, w, x, length, iterations)
+        found = _regular(problem, point, iterations)
+        # The objective falls with every face; the gap need not. Neither falling is rounding.
+        stalled = 0 if best is None or found.gap < best.gap or found.objective < lowest else stalled + 1
+        lowest = min(lowest, found.objective)
+        if best is None or found.gap < best.gap:
+            best = found
+        entering = _entering(problem, point)
+        if entering is None:
+            break
+        w = w.copy()
+        w[entering] = np.finfo(np.float64).tiny
+    assert best is not None
+    return replace(best, iterations=iterations)
+
+
+def _entering(problem: Problem, point: Point) -> int | None:
+    """The task outside the face that gains most, relative to the rounding of its terms."""
+    gain = (point.slope - float(point.w @ point.slope)) / np.maximum(problem.rounding(point.w), 1e-300)
+    gain[point.w > 0] = np.inf
+    k = int(gain.argmin())
+    return k if gain[k] < -VIOLATION else None

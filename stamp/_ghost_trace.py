@@ -1,0 +1,175 @@
+"""Running tasks through a model and catching, per layer call, what the ghost Gram needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from ._ghost_uses import Use, supported, use_of
+from ._ghost_weight import GhostWeight
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+# Layers whose few parameters are materialised without a word.
+SMALL = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.PReLU)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of a ghost layer during the forward pass."""
+
+    module: nn.Module
+    x: Tensor
+    version: int
+    source: Node | None  # what made x, to go on from when the graph is walked
+    rows: int  # samples and positions
+    out: GradientEdge  # the output as the layer made it: a later in-place operation does not change this edge
+
+    def inputs(self) -> Tensor:
+        """What went into the layer. Raises RuntimeError where it was overwritten since, as autograd would."""
+        if self.x._version != self.version:
+            raise RuntimeError(f"the input of a {type(self.module).__name__} was modified in place after its use")
+        return self.x
+
+
+class Trace:
+    """The tasks' gradients with respect to every trainable parameter of a model, ghost or materialised.
+
+    Attributes:
+        ghosts: the weights of layers that have a ghost form.
+        gradients: parameter name -> per task its gradient or None, for all the others.
+        outside: names of ghost-form weights that are also used outside of their layers' calls.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, tasks: int) -> None:
+        self.model, self.loss_fn, self.tasks = model, loss_fn, tasks
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("model: no parameter requires a gradient")
+        names = {id(p): name for name, p in self.parameters.items()}
+        self._modules = [m for m in model.modules() if supported(m) and id(m.weight) in names]
+        self.ghosts = {id(m.weight): GhostWeight(names[id(m.weight)], m.weight, tasks) for m in self._modules}
+        self.gradients: dict[str, list[Tensor | None]] = {
+            name: [] for name, p in self.parameters.items() if id(p) not in self.ghosts
+        }
+        self.outside: list[str] = []
+
+    def add(self, batch: Any, task: int) -> None:
+        """Run one task forward and back, and keep its factors and gradients."""
+        with self._recorded_calls() as calls:
+            loss = self.loss_fn(self.model, batch)
+        _check_loss(loss, task)
+        for ghost in self._used_outside(loss, calls):
+            self.outside.append(ghost.name)
+            ghost.materialise()
+        self._choose(calls)
+        calls = [call for call in calls if self._ghost_of(call).is_ghost]
+        plain = {name: p for name, p in self.parameters.items() if not self._is_ghost(p)}
+        wanted = [call.out for call in calls] + list(plain.values())
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+        self._keep_gradients(plain, grads[len(calls) :])
+        self._keep_uses(calls, grads[: len(calls)])
+
+    def materialised(self) -> dict[str, list[Tensor | None]]:
+        """Parameter name -> per task its gradient, or None, for everything that is not a ghost."""
+        turned = {ghost.name: ghost.gradients for ghost in self.ghosts.values() if ghost.gradients is not None}
+        return self.gradients | turned
+
+    def first_not_finite(self) -> int | None:
+        """The first task with a factor or gradient that is not finite, or None."""
+        for k in range(self.tasks):
+            tensors = [grads[k] for grads in self.materialised().values() if grads[k] is not None]
+            for ghost in self.ghosts.values():
+                tensors += [t for use in ghost.uses[k] for t in use.factors()] if ghost.is_ghost else []
+            if not all(bool(torch.isfinite(t).all()) for t in tensors):
+                return k
+        return None
+
+    def unsupported(self) -> list[str]:
+        """Names of modules that own trainable parameters and have no ghost form, small layers aside."""
+        return [
+            name or type(module).__name__
+            for name, module in self.model.named_modules()
+            if any(p is not None and p.requires_grad for p in module._parameters.values())
+            and not supported(module)
+            and not isinstance(module, SMALL)
+        ]
+
+    def _ghost_of(self, call: _Call) -> GhostWeight:
+        return self.ghosts[id(call.module.weight)]
+
+    def _is_ghost(self, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self.ghosts and self.ghosts[id(parameter)].is_ghost
+
+    def _choose(self, calls: list[_Call]) -> None:
+        """Have each weight settle, before the backward pass, whether it stays a ghost with this task's rows."""
+        for ghost in self.ghosts.values():
+            mine = [call for call in calls if call.module.weight is ghost.weight]
+            tokens = sum(call.rows for call in mine if isinstance(call.module, nn.Embedding))
+            ghost.expect(sum(call.rows for call in mine) - tokens, tokens)
+
+    def _keep_gradients(self, plain: dict[str, nn.Parameter], grads: Sequence[Tensor | None]) -> None:
+        for (name, p), grad in zip(plain.items(), grads, strict=True):
+            kept = self.ghosts[id(p)].gradients if id(p) in self.ghosts else self.gradients[name]
+            kept.append(grad.to_dense() if grad is not None and grad.is_sparse else grad)
+
+    def _keep_uses(self, calls: list[_Call], grads: Sequence[Tensor | None]) -> None:
+        uses: dict[int, list[Use]] = {key: [] for key, ghost in self.ghosts.items() if ghost.is_ghost}
+        for call, grad in zip(calls, grads, strict=True):
+            if grad is not None:
+                uses[id(call.module.weight)].append(use_of(call.module, call.inputs(), grad))
+        for key, kept in uses.items():
+            self.ghosts[key].uses.append(kept)
+
+    @contextmanager
+    def _recorded_calls(self) -> Iterator[list[_Call]]:
+        """Collect the calls of ghost layers while the block runs; no hook outlives it."""
+        calls: list[_Call] = []
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            if out.requires_grad:
+                x = args[0] if args else kwargs["input"]
+                rows = out.numel() // module.weight.shape[isinstance(module, nn.Embedding)]
+                calls.append(_Call(module, x.detach(), x._version, x.grad_fn, rows, get_gradient_edge(out)))
+
+        handles = []
+        try:
+            for module in self._modules:  # first in line: a user's own hook may return something else as the output
+                handles.append(module.register_forward_hook(record, prepend=True, with_kwargs=True))
+            yield calls
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _used_outside(self, loss: Tensor, calls: list[_Call]) -> list[GhostWeight]:
+        """Ghost weights that the loss depends on other than through the recorded calls.
+
+        Walks the graph around the layers: from the loss and from every recorded input, never through a recorded
+        output. A weight that is still met was used by other code (a functional call, a regulariser, attention).
+        """
+        leaves = {get_gradient_edge(g.weight).node: g for g in self.ghosts.values() if g.is_ghost}
+        seen = {call.out.node for call in calls}
+        pending = [loss.grad_fn, *(call.source for call in calls)]
+        found = []
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in leaves:
+                found.append(leaves[node])
+            pending.extend(child for child, _ in node.next_functions)
+        return found
+
+
+def _check_loss(loss: Any, task: int) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn: expected one floating-point number for task {task}, got {got}")
+    if not loss.requires_grad:
+        raise ValueError(f"loss_fn: the loss of task {task} depends on no trainable parameter")

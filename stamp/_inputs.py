@@ -1,0 +1,93 @@
+"""Checks of what callers hand to the dual, and the choice of the form in which it is solved."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._problem import EPS, Array, Problem
+from .gramian import Gramian
+
+FLOAT32 = 1e-5  # what float32 sums of products may be off by; Gram matrices made of them are welcome
+HALF = 2e-2
+
+
+def checked_strength(c: float) -> float:
+    """Return ``c`` as a float in [0, 1).
+
+    Raises:
+        ValueError: it is not one number in that range.
+    """
+    try:
+        value = float(c)
+    except (TypeError, ValueError):
+        raise ValueError(f"c: expected one number in [0, 1), got {c!r}") from None
+    if not 0 <= value < 1:
+        raise ValueError(f"c: expected a number in [0, 1), got {value}")
+    return value
+
+
+def checked_matrix(G: Tensor | np.ndarray) -> Tensor:
+    """Return a Gram matrix (K, K) or a batch of them as float64 on its device, its shape and dtype checked."""
+    try:
+        matrix = torch.as_tensor(G)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"gramian: expected a matrix ({error})") from None
+    if matrix.ndim not in (2, 3) or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"gramian: expected (K, K) or (batch, K, K), got {tuple(matrix.shape)}")
+    if matrix.shape[-1] == 0:
+        raise ValueError("gramian: K is 0; at least one gradient is needed")
+    if matrix.is_complex():
+        raise ValueError(f"gramian: expected real numbers, got {matrix.dtype}")
+    return matrix.detach().to(torch.float64)
+
+
+def check_values(G: Array, accuracy: float = FLOAT32) -> None:
+    """Check one dense Gram matrix on the host: finite, symmetric, positive semidefinite, each up to rounding.
+
+    Raises:
+        ValueError: which entry, and by how much.
+    """
+    if not np.isfinite(G).all():
+        # A bad gradient spoils its own row and one entry of every other row.
+        rows = np.flatnonzero(~np.isfinite(G).all(axis=1))
+        task = next((int(k) for k in rows if not math.isfinite(G[k, k])), int(rows[0]))
+        raise ValueError(f"gramian: not finite: the squared norm of gradient {task} is {G[task, task]}")
+    diagonal = G.diagonal()
+    floor = 64 * EPS * float(np.abs(diagonal).max())  # a plain matrix made from a centred one is off by that
+    if (diagonal < -floor).any():
+        k = int(diagonal.argmin())
+        raise ValueError(f"gramian: entry ({k}, {k}) is {diagonal[k]:.3g}; a squared norm is not negative")
+    unit = np.sqrt(np.maximum(diagonal, 0.0) + floor / accuracy + 1e-300)
+    scaled = G / unit[:, None] / unit
+    skew = np.abs(scaled - scaled.T)
+    if skew.max() > accuracy:
+        i, j = np.unravel_index(int(skew.argmax()), G.shape)
+        raise ValueError(
+            f"gramian: not symmetric: entries ({i}, {j}) and ({j}, {i}) are {G[i, j]:.9g} and {G[j, i]:.9g}"
+        )
+    shifted = torch.from_numpy(scaled + accuracy * len(G) * np.eye(len(G)))
+    if int(torch.linalg.cholesky_ex(shifted)[1]):
+        lowest = float(np.linalg.eigvalsh(scaled)[0])
+        raise ValueError(
+            f"gramian: indefinite: its smallest eigenvalue, for gradients scaled to length 1, is {lowest:.3g}; "
+            "inner products cannot give that"
+        )
+
+
+def problem_of(gramian: Gramian | Array, u: Array, c: float) -> Problem:
+    """The dual of one Gram matrix, kept centred or plain, whichever loses no digits."""
+    if isinstance(gramian, Gramian):
+        n0, h, H = (part.cpu().numpy() for part in (gramian.n0, gramian.h, gramian.H))
+        return Problem.build(float(n0), h, (H + H.T) / 2, u, c)
+    G = (gramian + gramian.T) / 2
+    b = G @ u
+    n0 = float(b @ u)
+    H = G - b[:, None] - b + n0
+    # Every gradient longer than half the mean: centring subtracts nothing that it needs.
+    if H.diagonal().max() <= n0 / 4:
+        return Problem.build(n0, b - n0, H, u, c)
+    return Problem.build(0.0, np.zeros(len(G)), G, u, c)

@@ -1,0 +1,95 @@
+"""The dual of one matching as numbers: ``min over the simplex of beta'w + s sqrt(n + 2 h'w + w'Hw)``.
+
+``n + h_k + h_l + H_kl`` is the Gram matrix around any common vector: its mean for a centred Gramian, zero for a plain
+matrix. Only differences of ``beta`` and of ``y = Hw + h`` enter, so the size of the common vector costs no digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+EPS = float(np.finfo(np.float64).eps)
+# Below this share of the lengths summed, a length computed from a float64 Gram matrix is rounding: sqrt(45 eps).
+VANISHING = 1e-7
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A point of the simplex and what the Gram matrix says of it."""
+
+    w: Array
+    norm: float  # ||g_w||
+    reach: float  # the lengths summed in g_w: norm is known to about sqrt(eps) * reach
+    slope: Array  # gradient of the objective up to a constant; <g_k, d> up to the same constant
+    gap: float  # f(w) - min_k <g_k, d>, at least 0 by construction
+
+    @property
+    def vanishing(self) -> bool:
+        """Whether ``g_w = 0`` to the precision of the Gram matrix."""
+        return self.norm <= VANISHING * self.reach
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One dual with everything that does not depend on the point."""
+
+    n: float
+    h: Array
+    H: Array
+    u: Array
+    c: float
+    beta: Array  # <g_k, g0> up to a constant
+    constant: float
+    n0: float  # ||g0||^2
+    root: Array  # sqrt(H_kk)
+    norms: Array  # ||g_k||
+    s: float  # c ||g0||
+
+    @classmethod
+    def build(cls, n: float, h: Array, H: Array, u: Array, c: float) -> Problem:
+        """Derive the rest from the Gram matrix ``n + h_k + h_l + H_kl``, the weights and the strength."""
+        Hu = H @ u
+        n0 = n + 2 * float(h @ u) + float(u @ Hu)
+        diagonal = H.diagonal()
+        root = np.sqrt(np.maximum(diagonal, 0.0))
+        base = np.sqrt(max(n, 0.0))
+        squares = n + 2 * h + diagonal
+        norms = np.sqrt(np.where(squares > 16 * EPS * (base + root) ** 2, squares, 0.0))
+        reach = base + float(root @ u)
+        n0 = 0.0 if n0 <= 16 * EPS * reach * reach else n0
+        return cls(n, h, H, u, c, h + Hu, n + float(h @ u), n0, root, norms, c * np.sqrt(n0))
+
+    @property
+    def K(self) -> int:
+        """The number of gradients."""
+        return len(self.h)
+
+    def rounding(self, w: Array) -> Array:
+        """Sizes of the terms summed in ``slope`` at ``w``: what one part in 1 / eps of rounding is relative to."""
+        y = self.H @ w + self.h
+        norm = np.sqrt(max(self.n + self.h @ w + y @ w, 1e-300))
+        return np.abs(self.beta) + self.s * (np.abs(self.h) + self.root * (self.root @ w)) / norm
+
+    def at(self, w: Array) -> Point:
+        """Evaluate the point ``w``. The slope is that of the smooth part where ``g_w`` vanishes exactly."""
+        y = self.H @ w + self.h
+        norm = float(np.sqrt(max(self.n + self.h @ w + y @ w, 0.0)))
+        slope = self.beta + (self.s / norm if norm > 0 else 0.0) * y
+        # f is homogeneous of degree 1, so f(w) = <w, slope>: the gap is a sum of terms none of which is negative.
+        gap = float(w @ (slope - slope.min()))
+        reach = float(np.sqrt(max(self.n, 0.0)) + self.root @ w)
+        return Point(w, norm, reach, slope, gap)
+
+    def objective(self, point: Point) -> float:
+        """``f(w) = <g_w, g0> + c ||g0|| ||g_w||``."""
+        return float(self.constant + self.beta @ point.w + self.s * point.norm)
+
+    def scale(self, active: Array) -> float:
+        """The largest ``|<g_k, g0>| + c ||g0|| ||g_k||`` over the active tasks: what a relative gap is relative to."""
+        sizes = np.abs(self.constant + self.beta) + self.s * self.norms
+        return float(sizes[active].max() if active.any() else sizes.max())

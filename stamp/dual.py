@@ -1,0 +1,225 @@
+"""The dual of gradient matching: K x K numbers in, weights and a certificate out (STAMP, arXiv:2506.12031; CAGrad)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._batched import solve_batched
+from ._exact import STATUSES, Solution, solve
+from ._inputs import FLOAT32, HALF, check_values, checked_matrix, checked_strength, problem_of
+from .gramian import Gramian, WeightsLike, normalised_weights
+
+TOLERANCE = 1e-9  # relative gap up to which a result counts as solved
+CROWD = 64  # problems from which the batched method is the faster one on a CPU
+
+
+@dataclass(frozen=True, eq=False)
+class Dual:
+    """The solution of ``min over w in the simplex of <g_w, g0> + c ||g0|| ||g_w||``, one or a batch of them.
+
+    The tensors lie on the device of the Gram matrix. ``objective``, ``gap``, ``scale``, ``relative_gap`` and ``status``
+    are read when asked for: on a GPU that waits for the device, so ask after the direction is applied.
+
+    Attributes:
+        weights: ``w``, shape (K,) or (batch, K), float64, at least 0, summing to 1.
+        coefficients: ``v``, same shape: the matched direction is ``d = sum_k v_k g_k``.
+        iterations: faces solved, or the fixed number of passes of the batched method.
+    """
+
+    weights: Tensor
+    coefficients: Tensor
+    iterations: int
+    _numbers: Tensor = field(repr=False)  # (..., 3): objective, gap, scale
+    _codes: Tensor = field(repr=False)  # (...): index into STATUSES
+    _given: tuple[Gramian | Tensor, float, Tensor, float] = field(repr=False)  # matrix, c, weights, rescaling factor
+
+    @property
+    def objective(self) -> float | Tensor:
+        """``f(w)``: no direction in the ball of radius ``c ||g0||`` around ``g0`` gains more than this on every task."""
+        return self._number(0)
+
+    @property
+    def gap(self) -> float | Tensor:
+        """``f(w) - min_k <g_k, d>``, at least 0: bounds the distance to the optimum of the primal and of the dual.
+
+        ``d`` is the direction before ``rescale``. Computed from the Gram matrix at the returned ``w``.
+        """
+        return self._number(1)
+
+    @property
+    def scale(self) -> float | Tensor:
+        """The largest ``|<g_k, g0>| + c ||g0|| ||g_k||`` over the tasks that take part in the answer."""
+        return self._number(2)
+
+    @property
+    def relative_gap(self) -> float | Tensor:
+        """``gap / scale`` (0 where both are 0): float64 sums of terms of that size cannot certify below about 1e-16."""
+        gap, scale = self._numbers[..., 1], self._numbers[..., 2]
+        ratio = torch.where(scale > 0, gap / torch.where(scale > 0, scale, 1.0), gap)
+        return float(ratio) if ratio.ndim == 0 else ratio
+
+    @property
+    def status(self) -> str | tuple[str, ...]:
+        """How each problem ended.
+
+        - ``optimal``: the relative gap is at most 1e-9.
+        - ``degenerate``: some weighting of the gradients is zero; the direction is the mean gradient projected on the
+          cone ``<g_k, d> >= 0``, the limit of the matching. The objective is 0.
+        - ``mean``: ``c = 0``; the direction is the mean gradient.
+        - ``stationary``: the mean gradient is zero, and so is the direction.
+        - ``inexact``: the gap is above 1e-9; for a batch on a GPU ``refine()`` may close it.
+        - ``nonfinite``: the Gram matrix has infinite or NaN entries; the coefficients are NaN.
+        """
+        codes = self._codes.tolist()
+        return STATUSES[codes] if isinstance(codes, int) else tuple(STATUSES[k] for k in codes)
+
+    def refine(self) -> Dual:
+        """Solve again on the CPU, to rounding, every problem that is ``inexact``; waits for the device."""
+        statuses = self.status if isinstance(self.status, tuple) else (self.status,)
+        bad = [i for i, status in enumerate(statuses) if status == "inexact"]
+        if not bad:
+            return self
+        if self.weights.ndim == 1:
+            return _single(*self._given, self.weights.device)
+        matrix, c, u, factor = self._given
+        weights, coefficients = self.weights.clone(), self.coefficients.clone()
+        numbers, codes = self._numbers.clone(), self._codes.clone()
+        for i in bad:
+            one = _single(_entry(matrix, i), c, u[i], factor, weights.device)
+            weights[i], coefficients[i], numbers[i], codes[i] = one.weights, one.coefficients, one._numbers, one._codes
+        return replace(self, weights=weights, coefficients=coefficients, _numbers=numbers, _codes=codes)
+
+    def _number(self, index: int) -> float | Tensor:
+        value = self._numbers[..., index]
+        return float(value) if value.ndim == 0 else value
+
+
+def solve_dual(
+    gramian: Gramian | Tensor | np.ndarray,
+    c: float,
+    weights: WeightsLike | None = None,
+    *,
+    rescale: bool | str = False,
+    method: str = "auto",
+) -> Dual:
+    """Solve the dual of gradient matching to rounding, with its certificate (arXiv:2506.12031; MGDA and CAGrad duals).
+
+    ``g0 = sum_k u_k g_k`` is the mean under ``weights`` u, and the dual is ``min over w in the simplex of
+    <g_w, g0> + c ||g0|| ||g_w||`` with ``g_w = sum_k w_k g_k``. Its solution gives the direction ``d = sum_k v_k g_k``,
+    ``v = u + (c ||g0|| / ||g_w||) w``, that maximises ``min_k <g_k, d>`` over ``||d - g0|| <= c ||g0||``. A task of
+    weight 0 does not enter ``g0`` and still counts in the minimum.
+
+    Args:
+        gramian: inner products of K gradients, shape (K, K), or a batch of them, (batch, K, K), any real dtype; or a
+            Gramian, which keeps the digits of gradients that share a large part. Solved in float64. K from 1 to some
+            thousands.
+        c: strength in [0, 1). 0 gives the mean, near 1 the direction of the least norm in the hull.
+        weights: u, shape (K,), or (batch, K) for a batch; normalised to sum 1. Default: those the Gramian is centred
+            at, else uniform.
+        rescale: multiplies the coefficients. False: 1. True or "authors": 1 / (1 + c^2), as the authors' code does.
+            "mean": 1 / (1 + c), which makes gradients that agree give exactly their mean.
+        method: "exact" (one by one on the CPU, to rounding), "batched" (fixed number of passes, never waits for the
+            device; problems left above a relative gap of 1e-9 are redone exactly on the CPU, on a GPU only by
+            ``Dual.refine()``), "auto": exact for fewer than 64 matrices on the CPU, batched otherwise.
+
+    Returns:
+        A Dual with float64 tensors on the device of the Gram matrix.
+
+    Raises:
+        ValueError: K is 0; the matrix is not square, not symmetric or indefinite beyond rounding; an entry is not
+            finite (the message names the gradient); c or the weights are out of range. On a GPU the values are not
+            looked at: non-finite ones give NaN coefficients and the status "nonfinite".
+    """
+    c = checked_strength(c)
+    factor = rescaling(rescale, c)
+    if method not in ("auto", "exact", "batched"):
+        raise ValueError(f"method: expected auto, exact or batched, got {method!r}")
+    accuracy = HALF if getattr(gramian, "dtype", None) in (torch.float16, torch.bfloat16, np.float16) else FLOAT32
+    matrix = gramian if isinstance(gramian, Gramian) else checked_matrix(gramian)
+    shape, device = (
+        (matrix.h.shape, matrix.h.device) if isinstance(matrix, Gramian) else (matrix.shape[:-1], matrix.device)
+    )
+    u = _weights(weights, matrix, shape)
+    if device.type == "cpu":
+        dense = matrix.dense() if isinstance(matrix, Gramian) else matrix
+        for one in dense.numpy().reshape(-1, shape[-1], shape[-1]):
+            check_values(one, accuracy)
+    if method == "auto":
+        method = "exact" if device.type == "cpu" and shape[:-1].numel() < CROWD else "batched"
+    if method == "exact" and len(shape) == 1:
+        return _single(matrix, c, u, factor, device)
+    if method == "exact":
+        duals = [_single(_entry(matrix, i), c, u[i], factor, device) for i in range(shape[0])]
+        return _stacked(duals, matrix, c, u, factor)
+    dual = _batch(matrix, c, u, factor)
+    return dual.refine() if device.type == "cpu" else dual
+
+
+def rescaling(rescale: bool | str, c: float) -> float:
+    """The factor that ``rescale`` stands for."""
+    if rescale is True or rescale == "authors":
+        return 1 / (1 + c * c)
+    if rescale == "mean":
+        return 1 / (1 + c)
+    if rescale is False:
+        return 1.0
+    raise ValueError(f"rescale: expected False, True, 'authors' or 'mean', got {rescale!r}")
+
+
+def _weights(weights: WeightsLike | None, matrix: Gramian | Tensor, shape: torch.Size) -> Tensor:
+    """``u`` on the device, shape (K,), or (batch, K) for a batch."""
+    device = matrix.h.device if isinstance(matrix, Gramian) else matrix.device
+    if weights is None and isinstance(matrix, Gramian) and matrix.weights is not None:
+        return matrix.weights.to(torch.float64).expand(shape)
+    if np.ndim(weights) == 2 and len(shape) == 2:  # type: ignore[arg-type]
+        if len(weights) != shape[0]:  # type: ignore[arg-type]
+            raise ValueError(f"weights: expected one row for each of {shape[0]} matrices, got {len(weights)}")  # type: ignore[arg-type]
+        rows = np.stack([normalised_weights(row, shape[-1]) for row in weights])  # type: ignore[union-attr]
+        return torch.from_numpy(rows).to(device)
+    return torch.from_numpy(normalised_weights(weights, shape[-1])).to(device).expand(shape)
+
+
+def _entry(matrix: Gramian | Tensor, i: int) -> Gramian | Tensor:
+    return Gramian(matrix.n0[i], matrix.h[i], matrix.H[i]) if isinstance(matrix, Gramian) else matrix[i]
+
+
+def _single(matrix: Gramian | Tensor, c: float, u: Tensor, factor: float, device: torch.device) -> Dual:
+    """The exact solver, and its answer back on the device."""
+    given = matrix if isinstance(matrix, Gramian) else matrix.cpu().numpy()
+    solution = solve(problem_of(given, u.cpu().numpy(), c))
+    v = _coefficients(u, torch.from_numpy(solution.step).to(device), factor)
+    numbers = torch.tensor([solution.objective, solution.gap, solution.scale], dtype=torch.float64)
+    code = torch.tensor(STATUSES.index(_status(solution)))
+    w, numbers, code = (part.to(device) for part in (torch.from_numpy(solution.w), numbers, code))
+    return Dual(w, v, solution.iterations, numbers, code, (matrix, c, u, factor))
+
+
+def _coefficients(u: Tensor, step: Tensor, factor: float) -> Tensor:
+    """``factor (u + step)``, written so that factor = 1 / (1 + c) gives u to the last bit where step = c u."""
+    if factor == 1:
+        return u + step
+    return u + factor * (step - (1 / factor - 1) * u)
+
+
+def _status(solution: Solution) -> str:
+    return solution.status if solution.gap <= TOLERANCE * solution.scale else "inexact"
+
+
+def _stacked(duals: list[Dual], matrix: Gramian | Tensor, c: float, u: Tensor, factor: float) -> Dual:
+    w, v, numbers, codes = (
+        torch.stack([getattr(dual, name) for dual in duals])
+        for name in ("weights", "coefficients", "_numbers", "_codes")
+    )
+    return Dual(w, v, max(dual.iterations for dual in duals), numbers, codes, (matrix, c, u, factor))
+
+
+def _batch(matrix: Gramian | Tensor, c: float, u: Tensor, factor: float) -> Dual:
+    parts = (matrix.n0, matrix.h, matrix.H) if isinstance(matrix, Gramian) else (matrix,)
+    one = u.ndim == 1
+    batched = solve_batched(tuple(part[None] for part in parts) if one else parts, u[None] if one else u, c, TOLERANCE)
+    w, step, numbers, codes = ((part[0] if one else part) for part in batched[:4])
+    return Dual(w, _coefficients(u, step, factor), batched[4], numbers, codes, (matrix, c, u, factor))

@@ -1,0 +1,187 @@
+"""The Gramian of task gradients, and the matched direction, without storing a gradient."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedgram.kernels import grad_gram
+
+from ._ghost_trace import LossFn, Trace
+from .dual import Dual, solve_dual
+from .gramian import Gramian, WeightsLike, normalised_weights
+
+Tasks = Sequence[Any | Callable[[], Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class GhostMatch:
+    """A matched direction that lies in the parameters' ``.grad``.
+
+    Attributes:
+        dual: the solution of the dual, with its certificate ``gap``.
+        gramian: the Gramian of the tasks' gradients that it was solved on.
+        losses: the tasks' losses, shape (K,), detached.
+    """
+
+    dual: Dual
+    gramian: Gramian
+    losses: Tensor
+
+
+def ghost_gramian(
+    model: nn.Module,
+    loss_fn: LossFn,
+    tasks: Tasks,
+    weights: WeightsLike | None = None,
+    *,
+    backend: str = "auto",
+) -> Gramian:
+    """The Gramian of the tasks' gradients at the model's current parameters, the large ones never formed.
+
+    With inputs ``a_i`` and output gradients ``d_i`` of a layer over samples and positions, a task's gradient is
+    ``sum_i d_i a_i^T``, hence ``<g_k, g_l> = sum over i in k, j in l of (a_i . a_j)(d_i . d_j)``. Linear, Conv1d,
+    Conv2d (one group) and Embedding weights are computed so wherever ``N^2 (p + q) < (N + K^2) p q``, N being the rows
+    of all tasks, (q, p) the weight's shape and K the number of tasks; the other way round they are materialised, one
+    gradient per task. Biases and normalisation layers are small and always materialised. Several uses of a layer and
+    tied weights stack as rows. Everything else is materialised, and a warning names it.
+
+    Each task runs forward and back once by itself, so batch normalisation couples the samples of one task only (as it
+    does in training). Buffers (running statistics), modes, hooks and ``.grad`` are as before afterwards, also after an
+    error. It is valid for first-order gradients at one point, not for the deltas of several local steps.
+
+    Precision: the rows are what the model's own arithmetic makes them (in float32 each carries a few relative 6e-8, as
+    in any backward pass). From there on products and sums are float64: G is off by at most about 1e-16 times
+    ``sum |a_i||a_j||d_i||d_j|``, so that gradients differing by a relative 1e-4 keep about eight digits of their
+    differences' products where rows do not cancel. Materialised parts are centred first (``grad_gram``).
+
+    Args:
+        model: any module with trainable parameters.
+        loss_fn: ``loss_fn(model, batch)`` -> one number, usually the mean loss over the task's batch.
+        tasks: one entry per task: the batch itself (whatever ``loss_fn`` takes), or a callable that returns it.
+        weights: the weights of the mean ``g0``, shape (K,), default uniform; divided by their sum.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        The same object that ``stamp.gramian`` returns.
+
+    Raises:
+        ValueError: no tasks, bad weights, a loss that is not one number or depends on no trainable parameter, a model
+            without trainable parameters, or a task whose gradient is not finite (named).
+        RuntimeError: a layer's input was modified in place after its use.
+    """
+    u = normalised_weights(weights, len(tasks))
+    with _buffers_kept(model):
+        trace = Trace(model, loss_fn, len(tasks))
+        for k, task in enumerate(tasks):
+            trace.add(_batch(task), k)
+    _warn_of_materialised(trace)
+    return _checked(_gramian(trace, u, backend), trace)
+
+
+def ghost_match(
+    model: nn.Module,
+    loss_fn: LossFn,
+    tasks: Tasks,
+    weights: WeightsLike | None = None,
+    *,
+    c: float = 0.25,
+    backend: str = "auto",
+) -> GhostMatch:
+    """Write the matched direction of the tasks' gradients into ``.grad``: two passes, no gradient stored.
+
+    The first pass makes the ghost Gramian, the dual is solved on it, and the second backpropagates
+    ``sum_k v_k loss_k``, whose gradient is the direction ``d = sum_k v_k g_k`` (STAMP, arXiv:2506.12031, gradient
+    matching; MGDA-like dual of CAGrad). Both passes draw the same random numbers (dropout), so that they see the same
+    gradients; the second one is an ordinary training pass, which updates running statistics.
+
+    ``.grad`` is overwritten, not added to, and None where no task reaches a parameter. If anything raises, it is as
+    before. Arguments, shapes and errors as in ``ghost_gramian``; a callable task is called once.
+
+    Args:
+        model, loss_fn, tasks, weights, backend: as in ``ghost_gramian``.
+        c: strength of the matching, in [0, 1); 0 gives the weighted mean gradient.
+    """
+    batches = [_batch(task) for task in tasks]
+    with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.device.type == "cuda"}):
+        gramian = ghost_gramian(model, loss_fn, batches, weights, backend=backend)
+    dual = solve_dual(gramian, c, weights)
+    with _grads_restored_on_error(model):
+        losses = [_backward(loss_fn(model, batch), v) for batch, v in zip(batches, dual.coefficients, strict=True)]
+    return GhostMatch(dual, gramian, torch.stack(losses))
+
+
+def _batch(task: Any) -> Any:
+    return task() if callable(task) else task
+
+
+def _backward(loss: Tensor, v: Tensor) -> Tensor:
+    (loss.reshape(()) * v.to(loss)).backward()
+    return loss.detach().reshape(())
+
+
+def _gramian(trace: Trace, u: np.ndarray, backend: str) -> Gramian:
+    """The sum over parameters, to which each part adds its inner products."""
+    parts = [Gramian.from_dense(g.gram(backend), u) for g in trace.ghosts.values() if g.is_ghost]
+    if gradients := trace.materialised():
+        zeros = {name: torch.zeros_like(trace.parameters[name]) for name in gradients}
+        columns = [[zeros[n] if g is None else g for g in grads] for n, grads in gradients.items()]
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        parts.append(Gramian(*grad_gram(rows, torch.from_numpy(u), precise=True, backend=backend)))
+    n0, h, H = (sum(getattr(part, field) for part in parts) for field in ("n0", "h", "H"))
+    return Gramian(n0, h, H, torch.from_numpy(u).to(h.device))
+
+
+def _checked(gramian: Gramian, trace: Trace) -> Gramian:
+    if not bool(torch.isfinite(gramian.H).all()):  # every entry of H depends on every task
+        raise ValueError(f"tasks: the gradient of task {trace.first_not_finite()} is not finite")
+    return gramian
+
+
+def _warn_of_materialised(trace: Trace) -> None:
+    reasons = []
+    if names := trace.unsupported():
+        reasons.append(f"no ghost form for {', '.join(names)}")
+    if trace.outside:
+        reasons.append(f"used outside of their layers' calls: {', '.join(trace.outside)}")
+    if reasons:
+        warnings.warn(f"ghost_gramian: gradients are materialised: {'; '.join(reasons)}", stacklevel=3)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the model's buffers back as they were: the same tensors with the same values."""
+    kept = [
+        (m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in kept:
+                # Only where it changed: a graph outside may have saved the buffer. Its version counter would not tell,
+                # batch normalisation writes past it.
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+                module._buffers[name] = buffer
+
+
+@contextmanager
+def _grads_restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Clear ``.grad`` for the block, and bring the former ones back if it raises."""
+    former = [(p, p.grad) for p in model.parameters()]
+    for p, _ in former:
+        p.grad = None
+    try:
+        yield
+    except BaseException:
+        for p, grad in former:
+            p.grad = grad
+        raise

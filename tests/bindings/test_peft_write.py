@@ -1,0 +1,213 @@
+"""The writer against PEFT: what it writes, ``PeftModel.from_pretrained`` loads without a warning, update for update."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModelForSequenceClassification
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
+from fedgram.flora_na import Adapter, LoraLayer
+from fedgram_testing.peft_adapters import bert, llama, load_with_peft, mlp, peft_deltas, quietly, write_client
+
+HARD = {
+    "r": 4,
+    "lora_alpha": 6,
+    "use_rslora": True,
+    "rank_pattern": {r"layers\.1\..*": 3, "layers.0.self_attn.v_proj": 1},
+    "alpha_pattern": {"self_attn.q_proj": 11, "mlp.down_proj": 1},
+}
+
+
+def layer(m, n, r, scaling=1.0, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(r, n, generator=generator), torch.randn(m, r, generator=generator)
+    return LoraLayer(A=A.to(dtype), B=B.to(dtype), scaling=scaling)
+
+
+def config_of(path):
+    return json.loads((path / "adapter_config.json").read_text())
+
+
+def assert_same_update(path, base, expected):
+    """PEFT, on the written directory, computes ``expected`` for every module."""
+    deltas = peft_deltas(load_with_peft(base, path))
+    assert set(deltas) == set(expected)
+    for name, delta in expected.items():
+        # One more rounding (the scaling into lora_B) per factor entry: r products of relative error 2^-24 each.
+        torch.testing.assert_close(deltas[name], delta, rtol=1e-5, atol=1e-6)
+
+
+def test_round_trip_keeps_every_delta_weight(tmp_path):
+    client = write_client(tmp_path / "in", llama(), task_type="CAUSAL_LM", target_modules="all-linear", **HARD)
+    save_adapter(load_adapter(tmp_path / "in"), tmp_path / "out")
+    assert_same_update(tmp_path / "out", llama(), peft_deltas(client))
+    again = load_adapter(tmp_path / "out")
+    assert all(again.modules[name].scaling == 1 for name in again.modules)
+
+
+def test_scalings_become_one_and_patterns_are_fresh(tmp_path):
+    write_client(tmp_path / "in", llama(), task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **HARD)
+    save_adapter(load_adapter(tmp_path / "in"), tmp_path / "out")
+    config = config_of(tmp_path / "out")
+    assert config["use_rslora"] is False
+    assert config["r"] == config["lora_alpha"] == 3  # the commonest rank: q and v of layer 1
+    expected = {"model.layers.0.self_attn.q_proj": 4, "model.layers.0.self_attn.v_proj": 1}
+    assert config["rank_pattern"] == config["alpha_pattern"] == expected
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    assert config["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_saved_modules_and_biases_come_back(tmp_path, bias):
+    options = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "r": 2, "bias": bias}
+    client = write_client(tmp_path / "in", bert(), **options)
+    save_adapter(load_adapter(tmp_path / "in"), tmp_path / "out")
+    loaded = load_with_peft(bert(), tmp_path / "out")
+    assert isinstance(loaded, PeftModelForSequenceClassification)
+    expected, actual = client.state_dict(), loaded.state_dict()
+    changed = [key for key in expected if "modules_to_save" in key or (bias == "all" and key.endswith(".bias"))]
+    assert any("classifier" in key for key in changed)
+    for key in changed:
+        torch.testing.assert_close(actual[key], expected[key], rtol=0, atol=0)
+    if bias == "lora_only":
+        key = "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.bias"
+        assert torch.equal(actual[key], expected[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_without_configuration_the_modules_are_targeted_by_name(tmp_path, dtype):
+    modules = {"0": layer(7, 6, 3, 0.5, dtype=dtype), "2": layer(5, 7, 2, 4.0, dtype=dtype)}
+    save_adapter(Adapter(modules), tmp_path / "out")
+    assert config_of(tmp_path / "out")["target_modules"] == ["0", "2"]
+    back = load_adapter(tmp_path / "out")
+    for name in modules:  # powers of two: the scaling is multiplied in without rounding
+        assert back.modules[name].A.dtype == dtype
+        assert torch.equal(back.modules[name].delta(), modules[name].delta())
+    load_with_peft(mlp(), tmp_path / "out")
+
+
+def test_extras_without_configuration_become_saved_modules(tmp_path):
+    extras = {"base_model.model.3.weight": torch.ones(3, 5), "base_model.model.3.bias": torch.ones(3)}
+    save_adapter(Adapter({"0": layer(7, 6, 2)}, extras), tmp_path / "out")
+    loaded = load_with_peft(mlp(), tmp_path / "out")
+    assert bool((loaded.base_model.model[3].modules_to_save["default"].weight == 1).all())
+
+
+def test_declared_tensors_that_are_not_there_are_not_declared_any_more(tmp_path):
+    """A factored residual carries no head; PEFT raises KeyError on a head that is declared and missing."""
+    write_client(tmp_path / "in", mlp(), target_modules=["0"], modules_to_save=["3"], bias="lora_only", r=2)
+    adapter = load_adapter(tmp_path / "in")
+    save_adapter(Adapter(adapter.modules, {}, adapter.config), tmp_path / "out")
+    assert config_of(tmp_path / "out")["modules_to_save"] is None
+    assert config_of(tmp_path / "out")["bias"] == "none"
+    load_with_peft(mlp(), tmp_path / "out")
+
+
+def test_undeclared_extras_are_refused(tmp_path):
+    write_client(tmp_path / "in", mlp(), target_modules=["0"], modules_to_save=["3"], r=2)
+    adapter = load_adapter(tmp_path / "in")
+    extras = dict(adapter.extras) | {"base_model.model.2.weight": torch.ones(5, 7)}
+    with pytest.raises(ValueError, match=r"extras: '2.weight' is declared neither by modules_to_save nor by bias"):
+        save_adapter(Adapter(adapter.modules, extras, adapter.config), tmp_path / "out")
+    with pytest.raises(ValueError, match="extras: 'head': names of PEFT start with"):
+        save_adapter(Adapter(adapter.modules, {"head": torch.ones(1)}, adapter.config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_end_like_others_keep_their_ranks(tmp_path):
+    """A plain pattern "proj" would also match "block.proj"; the written one is anchored."""
+    base = torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 4), "block": torch.nn.ModuleDict({"proj": mlp()[0]})})
+    modules = {"proj": layer(4, 4, 1), "block.proj": layer(7, 6, 2), "block.other": layer(7, 6, 2)}
+    base["block"]["other"] = torch.nn.Linear(6, 7)
+    save_adapter(Adapter(modules), tmp_path / "out")
+    assert config_of(tmp_path / "out")["rank_pattern"] == {"^proj": 1}
+    assert_same_update(tmp_path / "out", base, {name: lora.delta() for name, lora in modules.items()})
+    assert load_adapter(tmp_path / "out").modules["block.proj"].rank == 2
+
+
+def test_selections_that_differ_between_clients_become_a_list_of_names(tmp_path):
+    write_client(tmp_path / "a", mlp(), target_modules=["0", "2"], r=2)
+    write_client(tmp_path / "b", mlp(), target_modules="[02]", r=2)
+    write_client(tmp_path / "c", mlp(), target_modules=["2", "0"], r=2)
+    a, b, c = load_adapters([tmp_path / x for x in "abc"])
+    assert sorted(merge_configs([a.config, c.config, None])["target_modules"]) == ["0", "2"]
+    merged = merge_configs([a.config, b.config])
+    assert merged["target_modules"] is None
+    save_adapter(a, tmp_path / "out", config=merged)
+    assert config_of(tmp_path / "out")["target_modules"] == ["0", "2"]
+    assert merge_configs([None, None]) is None
+
+
+def test_a_layer_of_rank_zero_is_written_as_zeros(tmp_path):
+    modules = {"0": layer(7, 6, 0), "2": layer(5, 7, 2)}
+    save_adapter(Adapter(modules), tmp_path / "out")
+    assert_same_update(tmp_path / "out", mlp(), {name: lora.delta() for name, lora in modules.items()})
+
+
+def test_negative_and_zero_scalings_are_folded(tmp_path):
+    modules = {"0": layer(7, 6, 2, -0.7), "2": layer(5, 7, 2, 0.0)}
+    save_adapter(Adapter(modules), tmp_path / "out")
+    assert_same_update(tmp_path / "out", mlp(), {name: lora.delta() for name, lora in modules.items()})
+
+
+def test_a_scaling_that_overflows_the_dtype_is_refused(tmp_path):
+    big = LoraLayer(A=torch.ones(1, 3).half(), B=torch.full((2, 1), 6e4).half(), scaling=2.0)
+    with pytest.raises(ValueError, match="0: lora_B holds NaN or Inf"):
+        save_adapter(Adapter({"0": big}), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_layers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="adapter: holds no layers"):
+        save_adapter(Adapter({}), tmp_path / "out")
+
+
+def test_views_of_one_buffer_and_strided_factors_are_written_right(tmp_path):
+    buffer = torch.arange(60.0)
+    modules = {
+        "0": LoraLayer(A=buffer[:12].view(2, 6), B=buffer[12:26].view(2, 7).T),
+        "2": LoraLayer(A=buffer[:14].view(2, 7), B=buffer[::2][:10].view(5, 2)),
+    }
+    save_adapter(Adapter(modules), tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert torch.equal(stored["base_model.model.0.lora_B.weight"], modules["0"].B)
+    assert torch.equal(stored["base_model.model.2.lora_B.weight"], modules["2"].B)
+
+
+def test_scalars_empty_tensors_and_integers_survive_as_extras(tmp_path):
+    prefix = "base_model.model.n."
+    extras = {
+        f"{prefix}count": torch.tensor(7),
+        f"{prefix}none": torch.zeros(0, 3),
+        f"{prefix}half": torch.ones(3).half(),
+        f"{prefix}byte": torch.tensor([1, 2, 3], dtype=torch.uint8),
+    }
+    save_adapter(Adapter({"0": layer(7, 6, 2)}, extras), tmp_path / "out")
+    back = load_adapter(tmp_path / "out").extras
+    assert back.keys() == extras.keys()
+    for key, tensor in extras.items():
+        assert back[key].dtype == tensor.dtype
+        assert torch.equal(back[key], tensor)
+
+
+def test_the_file_is_what_the_format_asks_for(tmp_path):
+    """Metadata for transformers, and every tensor aligned to its item size, so that readers may map it."""
+    modules = {"a": layer(3, 5, 1, dtype=torch.float16), "b": layer(3, 3, 1, dtype=torch.float64)}
+    save_adapter(Adapter(modules), tmp_path / "out")
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        tensors = [
+            file.get_tensor(key) for key in ("base_model.model.a.lora_A.weight", "base_model.model.b.lora_A.weight")
+        ]
+        assert all(tensor.data_ptr() % tensor.itemsize == 0 for tensor in tensors)
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+
+
+def test_gaussian_initialisation_of_the_clients_is_not_carried_over(tmp_path):
+    quietly(write_client, tmp_path / "in", mlp(), target_modules=["0"], r=2, init_lora_weights="gaussian")
+    save_adapter(load_adapter(tmp_path / "in"), tmp_path / "out")
+    assert config_of(tmp_path / "out")["init_lora_weights"] is True
