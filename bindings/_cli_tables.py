@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,14 +17,23 @@ from ._cli_support import one_line
 SHOWN = 24
 
 
+def console() -> Console:
+    """Standard output; into a file or a pipe, lines are not folded at a terminal's width."""
+    out = Console()
+    return out if out.is_terminal else Console(width=200)
+
+
 def aggregate_table(report: Report) -> Table:
     """Every module's divergence beside its two yardsticks; of many modules, those that are worst approximated."""
-    table = _table("module", "rank", "‖dW‖", f"rho {report.method}", "rho fedavg", "rho optimum", "status")
     shown = _worst({name: module.rho for name, module in report.modules.items()})
+    stem = _stem(shown)
+    table = _table(_heading(stem), "rank", "‖dW‖", f"rho {report.method}", "rho fedavg", "rho optimum", "status")
     for name in shown:
         m = report.modules[name]
         _row(
-            table, name, [str(m.rank), _number(m.norm), _rho(m.rho), _rho(m.rho_fedavg), _rho(m.rho_optimal), m.status]
+            table,
+            name[len(stem) :],
+            [str(m.rank), _number(m.norm), _rho(m.rho), _rho(m.rho_fedavg), _rho(m.rho_optimal), m.status],
         )
     _rest(table, len(report.modules) - len(shown))
     total = [_rho(report.rho), _rho(report.rho_fedavg), _rho(report.rho_optimal)]
@@ -33,11 +44,12 @@ def aggregate_table(report: Report) -> Table:
 def ladder_table(inspection: Inspection) -> Table:
     """The divergence of every method, per module and in all."""
     ladder = inspection.ladder
-    table = _table("module", "rank", "‖dW‖", *(f"rho {method}" for method in ladder))
     shown = _worst({name: m.rho["svd"] for name, m in inspection.modules.items()})
+    stem = _stem(shown)
+    table = _table(_heading(stem), "rank", "‖dW‖", *(f"rho {method}" for method in ladder))
     for name in shown:
         m = inspection.modules[name]
-        _row(table, name, [str(m.rank), _number(m.norm), *(_rho(m.rho[method]) for method in ladder)])
+        _row(table, name[len(stem) :], [str(m.rank), _number(m.norm), *(_rho(m.rho[method]) for method in ladder)])
     _rest(table, len(inspection.modules) - len(shown))
     norm = math.sqrt(sum(m.norm**2 for m in inspection.modules.values()))
     _total(table, f"all {len(inspection.modules)}", ["", _number(norm), *(_rho(rho) for rho in ladder.values())])
@@ -78,7 +90,7 @@ def _error(curve: Sequence[float], rank: int) -> float:
     return curve[rank - 1] if rank <= len(curve) else 0.0
 
 
-def _table(first: str, *others: str) -> Table:
+def _table(first: str | Text, *others: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column(first, overflow="fold")
     for other in others:
@@ -88,6 +100,16 @@ def _table(first: str, *others: str) -> Table:
 
 def _row(table: Table, name: str, cells: Iterable[str]) -> None:
     table.add_row(Text(one_line(name)), *cells)
+
+
+def _stem(names: Sequence[str]) -> str:
+    """The leading components that all names share, with the dot."""
+    parents = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, parents))
+
+
+def _heading(stem: str) -> Text:
+    return Text(f"module of {one_line(stem[:-1])}" if stem else "module")
 
 
 def _rest(table: Table, count: int) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 try:
+    import rich  # noqa: F401 - the tables
     import typer
-    from rich.console import Console
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"{error}; the command line needs: pip install 'fedgram[cli]'", name=error.name
@@ -38,7 +38,7 @@ Method = Enum("Method", {name: name for name in flora_na.METHODS}, type=str)
 Backend = Enum("Backend", {name: name for name in ("auto", "triton", "torch")}, type=str)
 Missing = Enum("Missing", {name: name for name in ("error", "renormalize", "zero")}, type=str)
 
-Directories = Annotated[list[Path], typer.Argument(metavar="DIRS...", help="The clients' adapter directories.")]
+Directories = Annotated[list[Path], typer.Argument(metavar="DIRS", help="The clients' adapter directories.")]
 WeightsFile = Annotated[
     Path | None,
     typer.Option("--weights", help="JSON: an object from directory name to sample count, or a list in order."),
@@ -98,7 +98,7 @@ def aggregate(
         if as_json:
             _print_json({"output": str(output), "residual": residual and str(residual), **result.report.to_dict()})
         elif not quiet:
-            console = Console()
+            console = tables.console()
             console.print(tables.aggregate_table(result.report))
             console.print(f"wrote {' and '.join(map(str, outputs))}", markup=False, highlight=False, soft_wrap=True)
 
@@ -134,7 +134,7 @@ def inspect(
 
 
 def _print_inspection(result: flora_na.Inspection) -> None:
-    console = Console()
+    console = tables.console()
     console.print(tables.ladder_table(result))
     console.print()
     console.print(tables.clients_table(result))
@@ -154,12 +154,14 @@ def _save(result: Aggregation, config: dict[str, Any] | None, output: Path, resi
 
 def _check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
     real = [os.path.realpath(path) for path in outputs]
+    sources = {os.path.realpath(path) for path in inputs}
     for path, place in zip(outputs, real, strict=True):
-        if place in {os.path.realpath(source) for source in inputs}:
+        if place in sources:
             raise ValueError(f"{path}: is one of the clients' directories: choose another output")
-        check_output(path)
     if len(real) == 2 and os.path.commonpath(real) in real:
         raise ValueError(f"{outputs[1]}: one output lies in the other: choose separate directories")
+    for path in outputs:
+        check_output(path)
 
 
 def _print_json(document: dict[str, Any]) -> None:

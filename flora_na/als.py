@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from .coefficients import Pair, balance, orthonormaliser
-from .group import Group, target_energy
+from .group import Group, Side, target_energy
+
+CANCELLED = 2.0**-24
+"""A combination of factors this small beside its terms is rounding: the square root of what float64 Grams resolve."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,21 @@ class AlternatingLeastSquares:
         return torch.cat([Q, group.D.sqrt() * sketch], -1)
 
 
-def half_step(group: Group, side: str, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cancellation(group: Group, side: Side, Y: Tensor) -> Tensor | None:
+    """(L, r) norms below which a combination ``Y`` of the factors is rounding; unknown without Grams."""
+    if group.gram is None:
+        return None
+    return CANCELLED * (group.row_norms(side).unsqueeze(-1) * Y.abs()).sum(1)
+
+
+def half_step(group: Group, side: Side, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Given coefficients Y of one side, the least-squares coefficients X of the other.
 
     Returns:
         X, the orthonormalised Y (their pair is the new estimate), and ``||Y||^2`` in the metric of its Gram, which
         after a half-step on the other side is the captured part of ``||dW||^2``.
     """
-    C = group.apply(side, Y)  # type: ignore[arg-type]
+    C = group.apply(side, Y)
     S = Y.mT @ C
-    T = orthonormaliser(S)
+    T = orthonormaliser(S, _cancellation(group, side, Y))
     return group.D * (C @ T), Y @ T, S.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -39,12 +39,14 @@ def eigh_psd(S: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp_min(0.0), vectors
 
 
-def orthonormaliser(S: Tensor) -> Tensor:
+def orthonormaliser(S: Tensor, floor: Tensor | None = None) -> Tensor:
     """T (..., r, r) with ``T^T S T`` the identity on the numerical range of S and zero off it.
 
-    S is scaled to unit diagonal first, so that columns of very different norms keep their directions.
+    S is scaled to unit diagonal first, so that columns of very different norms keep their directions. A column whose
+    norm is below ``floor`` (..., r) has cancelled to rounding: it carries no direction and is left out.
     """
-    scale = _inverse_or_zero(S.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt())
+    norms = S.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    scale = _inverse_or_zero(norms if floor is None else torch.where(norms > floor, norms, 0.0))
     values, vectors = eigh_psd(S * scale.unsqueeze(-1) * scale.unsqueeze(-2))
     keep = values > RELATIVE_CUTOFF * S.shape[-1]
     return scale.unsqueeze(-1) * vectors * torch.where(keep, values, torch.inf).rsqrt().unsqueeze(-2)

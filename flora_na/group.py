@@ -53,12 +53,12 @@ class Group:
         """Ranks of the members, the anchor last."""
         return self.targets[0].ranks
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The largest member rank: what fedavg and flora-na return."""
         return max(self.ranks)
 
-    @property
+    @cached_property
     def total_rank(self) -> int:
         """R, the sum of the members' ranks."""
         return sum(self.ranks)
@@ -94,6 +94,11 @@ class Group:
         return torch.nn.functional.one_hot(self.slot, max(self.rank, 1))[:, : self.rank].double()
 
     @cached_property
+    def membership(self) -> Tensor:
+        """(R, M) float64 zeros and ones: row j carries a one at its member."""
+        return torch.nn.functional.one_hot(self.member, len(self.ranks)).double()
+
+    @cached_property
     def D(self) -> Tensor:
         """(L, R, 1) float64: the weight of each stacked row, the diagonal of D."""
         return self.weights[:, self.member].unsqueeze(-1)
@@ -122,13 +127,11 @@ class Group:
 
     def sum_members(self, rows: Tensor) -> Tensor:
         """Add up values (L, R) over each member's rows: (L, M)."""
-        out = rows.new_zeros(rows.shape[0], len(self.ranks))
-        return out.index_add_(1, self.member, rows)
+        return rows @ self.membership
 
     def member_blocks(self, matrix: Tensor) -> Tensor:
         """Add up (L, R, R) over the blocks of each pair of members: (L, M, M)."""
-        E = torch.nn.functional.one_hot(self.member, len(self.ranks)).to(matrix.dtype)
-        return E.mT @ matrix @ E
+        return self.membership.mT @ (matrix @ self.membership)
 
 
 class GramOperator:

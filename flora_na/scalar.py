@@ -92,25 +92,18 @@ class _Problem:
         other: Side = "A" if side == "B" else "B"
         normal = [_Normal(g, side, other, self.spread(q, g)) for g in self.groups]
         h = self.collect([n.h for n in normal])
-        curvature = self._curvature(normal)
-        residual = h - curvature(p)
-        step, gain = self._solve(normal, curvature, residual)
-        return p + step, gain, (h * (p + step)).sum(-1)
+        free, lift = (_free, _lift) if self.groups[0].anchored else (_same, _same)
+        if all(g.gram is not None for g in self.groups):
+            H = self.collect([n.matrix() for n in normal])
+            step, gain = solve_psd(free(free(H).mT).mT, free(h - (H @ p.unsqueeze(-1)).squeeze(-1)))
+        else:
 
-    def _curvature(self, normal: list[_Normal]) -> Callable[[Tensor], Tensor]:
-        if all(n.H is not None for n in normal):
-            H = self.collect([n.H for n in normal if n.H is not None])
-            return lambda x: (H @ x.unsqueeze(-1)).squeeze(-1)
-        return lambda x: self.collect([n.product(self.spread(x, n.group)) for n in normal])
+            def product(x: Tensor) -> Tensor:
+                return self.collect([n.product(self.spread(x, n.group)) for n in normal])
 
-    def _solve(self, normal: list[_Normal], curvature: Callable[[Tensor], Tensor], g: Tensor) -> tuple[Tensor, Tensor]:
-        anchored = self.groups[0].anchored
-        free, lift = (_free, _lift) if anchored else (_same, _same)
-        if all(n.H is not None for n in normal):
-            H = self.collect([n.H for n in normal if n.H is not None])
-            step, gain = solve_psd(free(free(H).mT).mT if anchored else H, free(g))
-            return lift(step), gain
-        return _conjugate_gradients(lambda x: free(curvature(lift(x))), free(g), lift, self.cg_steps)
+            step, gain = _conjugate_gradients(lambda x: free(product(lift(x))), free(h - product(p)), self.cg_steps)
+        p = p + lift(step)
+        return p, gain, (h * p).sum(-1)
 
     def normalise_gauge(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """Equal norms of B and A; an anchor fixes the gauge, so then nothing is changed."""
@@ -131,9 +124,12 @@ class _Normal:
         C = group.apply(other, Y)
         self.S = Y.mT @ C
         self.h = self.traces(group.apply(side, group.D * C))
-        self.H = None
-        if group.gram is not None:
-            self.H = group.member_blocks(group.gram[side] * self.S[:, group.slot][:, :, group.slot])
+
+    def matrix(self) -> Tensor:
+        """``H_ik = tr(B_i^T B_k S)``, (L, M, M)."""
+        assert self.group.gram is not None
+        tiled = self.group.selector @ self.S @ self.group.selector.mT
+        return self.group.member_blocks(self.group.gram[self.side] * tiled)
 
     def traces(self, Z: Tensor) -> Tensor:
         """``tr(Z_i)`` of every member's block of Z (L, R, r): (L, M)."""
@@ -162,9 +158,7 @@ def _lift(x: Tensor) -> Tensor:
     return torch.cat([x, -x.sum(-1, keepdim=True)], -1)
 
 
-def _conjugate_gradients(
-    matvec: Callable[[Tensor], Tensor], g: Tensor, lift: Callable[[Tensor], Tensor], steps: int
-) -> tuple[Tensor, Tensor]:
+def _conjugate_gradients(matvec: Callable[[Tensor], Tensor], g: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """A few steps on ``H x = g`` from 0, batched over the leading axis; every step lowers the error."""
     x, r, d = torch.zeros_like(g), g, g
     rr = (r * r).sum(-1, keepdim=True)
@@ -178,4 +172,4 @@ def _conjugate_gradients(
         new = (r * r).sum(-1, keepdim=True)
         d = r + torch.where(rr > 0, new / rr.clamp_min(1e-300), 0.0) * d
         rr = new
-    return lift(x), gain.squeeze(-1)
+    return x, gain.squeeze(-1)

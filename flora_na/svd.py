@@ -7,12 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedgram import kernels
+
 from .als import AlternatingLeastSquares
 from .coefficients import Pair, balance, eigh_psd, fit_rank
+from .divergence import MARGIN, mass_of_target, rounding
 from .fedavg import solve_fedavg
 from .group import Group
 
 OVERSAMPLING = 8
+RESOLVED = 1e-15
+"""Singular values below this part of the largest are rounding of the float64 QR."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +59,38 @@ def square_root(G: Tensor) -> Tensor:
 def solve_svd(group: Group, rank: int) -> Pair:
     """The best pair of rank ``rank``, balanced; trailing columns are zero where dW has lower rank.
 
-    In the implicit regime it is subspace iteration with oversampling, run to a tight tolerance.
+    Modules whose remaining error is too small for their Grams to resolve are solved again from QR factors, which
+    resolve singular values down to 1e-16 of the largest. In the implicit regime it is subspace iteration with
+    oversampling, run to a tight tolerance.
     """
     if group.gram is None:
         return _subspace_iteration(group, rank)
     s = spectrum(group)
-    sigma = s.energies[:, :rank].sqrt()
-    floor = 1e-7 * sigma[:, :1]
-    inverse = torch.where((sigma > floor) & (sigma > 0), sigma, torch.inf).reciprocal().unsqueeze(-2)
     V = group.D * (s.L @ s.vectors[..., :rank])
-    P = V * inverse.sqrt()
-    Q = group.D * (group.gram["B"] @ V) * inverse**1.5
-    polished = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(P, Q, "closed-form"), P.shape[-1])
-    return Pair(fit_rank(polished.P, rank), fit_rank(polished.Q, rank), "closed-form")
+    # A = V^T dW^T dW spans the right singular vectors without a division; one sweep normalises and polishes it
+    Q = group.D * (group.gram["B"] @ V)
+    pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(Q, Q, ""), V.shape[-1])
+    P, Q = fit_rank(pair.P, rank), fit_rank(pair.Q, rank)
+    for i in unresolved(group, s, rank).nonzero().flatten().tolist():
+        P[i], Q[i] = _from_triangles(group, i, rank)
+    return Pair(P, Q, "closed-form")
+
+
+def unresolved(group: Group, s: Spectrum, rank: int) -> Tensor:
+    """(L,) where the squared error of the optimum is not safely above the rounding of the Grams."""
+    return s.energies[:, rank:].sum(-1) < MARGIN * rounding(group) * mass_of_target(group) ** 2
+
+
+def _from_triangles(group: Group, i: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Coefficients (R, rank) of module ``i`` from the SVD of ``R_B D R_A^T``, whose entries are not squared."""
+    target = group.targets[i]
+    [R_B], [R_A] = kernels.factor_triangle([target.B], [target.A])
+    R_B, R_A = R_B * group.row_scale("B")[i].mT, R_A * group.row_scale("A")[i].mT
+    U, sigma, Vt = torch.linalg.svd((R_B * group.D[i].mT) @ R_A.mT, full_matrices=False)
+    inverse = torch.where(sigma > RESOLVED * sigma[:1], sigma, torch.inf).rsqrt()
+    P = group.D[i] * (R_A.mT @ (Vt.mT * inverse))
+    Q = group.D[i] * (R_B.mT @ (U * inverse))
+    return fit_rank(P, rank), fit_rank(Q, rank)
 
 
 def _subspace_iteration(group: Group, rank: int) -> Pair:

@@ -7,10 +7,10 @@ from functools import cached_property
 
 import torch
 
-from .divergence import MARGIN, Errors, energies, mass_of_target, pair_errors, rounding
+from .divergence import Errors, energies, pair_errors
 from .fedavg import solve_fedavg
 from .group import Group
-from .svd import solve_svd, spectrum
+from .svd import solve_svd, spectrum, unresolved
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +33,8 @@ class Yardsticks:
             return Errors(energy, torch.zeros_like(energy))
         if self.group.gram is None:
             return pair_errors(self.group, solve_svd(self.group, self.rank))
-        tail = spectrum(self.group).energies[:, self.rank :].sum(-1)
-        doubtful = tail < MARGIN * rounding(self.group) * mass_of_target(self.group) ** 2
+        s = spectrum(self.group)
+        tail, doubtful = s.energies[:, self.rank :].sum(-1), unresolved(self.group, s, self.rank)
         if bool(doubtful.any()):
             exact = pair_errors(self.group, solve_svd(self.group, self.rank)).error
             tail = torch.where(doubtful, exact, tail)

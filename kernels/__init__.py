@@ -3,6 +3,7 @@
 from .factor_combine import factor_combine
 from .factor_cross import factor_cross
 from .factor_gram import factor_gram
+from .factor_triangle import factor_triangle
 from .ghost_gram import ghost_gram
 from .grad_combine import grad_combine
 from .grad_gram import GradGram, grad_gram
@@ -16,6 +17,7 @@ __all__ = [
     "factor_combine",
     "factor_cross",
     "factor_gram",
+    "factor_triangle",
     "ghost_gram",
     "grad_combine",
     "grad_gram",

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._factor_plan import MAX_OFFSET, ColumnTable, Operand, Piece, tile_of
+from ._factor_plan import MAX_OFFSET, ColumnTable, Operand, Piece, pair_variants, tile_of
 from ._plan import WIDEST, to_device
 
 LARGEST_TILE = {"native": 128, "tf32x3": 64, "ieee": 64, "fp64": 64}
@@ -175,10 +174,7 @@ class _Draft:
         launches = []
         for kind, groups in self.work.items():
             full = (WIDEST // kind[3].itemsize, WIDEST // kind[4].itemsize)
-            # tall and wide tiles run in one launch wherever each has only one variant
-            talls, wides = ([(v, rows) for (w, v), rows in groups.items() if w == wide] for wide in (False, True))
-            for tall, wide in zip_longest(talls, wides, fillvalue=(full, [])):
-                work = np.array(tall[1] + wide[1], np.int32)
-                launches.append((Variant(*kind, tall[0], wide[0]), to_device(work, device)))
+            for tall, wide, rows in pair_variants(groups, full):
+                launches.append((Variant(*kind, tall, wide), to_device(np.array(rows, np.int32), device)))
         reductions = [Reduction(*k, to_device(np.array(t, np.int64), device)) for k, t in self.tiles.items()]
         return Batch(self.elements, wide_sums, launches, reductions)

@@ -125,10 +125,8 @@ def gram_reduce_kernel(
     column0 = tl.load(p_row + 6)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, TILE_J)
-    # read in whole groups of four, so that loads stay wide; what was never written there is not kept below
+    # read more than was written there, whole groups of four, so that loads stay wide; the store keeps what is real
     m_read = (r < n_rows - row0)[:, None] & (c < (n_columns - column0 + 3) // 4 * 4)[None, :]
-    if SYMMETRIC:
-        m_read = m_read & ((row0 + r // 4 * 4)[:, None] <= (column0 + c)[None, :])
     p = p_partials + slot + r[:, None] * TILE_J + c[None, :]
     b = tl.zeros((ROWS, TILE_J), tl.float64)
     for s in range(trips(n_slots, INTERPRET)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -49,14 +50,14 @@ def vector_width(pieces: Sequence[Piece], *, wide: bool) -> int:
     """
     width = WIDEST // pieces[0].dtype.itemsize
     for p in pieces:
-        if not p.rank or not p.length:
+        if not p.length:
             continue
-        contiguous, across = (p.length, p.stride_c if p.rank > 1 else 0)
+        along, across = ((p.length, p.stride_k), (p.rank, p.stride_c))
         if not wide:
-            if p.stride_c != 1 and p.rank > 1:
-                return 1
-            contiguous, across = p.rank, (p.stride_k if p.length > 1 else 0)
-        for number in (p.alignment // p.dtype.itemsize, contiguous, across):
+            along, across = across, along
+        if along[0] > 1 and along[1] != 1:
+            return 1
+        for number in (p.alignment // p.dtype.itemsize, along[0], across[1] if across[0] > 1 else 0):
             width = power_of_two_divisor(number, width)
     return width
 
@@ -84,6 +85,8 @@ class ColumnTable:
         self.source: list[np.ndarray] = []
         self.offset: list[np.ndarray] = []
         self.stride: list[np.ndarray] = []
+        self.client: list[np.ndarray] = []
+        self.within: list[np.ndarray] = []
         self.columns = 0
 
     def add(self, pieces: Sequence[Piece], tile: int, *, wide: bool | None = None) -> Operand:
@@ -101,6 +104,8 @@ class ColumnTable:
             "source": np.repeat([p.index for p in pieces], ranks),
             "offset": within * np.repeat([p.stride_c * size for p in pieces], ranks),
             "stride": np.repeat([p.stride_k if p.length > 1 else 0 for p in pieces], ranks),
+            "client": np.repeat(np.arange(len(pieces)), ranks),
+            "within": within,
         }
         if columns["stride"].max() > MAX_OFFSET:
             raise ValueError(f"a row stride of {columns['stride'].max()} elements does not fit 32 bits")
@@ -119,6 +124,14 @@ class ColumnTable:
         """The columns' strides along the length, int32."""
         return _joined(self.stride, np.int32)
 
+    def clients(self) -> np.ndarray:
+        """Which client of its module every column belongs to, int32."""
+        return _joined(self.client, np.int32)
+
+    def positions(self) -> np.ndarray:
+        """Which of its client's columns every column is, int32."""
+        return _joined(self.within, np.int32)
+
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
@@ -130,3 +143,20 @@ def tile_of(columns: int, largest: int) -> int:
     while tile < min(columns, largest):
         tile *= 2
     return tile
+
+
+Rows = list[tuple[int, ...]]
+Vectors = tuple[int, ...]
+
+
+def pair_variants(
+    groups: Mapping[tuple[bool, Vectors], Rows], full: Vectors
+) -> Iterator[tuple[Vectors, Vectors, Rows]]:
+    """Join work rows of tall tiles with rows of wide ones: ``(tall vectors, wide vectors, rows)`` of each launch.
+
+    A kernel holds both ways of reading, each for one vector width: where each occurs with one width only, one launch
+    does all.
+    """
+    talls, wides = ([(v, rows) for (w, v), rows in groups.items() if w == wide] for wide in (False, True))
+    for tall, wide in zip_longest(talls, wides, fillvalue=(full, [])):
+        yield tall[0], wide[0], tall[1] + wide[1]

@@ -33,6 +33,14 @@ def product(x, y, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def rounded(b, TYPE: tl.constexpr):
+    """``b`` as TYPE; 16-bit types are reached through float32, which is how Triton converts float64 to them."""
+    if TYPE.primitive_bitwidth < 32:
+        b = b.to(tl.float32)
+    return b.to(TYPE)
+
+
+@triton.jit
 def trips(n, INTERPRET: tl.constexpr):
     """``n`` as a bound of ``range``: Triton 3.6's interpreter cannot convert its scalars under NumPy >= 2.4."""
     if INTERPRET:
@@ -72,6 +80,13 @@ def precision(types: set[torch.dtype], *, precise: bool) -> str:
     if len(types) == 1 and next(iter(types)).itemsize == 2:
         return "native"
     return float32_precision()
+
+
+def coefficient_precision(dtype: torch.dtype, out: torch.dtype) -> str:
+    """How to multiply stored numbers of ``dtype`` by float64 coefficients: bf16x3, tf32x3, ieee or fp64."""
+    if torch.float64 in (dtype, out):
+        return "fp64"
+    return "bf16x3" if dtype == torch.bfloat16 else float32_precision()
 
 
 def float32_precision() -> str:

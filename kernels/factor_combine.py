@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._dispatch import resolve
-from ._factor_inputs import CACHE_BYTES, CACHE_BYTES_GPU, FLOATS, Factors, Stack, check_factors, flat, tall_A, tall_B
+from ._factor_inputs import (
+    CACHE_BYTES,
+    CACHE_BYTES_GPU,
+    FLOATS,
+    Factors,
+    Stack,
+    check_factors,
+    counts,
+    flat,
+    nest,
+    one_dtype,
+    tall_A,
+    tall_B,
+)
+from ._plan import PlanCache, addresses, alignments, check_runnable, describe, place
+
+if TYPE_CHECKING:
+    from ._factor_combine_plan import CombinePlan
 
 Combined = list[Tensor] | None
 
@@ -40,8 +58,17 @@ def factor_combine(
         ValueError: shapes, types or devices do not fit together; the message names the tensor.
         RuntimeError: ``backend="triton"`` cannot run here.
     """
+    if torch.compiler.is_compiling():
+        check_combine(B, A, P, Q, dtype)
+        outputs = _compiled(B, A, P, Q, dtype, backend)
+    elif resolve(backend, flat(B, A, P, Q)) == "torch":
+        outputs = None
+    else:
+        outputs = _on_triton(B, A, P, Q, dtype, backend)
+    if outputs is not None:
+        modules = 0 if B is None else len(B)
+        return None if B is None else outputs[:modules], None if A is None else outputs[modules:]
     check_combine(B, A, P, Q, dtype)
-    resolve(backend, flat(B, A, P, Q))
     return factor_combine_torch(B, A, P, Q, dtype=dtype)
 
 
@@ -141,3 +168,117 @@ def _combine_scalars(stack: Stack, p: Tensor, out: Tensor) -> None:
             (buffer[u].T if stack.wide else buffer[u])[:, : t.shape[1]].copy_(t)
         part = (p @ buffer.view(clients, -1)).view(buffer.shape[1:])
         out[start:stop].copy_(part.T if stack.wide else part)
+
+
+PLANS: PlanCache[CombinePlan | str] = PlanCache()
+
+
+def _on_triton(
+    B: Factors | None,
+    A: Factors | None,
+    P: Sequence[Tensor] | None,
+    Q: Sequence[Tensor] | None,
+    dtype: torch.dtype | None,
+    backend: str,
+) -> list[Tensor] | None:
+    """The outputs of B's side, then of A's; None where the kernels cannot take them and nobody ordered them to."""
+    tensors = flat(B, A)
+    if not tensors:
+        return None
+    from ._factor_combine_triton import factor_combine_triton
+
+    coefficients = [c.contiguous() for c in flat(P, Q)]
+    pointers = addresses(tensors)
+    skipped = (B is None, A is None, P is None, Q is None)
+    layout = (tuple(counts(B)), tuple(counts(A)), describe(tensors), alignments(pointers))
+    shapes = tuple([(c.shape, c.dtype) for c in coefficients])
+    key = (place(tensors[0].device), dtype, skipped, layout, shapes)
+    plan = PLANS.get(key, lambda: _plan(B, A, P, Q, dtype))
+    if isinstance(plan, str):
+        if backend == "triton":
+            raise ValueError(plan)
+        return None
+    return plan.split(factor_combine_triton(plan, pointers, addresses(coefficients)))
+
+
+def _plan(
+    B: Factors | None,
+    A: Factors | None,
+    P: Sequence[Tensor] | None,
+    Q: Sequence[Tensor] | None,
+    dtype: torch.dtype | None,
+) -> CombinePlan | str:
+    """Check once per layout and lay out the work, or say why the kernels cannot do it."""
+    from ._factor_combine_plan import CombinePlan, Task
+    from ._factor_plan import Piece
+    from ._triton_common import coefficient_precision
+
+    check_combine(B, A, P, Q, dtype)
+    if (reason := one_dtype(B, A)) is not None:
+        return reason
+    check_runnable(flat(B, A)[0].device)
+    tasks, index = [], 0
+    for factors, coefficients, transposed in ((B, P, False), (A, Q, True)):
+        for clients, c in zip(factors or (), coefficients or (), strict=True):
+            pieces = [Piece.of(index + u, t, transposed=transposed) for u, t in enumerate(clients)]
+            index += len(clients)
+            out = output_dtype(clients, dtype)
+            precision = coefficient_precision(clients[0].dtype, out)
+            tasks.append(Task(pieces, output_rank(clients, c, transposed), c.ndim == 1, transposed, out, precision))
+    return CombinePlan(tasks, flat(B, A)[0].device)
+
+
+def output_rank(clients: Sequence[Tensor], coefficients: Tensor, transposed: bool) -> int:
+    """The rank of a module's output: the largest of the clients', or what the blocks ask for."""
+    rank_dim = 0 if transposed else 1
+    return max(t.shape[rank_dim] for t in clients) if coefficients.ndim == 1 else coefficients.shape[rank_dim]
+
+
+def output_shapes(
+    B: Factors | None, A: Factors | None, P: Sequence[Tensor] | None, Q: Sequence[Tensor] | None
+) -> list[tuple[int, int]]:
+    """The shapes of all outputs, of B's side, then of A's."""
+    left = [(bs[0].shape[0], output_rank(bs, p, False)) for bs, p in zip(B or (), P or (), strict=True)]
+    return left + [(output_rank(as_, q, True), as_[0].shape[1]) for as_, q in zip(A or (), Q or (), strict=True)]
+
+
+def _compiled(
+    B: Factors | None,
+    A: Factors | None,
+    P: Sequence[Tensor] | None,
+    Q: Sequence[Tensor] | None,
+    dtype: torch.dtype | None,
+    backend: str,
+) -> list[Tensor] | None:
+    """What ``torch.compile`` sees: one operator."""
+    if not flat(B, A):
+        return None
+    skip = (B is None, A is None)
+    return _factor_combine_op(flat(B), flat(A), flat(P), flat(Q), counts(B), counts(A), *skip, dtype, backend)
+
+
+@torch.library.custom_op("fedgram::factor_combine", mutates_args=())
+def _factor_combine_op(
+    B: list[Tensor],
+    A: list[Tensor],
+    P: list[Tensor],
+    Q: list[Tensor],
+    clients_B: list[int],
+    clients_A: list[int],
+    skip_B: bool,
+    skip_A: bool,
+    dtype: torch.dtype | None,
+    backend: str,
+) -> list[Tensor]:
+    """All outputs, each with its own memory, as operators must return them."""
+    left = (None, None) if skip_B else (nest(B, clients_B), P)
+    right = (None, None) if skip_A else (nest(A, clients_A), Q)
+    both = factor_combine(left[0], right[0], left[1], right[1], dtype=dtype, backend=backend)
+    return [t.clone(memory_format=torch.contiguous_format) for side in both for t in side or ()]
+
+
+@_factor_combine_op.register_fake
+def _(B, A, P, Q, clients_B, clients_A, skip_B, skip_A, dtype, backend):  # noqa: ANN001
+    shapes = output_shapes(nest(B, clients_B), nest(A, clients_A), P, Q)
+    sides = nest(B, clients_B) + nest(A, clients_A)
+    return [c[0].new_empty(s, dtype=output_dtype(c, dtype)) for c, s in zip(sides, shapes, strict=True)]

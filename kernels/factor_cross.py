@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._dispatch import resolve
-from ._factor_inputs import FLOATS, Factors, Stack, check_factors, flat, tall_A, tall_B
+from ._factor_inputs import FLOATS, Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
+from ._plan import PlanCache, addresses, alignments, check_runnable, describe, place
+
+if TYPE_CHECKING:
+    from ._factor_gram_plan import GramPlan
 
 Crosses = list[Tensor] | None
 
@@ -42,8 +47,17 @@ def factor_cross(
         ValueError: shapes, types or devices do not fit together; the message names the tensor.
         RuntimeError: ``backend="triton"`` cannot run here.
     """
+    if torch.compiler.is_compiling():
+        check_cross(B, A, X_B, X_A)
+        crosses = _compiled(B, A, X_B, X_A, precise, backend)
+    elif resolve(backend, flat(B, A, X_B, X_A)) == "torch":
+        crosses = None
+    else:
+        crosses = _on_triton(B, A, X_B, X_A, precise, backend)
+    if crosses is not None:
+        modules = 0 if B is None else len(B)
+        return None if B is None else crosses[:modules], None if A is None else crosses[modules:]
     check_cross(B, A, X_B, X_A)
-    resolve(backend, flat(B, A, X_B, X_A))
     return factor_cross_torch(B, A, X_B, X_A, precise=precise)
 
 
@@ -87,3 +101,122 @@ def _cross(stack: Stack, x: Tensor) -> Tensor:
     for start, stop, block in stack.blocks():
         out.addmm_(block.T, x[start:stop].double())
     return out
+
+
+PLANS: PlanCache[tuple[GramPlan, list[tuple[int, bool]]] | str] = PlanCache()
+
+
+def _on_triton(
+    B: Factors | None,
+    A: Factors | None,
+    X_B: Sequence[Tensor] | None,
+    X_A: Sequence[Tensor] | None,
+    precise: bool,
+    backend: str,
+) -> list[Tensor] | None:
+    """The products of B's side, then of A's; None where the kernels cannot take them and nobody ordered them to."""
+    tensors = flat(B, A, X_B, X_A)
+    if not tensors:
+        return None
+    from ._factor_gram_triton import factor_gram_triton
+
+    pointers = addresses(tensors)
+    skipped = (B is None, A is None, X_B is None, X_A is None)
+    layout = (tuple(counts(B)), tuple(counts(A)), describe(tensors), alignments(pointers))
+    plan = PLANS.get((place(tensors[0].device), precise, skipped, layout), lambda: _plan(B, A, X_B, X_A, precise))
+    if isinstance(plan, str):
+        if backend == "triton":
+            raise ValueError(plan)
+        return None
+    plan, turned = plan
+    copies = {i: _turned(tensors[i], transposed) for i, transposed in turned}
+    for i, copy in copies.items():
+        pointers[i] = copy.data_ptr()
+    return plan.split(factor_gram_triton(plan, pointers))
+
+
+def _turned(x: Tensor, transposed: bool) -> Tensor:
+    """A copy of ``x`` contiguous along the long dimension, for factors that are so: tiles run along one dimension."""
+    return x.contiguous() if transposed else x.T.contiguous().T
+
+
+def _plan(
+    B: Factors | None, A: Factors | None, X_B: Sequence[Tensor] | None, X_A: Sequence[Tensor] | None, precise: bool
+) -> tuple[GramPlan, list[tuple[int, bool]]] | str:
+    """Check once per layout and lay out the work, with the matrices X to turn; or say why the kernels cannot do it."""
+    from ._factor_gram_plan import GramPlan, Task
+    from ._factor_plan import Piece, is_wide
+    from ._triton_common import precision
+
+    check_cross(B, A, X_B, X_A)
+    if (reason := one_dtype(B, A)) is not None:
+        return reason
+    check_runnable(flat(B, A)[0].device)
+    tasks, turned, index, x_index = [], [], 0, sum(counts(B)) + sum(counts(A))
+    for factors, xs, transposed in ((B, X_B, False), (A, X_A, True)):
+        for clients, x in zip(factors or (), xs or (), strict=True):
+            pieces = [Piece.of(index + u, t, transposed=transposed) for u, t in enumerate(clients)]
+            index += len(clients)
+            other = Piece.of(x_index, x, transposed=transposed)
+            if is_wide(pieces) and not is_wide([other]):
+                turned.append((x_index, transposed))
+                other = Piece.of(x_index, _turned(x, transposed), transposed=transposed)
+            x_index += 1
+            tasks.append(Task(pieces, [other], precision({clients[0].dtype, x.dtype}, precise=precise)))
+    return GramPlan(tasks, flat(B, A)[0].device), turned
+
+
+def _compiled(
+    B: Factors | None,
+    A: Factors | None,
+    X_B: Sequence[Tensor] | None,
+    X_A: Sequence[Tensor] | None,
+    precise: bool,
+    backend: str,
+) -> list[Tensor] | None:
+    """What ``torch.compile`` sees: one operator with a flat output, split again outside."""
+    if not flat(B, A):
+        return None
+    shapes = cross_shapes(B, A, X_B, X_A)
+    products = _factor_cross_op(
+        flat(B), flat(A), flat(X_B), flat(X_A), counts(B), counts(A), B is None, A is None, precise, backend
+    )
+    offset, out = 0, []
+    for rows, columns in shapes:
+        out.append(products[offset : offset + rows * columns].view(rows, columns))
+        offset += rows * columns
+    return out
+
+
+def cross_shapes(
+    B: Factors | None, A: Factors | None, X_B: Sequence[Tensor] | None, X_A: Sequence[Tensor] | None
+) -> list[tuple[int, int]]:
+    """The shapes of all products, of B's side, then of A's."""
+    left = [(sum(b.shape[1] for b in bs), x.shape[1]) for bs, x in zip(B or (), X_B or (), strict=True)]
+    return left + [(sum(a.shape[0] for a in as_), x.shape[0]) for as_, x in zip(A or (), X_A or (), strict=True)]
+
+
+@torch.library.custom_op("fedgram::factor_cross", mutates_args=())
+def _factor_cross_op(
+    B: list[Tensor],
+    A: list[Tensor],
+    X_B: list[Tensor],
+    X_A: list[Tensor],
+    clients_B: list[int],
+    clients_A: list[int],
+    skip_B: bool,
+    skip_A: bool,
+    precise: bool,
+    backend: str,
+) -> Tensor:
+    """All products in one flat float64 tensor."""
+    left = (None, None) if skip_B else (nest(B, clients_B), X_B)
+    right = (None, None) if skip_A else (nest(A, clients_A), X_A)
+    both = factor_cross(left[0], right[0], left[1], right[1], precise=precise, backend=backend)
+    return torch.cat([product.reshape(-1) for side in both for product in side or ()])
+
+
+@_factor_cross_op.register_fake
+def _(B, A, X_B, X_A, clients_B, clients_A, skip_B, skip_A, precise, backend):  # noqa: ANN001
+    shapes = cross_shapes(nest(B, clients_B), nest(A, clients_A), X_B, X_A)
+    return (B or A)[0].new_empty(sum(rows * columns for rows, columns in shapes), dtype=torch.float64)

@@ -69,18 +69,16 @@ def grad_gram(
         ValueError: no gradients; shapes, types or devices that differ; bad weights.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
+    if torch.compiler.is_compiling():
+        u = check_weights(weights, len(gradients), check_gradients(gradients).device)
+        return GradGram(*_grad_gram_op(flatten(gradients), u, precise, backend))
+    tensors = flatten(gradients)
+    if tensors and resolve(backend, tensors) == "triton":
+        from ._grad_gram_launch import grad_gram_triton
+
+        return GradGram(*grad_gram_triton(gradients, weights, precise))
     layout = check_gradients(gradients)
     u = check_weights(weights, layout.tasks, layout.device)
-    if torch.compiler.is_compiling():
-        return GradGram(*_grad_gram_op(flatten(gradients), u, precise, backend))
-    return _grad_gram(gradients, layout, u, precise, backend)
-
-
-def _grad_gram(gradients: Gradients, layout: Layout, u: Tensor, precise: bool, backend: str) -> GradGram:
-    if resolve(backend, [u]) == "triton":
-        from . import _grad_gram_triton as kernel
-
-        return recentred(*kernel.gram_about_centre(gradients, layout, u, precise), u)
     return recentred(*_gram_about_centre(gradients, layout, u, precise), u)
 
 
@@ -88,8 +86,7 @@ def _grad_gram(gradients: Gradients, layout: Layout, u: Tensor, precise: bool, b
 def _grad_gram_op(
     gradients: Sequence[Tensor], weights: Tensor, precise: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    nested = unflatten(gradients, weights.shape[0])
-    return tuple(_grad_gram(nested, check_gradients(nested), weights, precise, backend))
+    return tuple(grad_gram(unflatten(gradients, weights.shape[0]), weights, precise=precise, backend=backend))
 
 
 @_grad_gram_op.register_fake

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._dispatch import resolve
-from ._factor_inputs import FLOATS, check_factors, flat
+from ._factor_inputs import FLOATS, check_factors, flat, one_dtype
+from ._plan import PlanCache, addresses, alignments, check_runnable, describe, place
 
-TILE = (256, 512)  # rows and columns of W worked on at once: 1 MB in float64
-CHUNK = 256  # stacked ranks packed at once
+if TYPE_CHECKING:
+    from ._lowrank_sum_triton import SumPlan
+
+TILE = (256, 512)  # rows and columns of W worked on at once on a CPU: 1 MB in float64
+TILE_GPU = (4096, 8192)
+CHUNK, CHUNK_GPU = 256, 1024  # stacked ranks packed at once
 CUBLAS_RANK = 256  # from this total rank on the sum is bound by arithmetic, where cuBLAS is at the floor
 
 
@@ -35,8 +41,9 @@ def lowrank_sum(
         beta: factor of ``W``.
         out: (m, n) to write into, which may be ``W`` itself; by default a new tensor of the type of ``W``, or of the
             factors where ``W`` is None. It must not share memory with the factors.
-        backend: ``auto``, ``triton`` or ``torch``. ``auto`` takes Triton on a GPU while the ranks sum to less than
-            ``CUBLAS_RANK``, where the sum is bound by memory, and cuBLAS from there on.
+        backend: ``auto``, ``triton`` or ``torch``. On a GPU ``auto`` takes Triton while the ranks sum to less than
+            ``CUBLAS_RANK``, where the sum is bound by memory; from there on cuBLAS for bfloat16 and float64 factors.
+            float32 and float16 stay on Triton, whose tf32x3 products are faster than cuBLAS's float32.
 
     Returns:
         (m, n), ``out`` where it is given.
@@ -45,10 +52,28 @@ def lowrank_sum(
         ValueError: shapes, types or devices do not fit together; the message names the tensor.
         RuntimeError: ``backend="triton"`` cannot run here.
     """
+    if torch.compiler.is_compiling():
+        check_sum(W, B, A, coefficients, out)
+        if out is None:
+            return _lowrank_sum_op(W, list(B), list(A), coefficients, float(beta), backend)
+        in_place = out is W
+        _lowrank_sum_out_op(
+            out, None if in_place else W, list(B), list(A), coefficients, float(beta), in_place, backend
+        )
+        return out
+    kind = resolve(backend, flat(B, A, [coefficients], [t for t in (W, out) if t is not None]))
     check_sum(W, B, A, coefficients, out)
-    resolve(backend, flat(B, A, [coefficients], [t for t in (W, out) if t is not None]))
     out = new_output(W, B, A) if out is None else out
+    if kind == "triton" and not (backend == "auto" and cublas_wins(B)):
+        done = _on_triton(W, B, A, coefficients, beta, out, backend)
+        if done is not None:
+            return done
     return lowrank_sum_torch(W, B, A, coefficients, beta=beta, out=out)
+
+
+def cublas_wins(B: Sequence[Tensor]) -> bool:
+    """The rule of ``auto`` on a GPU: cuBLAS for much arithmetic in types that it multiplies at full speed."""
+    return sum(b.shape[1] for b in B) >= CUBLAS_RANK and {b.dtype for b in B} <= {torch.bfloat16, torch.float64}
 
 
 def check_sum(
@@ -65,11 +90,23 @@ def check_sum(
     for name, t in (("W", W), ("out", out)):
         if t is not None and (t.shape != shape or t.dtype not in FLOATS):
             raise ValueError(f"{name}: expected a float matrix {shape}, got {tuple(t.shape)} {t.dtype}")
-    if out is not None and out.device.type != "meta" and out.numel():
-        memory = out.untyped_storage().data_ptr()
-        for name, t in [(f"B[{u}]", t) for u, t in enumerate(B)] + [(f"A[{u}]", t) for u, t in enumerate(A)]:
-            if t.untyped_storage().data_ptr() == memory:
-                raise ValueError(f"out: shares memory with {name}")
+    if out is not None and not torch.compiler.is_compiling():
+        _check_memory(out, W, B, A)
+
+
+def _check_memory(out: Tensor, W: Tensor | None, B: Sequence[Tensor], A: Sequence[Tensor]) -> None:
+    if not out.numel():
+        return
+    if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError("out: its elements share memory")
+    memory = out.untyped_storage().data_ptr()
+    for name, t in [(f"B[{u}]", t) for u, t in enumerate(B)] + [(f"A[{u}]", t) for u, t in enumerate(A)]:
+        if t.untyped_storage().data_ptr() == memory:
+            raise ValueError(f"out: shares memory with {name}")
+    if W is not None and W.untyped_storage().data_ptr() == memory:
+        same = (W.data_ptr(), W.stride(), W.dtype) == (out.data_ptr(), out.stride(), out.dtype)
+        if not same:
+            raise ValueError("out: shares memory with W without being W")
 
 
 def new_output(W: Tensor | None, B: Sequence[Tensor], A: Sequence[Tensor]) -> Tensor:
@@ -82,12 +119,22 @@ def new_output(W: Tensor | None, B: Sequence[Tensor], A: Sequence[Tensor]) -> Te
 def lowrank_sum_torch(
     W: Tensor | None, B: Sequence[Tensor], A: Sequence[Tensor], coefficients: Tensor, *, beta: float, out: Tensor
 ) -> Tensor:
-    """The torch twin of ``lowrank_sum``: tiles of ``W`` in float64, stacked ranks in chunks of ``CHUNK``."""
-    (m, n), (rows, columns) = out.shape, TILE
-    chunks = list(_chunks(B))
+    """The torch twin of ``lowrank_sum``: tiles of ``W``, stacked ranks in chunks.
+
+    The sum is kept in float64, or in float32 where the output has 16 bits. On a GPU bfloat16 factors keep their type:
+    the weighted ``B`` is split in two bfloat16 terms (2^-17), multiplied natively with a float32 sum.
+    """
+    gpu = out.is_cuda
+    (m, n), (rows, columns) = out.shape, TILE_GPU if gpu else TILE
+    chunks = list(_chunks(B, CHUNK_GPU if gpu else CHUNK))
     depth = max((stop - start for _, (start, stop) in chunks), default=0)
-    wide = {"dtype": torch.float64, "device": out.device}
-    acc, left, right = (torch.empty(s, **wide) for s in ((rows, columns), (rows, depth), (depth, columns)))
+    types = {t.dtype for t in (*B, *A)}
+    wide = torch.float32 if out.dtype.itemsize == 2 and torch.float64 not in types else torch.float64
+    right_type = torch.bfloat16 if gpu and wide == torch.float32 and types == {torch.bfloat16} else wide
+    acc = torch.empty(min(m, rows), min(n, columns), dtype=wide, device=out.device)
+    left = torch.empty(min(m, rows), depth, dtype=wide, device=out.device)
+    right = torch.empty(depth, min(n, columns), dtype=right_type, device=out.device)
+    weights = coefficients.to(wide)
     for i in range(0, m, rows):
         for j in range(0, n, columns):
             tile = out[i : i + rows, j : j + columns]
@@ -101,27 +148,107 @@ def lowrank_sum_torch(
                 offset = 0
                 for u, first, last in clients:
                     r = last - first
-                    b[:, offset : offset + r].copy_(B[u][i : i + rows, first:last]).mul_(coefficients[u])
+                    b[:, offset : offset + r].copy_(B[u][i : i + rows, first:last]).mul_(weights[u])
                     a[offset : offset + r].copy_(A[u][first:last, j : j + columns])
                     offset += r
-                total.addmm_(b, a)
+                _add_product(total, b, a)
             tile.copy_(total)
     return out
 
 
-def _chunks(B: Sequence[Tensor]) -> Iterator[tuple[list[tuple[int, int, int]], tuple[int, int]]]:
-    """Yield runs of at most CHUNK stacked ranks: the pieces ``(client, first, last)`` and the run's bounds."""
+def _add_product(total: Tensor, b: Tensor, a: Tensor) -> None:
+    """``total += b @ a``, for ``a`` of 16 bits with ``b`` as the sum of two terms of that type."""
+    if a.dtype == b.dtype:
+        total.addmm_(b, a)
+        return
+    high = b.to(a.dtype)
+    _add_native(total, high, a)
+    _add_native(total, (b - high).to(a.dtype), a)
+
+
+def _add_native(total: Tensor, b: Tensor, a: Tensor) -> None:
+    """``total += b @ a`` with 16-bit operands and a float32 sum, which torch offers on GPUs only."""
+    torch.addmm(total, b, a, out_dtype=total.dtype, out=total)
+
+
+def _chunks(B: Sequence[Tensor], most: int) -> Iterator[tuple[list[tuple[int, int, int]], tuple[int, int]]]:
+    """Yield runs of at most ``most`` stacked ranks: the pieces ``(client, first, last)`` and the run's bounds."""
     pieces: list[tuple[int, int, int]] = []
     start = position = 0
     for u, b in enumerate(B):
         first = 0
         while first < b.shape[1]:
-            last = min(b.shape[1], first + CHUNK - (position - start))
+            last = min(b.shape[1], first + most - (position - start))
             pieces.append((u, first, last))
             position += last - first
             first = last
-            if position - start == CHUNK:
+            if position - start == most:
                 yield pieces, (start, position)
                 pieces, start = [], position
     if pieces:
         yield pieces, (start, position)
+
+
+PLANS: PlanCache[SumPlan | str] = PlanCache(256)  # one per weight
+
+
+def _on_triton(
+    W: Tensor | None,
+    B: Sequence[Tensor],
+    A: Sequence[Tensor],
+    coefficients: Tensor,
+    beta: float,
+    out: Tensor,
+    backend: str,
+) -> Tensor | None:
+    """``out``, written; None where the kernel cannot take the factors and nobody ordered it to."""
+    from ._factor_plan import Piece
+    from ._lowrank_sum_triton import SumPlan, lowrank_sum_triton
+
+    if (reason := one_dtype([[*B, *A]])) is not None:
+        if backend == "triton":
+            raise ValueError(reason)
+        return None
+    check_runnable(out.device)
+    tensors = [*B, *A]
+    pointers = addresses(tensors)
+
+    def build() -> SumPlan:
+        pieces = [Piece.of(i, t, transposed=i >= len(B)) for i, t in enumerate(tensors)]
+        return SumPlan(pieces[: len(B)], pieces[len(B) :], out.dtype, out.device)
+
+    plan = PLANS.get((place(out.device), out.dtype, describe(tensors), alignments(pointers)), build)
+    return lowrank_sum_triton(plan, pointers, W, coefficients.contiguous(), beta, out)
+
+
+@torch.library.custom_op("fedgram::lowrank_sum", mutates_args=())
+def _lowrank_sum_op(
+    W: Tensor | None, B: list[Tensor], A: list[Tensor], coefficients: Tensor, beta: float, backend: str
+) -> Tensor:
+    """What ``torch.compile`` sees of ``lowrank_sum`` into new memory."""
+    return lowrank_sum(W, B, A, coefficients, beta=beta, backend=backend)
+
+
+@_lowrank_sum_op.register_fake
+def _(W, B, A, coefficients, beta, backend):  # noqa: ANN001
+    return new_output(W, B, A)
+
+
+@torch.library.custom_op("fedgram::lowrank_sum_out", mutates_args=("out",))
+def _lowrank_sum_out_op(
+    out: Tensor,
+    W: Tensor | None,
+    B: list[Tensor],
+    A: list[Tensor],
+    coefficients: Tensor,
+    beta: float,
+    in_place: bool,
+    backend: str,
+) -> None:
+    """What ``torch.compile`` sees of ``lowrank_sum`` into ``out``, which is W itself with ``in_place``."""
+    lowrank_sum(out if in_place else W, B, A, coefficients, beta=beta, out=out, backend=backend)
+
+
+@_lowrank_sum_out_op.register_fake
+def _(out, W, B, A, coefficients, beta, in_place, backend):  # noqa: ANN001
+    return None

@@ -201,7 +201,6 @@ def gap_at(batch: Batch, w: Tensor) -> Tensor:
 
 def cone(batch: Batch, w: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Project ``g0`` on ``{<g_k, d> >= 0}`` by block pivoting: ``x``, ``||g_x||`` and the worst ``<g_k, d>``."""
-    K = w.shape[1]
     lengths = torch.where(batch.norms > 0, batch.norms, 1.0)
     there = batch.norms > 0
     inverse = torch.where(there, 1 / lengths, 0.0)

@@ -12,6 +12,7 @@ from ._frank_wolfe import pairwise_frank_wolfe
 from ._problem import Array, Point, Problem
 
 VIOLATION = 1e-14  # a task that gains less than this share of its terms is not let in
+CROWD, SHARE = 32, 0.3  # tasks let in at once, and the share of the largest gain that they must promise
 COARSE = 1e-6  # Frank-Wolfe only has to find the face
 STATUSES = ("optimal", "degenerate", "mean", "stationary", "inexact", "nonfinite")
 
@@ -100,8 +101,8 @@ def _active_set(problem: Problem, w: Array) -> Solution:
         lowest = min(lowest, found.objective)
         if best is None or found.gap < best.gap:
             best = found
-        entering = _entering(problem, point)
-        if entering is None:
+        entering = _entering(problem, point, 1 if stalled else CROWD)
+        if not len(entering):
             break
         w = w.copy()
         w[entering] = np.finfo(np.float64).tiny
@@ -109,9 +110,9 @@ def _active_set(problem: Problem, w: Array) -> Solution:
     return replace(best, iterations=iterations)
 
 
-def _entering(problem: Problem, point: Point) -> int | None:
-    """The task outside the face that gains most, relative to the rounding of its terms."""
+def _entering(problem: Problem, point: Point, most: int) -> Array:
+    """The tasks outside the face that gain most, relative to the rounding of their terms: at most so many."""
     gain = (point.slope - float(point.w @ point.slope)) / np.maximum(problem.rounding(point.w), 1e-300)
     gain[point.w > 0] = np.inf
-    k = int(gain.argmin())
-    return k if gain[k] < -VIOLATION else None
+    first = gain.argsort(kind="stable")[:most]
+    return first[gain[first] < min(-VIOLATION, SHARE * gain[first[0]])]

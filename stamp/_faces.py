@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from math import inf, sqrt
 
 import numpy as np
-import torch
 
+from ._linear import solve_gram
 from ._problem import EPS, Array, Problem
-
-SINGULAR = 3e-8  # a Cholesky pivot below this (unit diagonal) is rounding of the Gram matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +34,11 @@ def face_minimum(problem: Problem, members: Array, w: Array) -> FaceMinimum:
     sides = np.stack([h[0] + H[0, 0] - h[1:] - H[0, 1:], (beta[0] - beta[1:]) / problem.s], axis=1)
     # Squared lengths below the rounding of what they were subtracted from are taken for that rounding.
     length = np.sqrt(np.maximum(C.diagonal(), EPS * (H.diagonal()[1:] + H[0, 0]) + 1e-300))
-    solved = _solve(C / length[:, None] / length, sides / length[:, None]) / length[:, None]
+    unit, sides = C / length[:, None] / length, sides / length[:, None]
+    solved = solve_gram(unit, sides)
+    if solved is None:
+        solved = np.linalg.lstsq(unit, sides, rcond=1e-13)[0]
+    solved /= length[:, None]
     alpha, z = np.empty(m), np.empty(m)
     alpha[1:], z[1:] = solved[:, 0], solved[:, 1]
     alpha[0], z[0] = 1 - alpha[1:].sum(), -z[1:].sum()
@@ -47,18 +49,6 @@ def face_minimum(problem: Problem, members: Array, w: Array) -> FaceMinimum:
     p = problem.n + float(2 * (h @ alpha) + alpha @ H @ alpha)
     t = 0.0 if p <= 1e-14 * reach * reach else sqrt(p / (1 - r))
     return FaceMinimum(alpha + t * z - w, ray=False)
-
-
-def _solve(C: Array, sides: Array) -> Array:
-    """Solve ``C X = sides`` for a unit-diagonal Gram matrix: Cholesky, refined once, or least squares if singular."""
-    if len(C) == 1:
-        return sides / C
-    matrix, right = torch.from_numpy(C), torch.from_numpy(sides)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed) == 0 and float(factor.diagonal().min()) >= SINGULAR:
-        X = torch.cholesky_solve(right, factor)
-        return (X + torch.cholesky_solve(right - matrix @ X, factor)).numpy()
-    return np.linalg.lstsq(C, sides, rcond=1e-13)[0]
 
 
 def descend(problem: Problem, w: Array, limit: int) -> tuple[Array, int]:

@@ -6,7 +6,7 @@ from math import sqrt
 
 import numpy as np
 
-from ._problem import EPS, VANISHING, Array, Problem
+from ._problem import VANISHING, Array, Problem
 
 REFRESH = 64  # steps between recomputations of the running products, which drift by rounding
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ._linear import solve_factored, solve_lower
 from ._problem import Array
 
 GAIN = 1e-14  # a gradient below this, for a unit diagonal, is rounding
@@ -69,12 +70,11 @@ class _Passive:
     def append(self, j: int) -> bool:
         """Let column ``j`` in, unless it lies in the span of those inside."""
         m = len(self.index)
-        row = torch.from_numpy(self.A[j, self.index])[:, None]
-        row = torch.linalg.solve_triangular(self.factor[:m, :m], row, upper=False)[:, 0]
+        row = solve_lower(self.factor[:m, :m], self.A[j, self.index]) if m else np.zeros(0)
         pivot = float(self.A[j, j] - row @ row)
         if pivot <= PIVOT:
             return False
-        self.factor[m, :m] = row
+        self.factor[m, :m] = torch.from_numpy(row)
         self.factor[m, m] = pivot**0.5
         self.index.append(j)
         return True
@@ -91,9 +91,6 @@ class _Passive:
         x = np.zeros(len(self.right))
         m = len(self.index)
         if m:
-            C = torch.from_numpy(self.A[np.ix_(self.index, self.index)])
-            b = torch.from_numpy(self.right[self.index])[:, None]
-            L = self.factor[:m, :m]
-            X = torch.cholesky_solve(b, L)
-            x[self.index] = (X + torch.cholesky_solve(b - C @ X, L))[:, 0].numpy()
+            C, b = self.A[np.ix_(self.index, self.index)], self.right[self.index][:, None]
+            x[self.index] = solve_factored(self.factor[:m, :m], C, b)[:, 0]
         return x

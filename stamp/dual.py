@@ -39,7 +39,7 @@ class Dual:
 
     @property
     def objective(self) -> float | Tensor:
-        """``f(w)``: no direction in the ball of radius ``c ||g0||`` around ``g0`` gains more than this on every task."""
+        """``f(w)``: no direction within ``c ||g0||`` of ``g0`` gains more than this on every task."""
         return self._number(0)
 
     @property

@@ -158,9 +158,7 @@ def _warn_of_materialised(trace: Trace) -> None:
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Put the model's buffers back as they were: the same tensors with the same values."""
-    kept = [
-        (m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
-    ]
+    kept = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
         yield
     finally:

