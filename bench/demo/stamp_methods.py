@@ -83,9 +83,12 @@ class Client:
     """One client: its memory, and its way of making a step's gradient."""
 
     def __init__(self, model: nn.Module, method: Method, capacity: int, c: float, seed: int) -> None:
-        kind = RandomMemory if method.memory == "random" else PrototypeMemory
         self.model, self.method = model, method
-        self.memory = kind(capacity, seed=seed)
+        self.memory = (
+            RandomMemory(capacity, seed=seed)
+            if method.memory == "random"
+            else PrototypeMemory(capacity, seed=seed, track_errors=False)  # no byte more than the random one
+        )
         self.sample_gradients = 0
         self._matcher = TemporalMatcher(model, loss, self.memory, c=c if method.step == "match" else 0.0)
 

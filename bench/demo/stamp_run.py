@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +82,20 @@ class Run:
         return {name: value for name, value in vars(self).items() if name not in matrices} | figures
 
 
-def run_one(images: Images, method: Method, setting: Setting, seed: int, advance: Callable[[], None]) -> Run:
+def run_one(images: Images, method: Method, setting: Setting, seed: int) -> Run:
     """Run one method. The split, the shares, the first model and the batches depend on the seed alone.
 
-    ``advance`` is called after every round.
+    It runs on one thread, so that the figures do not depend on how many runs go on side by side.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _run(images, method, setting, seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(images: Images, method: Method, setting: Setting, seed: int) -> Run:
     started = time.perf_counter()
     train = split_tasks(images.train, setting.train_per_class, seed)
     test = split_tasks(images.test, setting.test_per_class, seed)
@@ -108,7 +116,6 @@ def run_one(images: Images, method: Method, setting: Setting, seed: int, advance
             model.load_state_dict(server.state)
             by_class[t, : t + 1], by_task[t, : t + 1] = accuracies(model, test[: t + 1])
             curve.append(float(by_class[t, : t + 1].mean()))
-            advance()
         for client, share in zip(clients, shares, strict=True):
             client.remember(share, t)
     rounds = setting.rounds * len(train)
@@ -129,7 +136,7 @@ def run_one(images: Images, method: Method, setting: Setting, seed: int, advance
 def _train_locally(
     model: nn.Module, client: Client, share: Batch, setting: Setting, key: tuple[int, int, int, int]
 ) -> None:
-    """A client's steps of one round; its batches depend on the key alone."""
+    """A client's steps of one round, by plain gradient descent; its batches depend on the key alone."""
     X, y = share
     parameters = list(model.parameters())
     draw = np.random.default_rng(key)

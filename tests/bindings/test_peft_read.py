@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from fedgram.bindings.peft import check_compatible, load_adapter, load_adapters
 from fedgram.flora_na import Adapter
-from fedgram_testing.peft_adapters import bert, llama, mlp, peft_deltas, write_client
+from fedgram_testing.peft_adapters import bert, gpt2, llama, mlp, peft_deltas, write_client
 
 OPTIONS = {
     "alpha over r": {"target_modules": ["0", "2"], "r": 3, "lora_alpha": 5},
@@ -38,6 +38,15 @@ def test_delta_weights_are_those_of_peft(tmp_path, options):
     assert set(adapter.modules) == set(expected)
     for name, delta in expected.items():
         torch.testing.assert_close(adapter.modules[name].delta(), delta)
+
+
+def test_transposed_weights_have_the_same_factors(tmp_path):
+    """GPT-2's Conv1D: PEFT's delta is that of the stored, transposed weight; B A is the update of the linear map."""
+    model = write_client(tmp_path, gpt2(), target_modules=["c_attn", "c_fc"], r=3, lora_alpha=5, fan_in_fan_out=True)
+    adapter, expected = load_adapter(tmp_path), peft_deltas(model)
+    assert set(adapter.modules) == set(expected)
+    for name, delta in expected.items():
+        torch.testing.assert_close(adapter.modules[name].delta(), delta.T)
 
 
 def test_patterns_match_as_peft_matches_them_on_dotted_names(tmp_path):

@@ -11,7 +11,7 @@ EYE = torch.eye(3, dtype=torch.float64)
 
 @pytest.mark.parametrize("c", [-0.1, 1.0, 2, float("nan"), "strong", None])
 def test_c_out_of_range(c):
-    with pytest.raises(ValueError, match="^c: expected"):
+    with pytest.raises(ValueError, match=r"^c: expected"):
         solve_dual(EYE, c)
 
 

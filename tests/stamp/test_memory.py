@@ -32,7 +32,16 @@ def test_the_budget_is_used_up_and_shared_again_as_tasks_arrive():
     X, y = memory.task("task 0")
     assert X.shape == (13, 1, 8, 8)
     assert y.tolist() == [0] * 7 + [1] * 6
-    assert memory.nbytes == 50 * 64 * 4
+    assert memory.nbytes == 50 * 64 * 4 + 8 * 64 * 8  # float32 samples, one float64 mean per class
+
+
+def test_means_need_not_be_kept():
+    plain, tracked = filled(50, track_errors=False), filled(50)
+    assert plain.nbytes == 50 * 64 * 4
+    assert all(torch.equal(plain.task(t)[0], tracked.task(t)[0]) for t in plain.tasks)
+    plain.update(*digits(0, 1), 0)
+    with pytest.raises(ValueError, match="track_errors=False"):
+        plain.errors(0)
 
 
 def test_earlier_tasks_are_chosen_among_those_kept():

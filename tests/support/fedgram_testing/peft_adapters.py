@@ -13,7 +13,14 @@ with warnings.catch_warnings():  # what these libraries warn of while they are i
     warnings.simplefilter("ignore")
     from peft import LoraConfig, PeftModel, get_peft_model
     from peft.tuners.lora import LoraLayer as PeftLoraLayer
-    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
 
 def mlp() -> nn.Module:
@@ -34,6 +41,12 @@ def llama() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     return LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=1, max_position_embeddings=32, **sizes))
+
+
+def gpt2() -> nn.Module:
+    """A causal model of two small layers whose linear maps are Conv1D: their weights are stored transposed."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2))
 
 
 def quietly(function, *args, **kwargs):

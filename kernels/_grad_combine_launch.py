@@ -1,0 +1,73 @@
+"""Plans and launches of ``grad_combine`` on Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _grad_combine_triton as kernels
+from ._grad_plan import Gradients, flatten, memory_order
+from ._grad_work import column_chunks
+from ._plan import (
+    WIDEST,
+    AddressTable,
+    PlanCache,
+    addresses,
+    alignments,
+    check_runnable,
+    describe,
+    place,
+    to_device,
+)
+from ._triton_common import interpret_flag, options
+
+
+class CombinePlan:
+    """What depends on the layout alone: which parameters go through copies, and the work lists."""
+
+    def __init__(self, gradients: Gradients, out: Sequence[Tensor], pointers: np.ndarray, device: torch.device) -> None:
+        check_runnable(device)
+        K, P = len(gradients), len(out)
+        columns = [[*tensors] for tensors in zip(*gradients, out, strict=True)]
+        self.copied = [p for p, tensors in enumerate(columns) if memory_order(tensors) is None]
+        aligned = (pointers.reshape(K + 1, P) % WIDEST == 0).all(0)
+        aligned[self.copied] = True
+        kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = {}
+        for p, tensors in enumerate(columns):
+            kinds.setdefault((tensors[0].dtype, out[p].dtype, bool(aligned[p])), []).append(p)
+        numels = tuple(t.numel() for t in out)
+        lists = {kind: column_chunks(members, numels, kernels.BLOCK) for kind, members in kinds.items()}
+        self.launches = [(kind, to_device(chunks, device)) for kind, chunks in lists.items() if len(chunks)]
+        source = np.arange(K * P).reshape(K, P).T
+        self.sources = AddressTable(source, np.zeros_like(source), device)
+        self.targets = AddressTable(np.arange(P), np.zeros(P, dtype=np.int64), device)
+
+    def run(self, gradients: Gradients, v: Tensor, out: Sequence[Tensor], pointers: np.ndarray) -> None:
+        """Write the combination to ``out``; ``pointers`` are those of the gradients, then of the outputs."""
+        copies = {p: torch.empty_like(out[p], memory_format=torch.contiguous_format) for p in self.copied}
+        if copies:
+            gradients = [[t.contiguous() if p in copies else t for p, t in enumerate(g)] for g in gradients]
+            pointers = addresses([*flatten(gradients), *(copies.get(p, t) for p, t in enumerate(out))])
+        K, P = len(gradients), len(out)
+        sources, targets = self.sources.of(pointers[: K * P]), self.targets.of(pointers[K * P :])
+        for kind, chunks in self.launches:
+            kernels.grad_combine_kernel[(len(chunks),)](
+                sources, targets, chunks, v, K, **kernels.configuration(*kind), INTERPRET=interpret_flag(),
+                **options(4, 2),
+            )  # fmt: skip
+        for p, copy in copies.items():
+            out[p].copy_(copy)
+
+
+PLANS: PlanCache[CombinePlan] = PlanCache()
+
+
+def combine_triton(gradients: Gradients, v: Tensor, out: Sequence[Tensor]) -> None:
+    """``grad_combine`` into ``out``."""
+    tensors = [*flatten(gradients), *out]
+    pointers = addresses(tensors)
+    key = (place(v.device), len(gradients), describe(tensors), alignments(pointers))
+    PLANS.get(key, lambda: CombinePlan(gradients, out, pointers, v.device)).run(gradients, v, out, pointers)

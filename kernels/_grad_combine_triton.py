@@ -1,0 +1,97 @@
+"""Triton kernel of ``grad_combine``: a weighted sum over tensors at any addresses, many parameters in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ._plan import WIDEST
+from ._triton_common import TYPES, AotConfig, trips
+
+BLOCK = 1024  # columns of one program
+UNROLL = 4  # loads in flight
+
+
+@triton.jit
+def grad_combine_kernel(
+    p_table,  # int64 (parameters, tasks): addresses
+    p_out,  # int64 (parameters,): addresses
+    p_chunks,  # int64 (programs, 3): parameter, first column, columns
+    p_coefficients,  # float64 (tasks,)
+    tasks,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, TYPE: tl.constexpr, OUT: tl.constexpr, SUM: tl.constexpr,
+    VECTOR: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """``sum_k v_k g_k`` on one chunk, summed in SUM and rounded once."""
+    p_row = p_chunks + tl.program_id(0).to(tl.int64) * 3
+    parameter = tl.load(p_row)
+    start = tl.load(p_row + 1)
+    n = tl.load(p_row + 2).to(tl.int32)
+    d = tl.arange(0, BLOCK)
+    p_task = p_table + parameter * tasks
+    p_target = tl.load(p_out + parameter).to(tl.pointer_type(OUT)) + start
+    if n == BLOCK:  # a bound that is read from memory would narrow the loads
+        b = combined(p_task, p_coefficients, start, d, n, tasks, BLOCK, UNROLL, TYPE, SUM, VECTOR, INTERPRET, False)
+        store(p_target, d, n, b, OUT, VECTOR, False)
+    else:
+        b = combined(p_task, p_coefficients, start, d, n, tasks, BLOCK, UNROLL, TYPE, SUM, VECTOR, INTERPRET, True)
+        store(p_target, d, n, b, OUT, VECTOR, True)
+
+
+@triton.jit
+def combined(
+    p_task, p_coefficients, start, d, n, tasks,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, VECTOR: tl.constexpr,
+    INTERPRET: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """The sum over all tasks, UNROLL of them at a time."""
+    BYTES: tl.constexpr = VECTOR * (TYPE.primitive_bitwidth // 8)
+    b = tl.zeros((BLOCK,), SUM)
+    for s in range(trips((tasks + UNROLL - 1) // UNROLL, INTERPRET)):
+        for t in tl.static_range(UNROLL):
+            k = s * UNROLL + t
+            there = k < tasks
+            v = tl.load(p_coefficients + k, mask=there, other=0.0).to(SUM)
+            p = tl.load(p_task + k, mask=there, other=0).to(tl.pointer_type(TYPE)) + start + d
+            p = tl.max_contiguous(tl.multiple_of(p, BYTES), VECTOR)
+            m = (d < (n if MASK else BLOCK)) & there
+            b += v * tl.load(p, mask=m, other=0.0).to(SUM)
+    return b
+
+
+@triton.jit
+def store(p_target, d, n, b, OUT: tl.constexpr, VECTOR: tl.constexpr, MASK: tl.constexpr):
+    """Round and write."""
+    BYTES: tl.constexpr = VECTOR * (OUT.primitive_bitwidth // 8)
+    p = tl.max_contiguous(tl.multiple_of(p_target + d, BYTES), VECTOR)
+    if MASK:
+        tl.store(p, b.to(OUT), mask=d < n)
+    else:
+        tl.store(p, b.to(OUT))
+
+
+def configuration(dtype: torch.dtype, out: torch.dtype, wide: bool) -> dict[str, Any]:
+    """Compile-time arguments of ``grad_combine_kernel``."""
+    return {
+        "BLOCK": BLOCK, "UNROLL": UNROLL, "TYPE": TYPES[dtype], "OUT": TYPES[out],
+        "SUM": tl.float64 if dtype.itemsize >= 4 else tl.float32,
+        "VECTOR": WIDEST // max(dtype.itemsize, out.itemsize) if wide else 1,
+    }  # fmt: skip
+
+
+def aot_configs() -> list[AotConfig]:
+    """The shipped configurations."""
+    bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
+    signature = {"p_table": "*i64", "p_out": "*i64", "p_chunks": "*i64", "p_coefficients": "*fp64", "tasks": "i32"}
+    configs = []
+    for dtype, out, wide in (
+        (fp32, fp32, True), (fp32, fp32, False), (bf16, bf16, True), (bf16, fp32, True), (fp64, fp64, True),
+    ):  # fmt: skip
+        names = " to ".join(str(t).removeprefix("torch.") for t in (dtype, out))
+        name = f"grad_combine {names}{'' if wide else ' scalar loads'}"
+        flags = {"tensor_cores": False, "wide_loads": wide and dtype.itemsize >= out.itemsize}
+        configs.append(AotConfig(name, grad_combine_kernel, signature, configuration(dtype, out, wide), 4, 2, **flags))
+    return configs

@@ -1,0 +1,47 @@
+"""The names of the public contract, importable as users import them, and documented."""
+
+import importlib
+import inspect
+
+import pytest
+
+CONTRACT = {
+    "fedgram.flora_na": "LoraLayer Adapter estimate aggregate client_gramian inspect",
+    "fedgram.stamp": "match match_ solve_dual gramian ghost_gramian select_prototypes PrototypeMemory "
+    "TemporalMatcher SpatialMatcher",
+    "fedgram.kernels": "factor_gram factor_combine lowrank_sum grad_gram grad_combine ghost_gram subset_select",
+    "fedgram.bindings.peft": "load_adapter save_adapter",
+    "fedgram.bindings.modules": "LoraAggregator",
+    "fedgram.bindings.matching": "match_adapters",
+}
+PARAMETERS = {
+    "fedgram.flora_na.estimate": "B A weights scalings method rank anchor align_to",
+    "fedgram.flora_na.aggregate": "adapters weights method rank shared anchor align_to missing residual backend progress",
+    "fedgram.flora_na.client_gramian": "adapters weights",
+    "fedgram.stamp.match": "gradients weights c backend",
+    "fedgram.stamp.solve_dual": "gramian c weights",
+    "fedgram.stamp.gramian": "gradients weights",
+    "fedgram.stamp.ghost_gramian": "model loss_fn tasks",
+    "fedgram.stamp.select_prototypes": "X y per_class restarts seed",
+}
+
+
+@pytest.mark.parametrize("module", CONTRACT)
+def test_the_names_are_there_and_documented(module):
+    imported = importlib.import_module(module)
+    for name in CONTRACT[module].split():
+        assert len(inspect.getdoc(getattr(imported, name)) or "") > 40, f"{module}.{name}"
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_parameters_are_there(name):
+    module, function = name.rsplit(".", 1)
+    found = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    assert set(PARAMETERS[name].split()) <= set(found)
+
+
+@pytest.mark.parametrize("module", ["fedgram.kernels", "fedgram.flora_na", "fedgram.stamp"])
+def test_all_lists_what_is_public(module):
+    imported = importlib.import_module(module)
+    for name in imported.__all__:
+        assert inspect.getdoc(getattr(imported, name)), name
