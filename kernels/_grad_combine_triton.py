@@ -48,18 +48,30 @@ def combined(
     INTERPRET: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """The sum over all tasks, UNROLL of them at a time."""
-    BYTES: tl.constexpr = VECTOR * (TYPE.primitive_bitwidth // 8)
     b = tl.zeros((BLOCK,), SUM)
-    for s in range(trips((tasks + UNROLL - 1) // UNROLL, INTERPRET)):
+    groups = tasks // UNROLL
+    for s in range(trips(groups, INTERPRET)):
         for t in tl.static_range(UNROLL):
-            k = s * UNROLL + t
-            there = k < tasks
-            v = tl.load(p_coefficients + k, mask=there, other=0.0).to(SUM)
-            p = tl.load(p_task + k, mask=there, other=0).to(tl.pointer_type(TYPE)) + start + d
-            p = tl.max_contiguous(tl.multiple_of(p, BYTES), VECTOR)
-            m = (d < (n if MASK else BLOCK)) & there
-            b += v * tl.load(p, mask=m, other=0.0).to(SUM)
+            b += term(p_task, p_coefficients, s * UNROLL + t, start, d, n, TYPE, SUM, VECTOR, MASK)
+    for t in range(trips(tasks - groups * UNROLL, INTERPRET)):
+        b += term(p_task, p_coefficients, groups * UNROLL + t, start, d, n, TYPE, SUM, VECTOR, MASK)
     return b
+
+
+@triton.jit
+def term(
+    p_task, p_coefficients, k, start, d, n,
+    TYPE: tl.constexpr, SUM: tl.constexpr, VECTOR: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """``v_k g_k``."""
+    BYTES: tl.constexpr = VECTOR * (TYPE.primitive_bitwidth // 8)
+    p = tl.load(p_task + k).to(tl.pointer_type(TYPE)) + start + d
+    p = tl.max_contiguous(tl.multiple_of(p, BYTES), VECTOR)
+    if MASK:
+        x = tl.load(p, mask=d < n, other=0.0)
+    else:
+        x = tl.load(p)
+    return tl.load(p_coefficients + k).to(SUM) * x.to(SUM)
 
 
 @triton.jit

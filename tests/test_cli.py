@@ -1,8 +1,7 @@
-"""The command line on directories that PEFT wrote: results, tables, JSON, exit codes, and one line per refusal."""
+"""The command line on directories that PEFT wrote: results, tables, JSON, the installed script."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,59 +10,16 @@ from typing import Annotated
 import pytest
 import torch
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fedgram import flora_na
 from fedgram.bench import _commands
-from fedgram.bench._commands import app
 from fedgram.bindings.peft import load_adapter, load_adapters
+from fedgram_testing.cli_clients import CONFIG, WEIGHTS, clients, deltas, refused, run
 from fedgram_testing.peft_adapters import bert, load_with_peft, peft_deltas, write_client
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-RANKS = (2, 3, 4)
-
-
-@pytest.fixture(scope="module")
-def deltas(tmp_path_factory):
-    """Three clients of one classifier, of different ranks and scalings; with each, the updates that PEFT computes."""
-    root = tmp_path_factory.mktemp("round")
-    options = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
-    found = []
-    for i, r in enumerate(RANKS):
-        model = write_client(
-            root / f"c{i}",
-            bert(),
-            seed=i,
-            r=r,
-            lora_alpha=4 + i,
-            use_rslora=i == 1,
-            alpha_pattern={"query": 3},
-            **options,
-        )
-        found.append(peft_deltas(model))
-    return root, found
-
-
-@pytest.fixture
-def clients(deltas, tmp_path):
-    """Fresh copies, to be damaged; their directories in order."""
-    for i in range(len(RANKS)):
-        shutil.copytree(deltas[0] / f"c{i}", tmp_path / f"c{i}")
-    return [tmp_path / f"c{i}" for i in range(len(RANKS))]
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(*arguments) -> str:
-    """The one line with which a call is refused; nothing on stdout, no traceback."""
-    result = run(*arguments)
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    [line] = result.stderr.splitlines()
-    return line
+__all__ = ["clients", "deltas"]  # fixtures
 
 
 def mean_update(deltas, weights):
@@ -247,168 +203,6 @@ def test_without_typer_the_line_that_installs_it_is_printed():
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert line.endswith("pip install 'fedgram[cli]'")
-
-
-# ---------------------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["aggregate"],
-        ["aggregate", "x"],
-        ["inspect"],
-        ["aggregate", "x", "-o", "y", "--method", "average"],
-        ["aggregate", "x", "-o", "y", "--rank", "0"],
-        ["aggregate", "x", "-o", "y", "--rank", "two"],
-        ["aggregate", "x", "-o", "y", "--backend", "cuda"],
-        ["aggregate", "x", "-o", "y", "--unknown"],
-        ["collect"],
-    ],
-    ids=" ".join,
-)
-def test_wrong_usage_exits_with_2(arguments):
-    assert run(*arguments).exit_code == 2
-
-
-def poison(folder, value):
-    tensors = load_file(folder / WEIGHTS)
-    key = "base_model.model.bert.encoder.layer.1.attention.self.value.lora_B.weight"
-    tensors[key][0, 0] = value
-    save_file(tensors, folder / WEIGHTS)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf_name_the_client_the_module_and_the_factor(clients, tmp_path, value):
-    poison(clients[1], value)
-    for command in (("aggregate", *clients, "-o", tmp_path / "out"), ("inspect", *clients)):
-        line = refused(*command)
-        assert str(clients[1]) in line
-        assert "bert.encoder.layer.1.attention.self.value" in line
-        assert "lora_B" in line
-    assert not (tmp_path / "out").exists()
-
-
-def drop(folder, part):
-    tensors = load_file(folder / WEIGHTS)
-    save_file({key: value for key, value in tensors.items() if part not in key}, folder / WEIGHTS)
-
-
-def test_a_missing_module_is_named_or_handled_as_told(clients, tmp_path):
-    drop(clients[2], "layer.0.attention.self.query")
-    line = refused("aggregate", *clients, "-o", tmp_path / "out")
-    assert "bert.encoder.layer.0.attention.self.query" in line
-    assert str(clients[2]) in line
-    for policy in ("renormalize", "zero"):
-        result = run("aggregate", *clients, "-o", tmp_path / policy, "--missing", policy)
-        assert result.exit_code == 0, result.output
-        load_with_peft(bert(), tmp_path / policy)
-
-
-def test_a_missing_head_names_the_client_and_the_tensor(clients, tmp_path):
-    drop(clients[0], "classifier.bias")
-    line = refused("aggregate", *clients, "-o", tmp_path / "out")
-    assert str(clients[0]) in line
-    assert "base_model.model.classifier.bias" in line
-
-
-def test_shapes_that_differ_name_the_client_and_the_module(clients, tmp_path):
-    tensors = load_file(clients[2] / WEIGHTS)
-    key = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
-    save_file(tensors | {key: torch.ones(4, 17)}, clients[2] / WEIGHTS)
-    line = refused("aggregate", *clients, "-o", tmp_path / "out")
-    assert str(clients[2]) in line
-    assert "bert.encoder.layer.0.attention.self.query" in line
-
-
-def test_broken_files_are_named(clients, tmp_path):
-    whole = (clients[1] / WEIGHTS).read_bytes()
-    (clients[1] / WEIGHTS).write_bytes(whole[:-1])
-    assert f"{clients[1] / WEIGHTS}: not a whole safetensors file" in refused("inspect", *clients)
-    (clients[1] / WEIGHTS).write_bytes(b"")
-    assert f"{clients[1] / WEIGHTS}: not a whole safetensors file" in refused("inspect", *clients)
-    (clients[1] / CONFIG).write_text("{")
-    assert f"{clients[1] / CONFIG}: not valid JSON" in refused("inspect", *clients)
-
-
-def test_clients_of_another_base_model_are_refused(clients, tmp_path):
-    config = json.loads((clients[1] / CONFIG).read_text()) | {"base_model_name_or_path": "another/model"}
-    (clients[1] / CONFIG).write_text(json.dumps(config))
-    line = refused("aggregate", *clients, "-o", tmp_path / "out")
-    assert f"{clients[1]}: base model 'another/model' differs from None of {clients[0]}" in line
-
-
-def test_names_in_files_cannot_break_the_line_or_the_terminal(clients):
-    tensors = load_file(clients[0] / WEIGHTS) | {"base_model.model.a\nb\x1b[31m.lora_X": torch.ones(1)}
-    save_file(tensors, clients[0] / WEIGHTS)
-    line = refused("inspect", *clients)
-    assert "a b\\x1b[31m: unknown kind of LoRA tensor" in line
-
-
-@pytest.mark.parametrize(
-    ("document", "reason"),
-    [
-        ('{"c0": 1, "c1": 2}', "no weight for client 'c2'"),
-        ('{"c0": 1, "c1": 2, "c2": 3, "c9": 4}', "'c9' is not the directory of a client"),
-        ('{"c0": 1, "c1": 2, "c2": -3}', "client 'c2': expected a number of at least 0, got -3"),
-        ('{"c0": 1, "c1": 2, "c2": "3"}', "client 'c2': expected a number of at least 0, got '3'"),
-        ("[1, 2]", "2 weights for 3 clients"),
-        ("[1, 2, NaN]", "client 'c2': expected a number of at least 0, got nan"),
-        ("[0, 0, 0]", "all are zero"),
-        ("3", "expected an object from directory name to number, or a list"),
-        ("[1, 2", "not valid JSON"),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused(clients, tmp_path, document, reason):
-    (tmp_path / "w.json").write_text(document)
-    assert reason in refused("aggregate", *clients, "-o", tmp_path / "out", "--weights", tmp_path / "w.json")
-
-
-def test_a_weights_file_that_is_not_there_is_named(clients, tmp_path):
-    line = refused("inspect", *clients, "--weights", tmp_path / "w.json")
-    assert line == f"fedgram: {tmp_path / 'w.json'}: No such file or directory"
-
-
-def test_clients_of_one_name_are_told_apart_by_path(clients, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree("c0", "other/c0")
-    (tmp_path / "w.json").write_text('{"c0": 1, "other/c0": 3}')
-    document = json.loads(run("inspect", "c0", "other/c0", "--weights", "w.json", "--json").stdout)
-    assert [client["weight"] for client in document["clients"].values()] == [0.25, 0.75]
-
-
-def test_outputs_that_cannot_be_written_are_refused_before_the_work(clients, tmp_path):
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    assert "file: not a directory" in refused("aggregate", *clients, "-o", tmp_path / "file")
-    assert "file" in refused("aggregate", *clients, "-o", tmp_path / "file" / "below")
-    assert "holds 'notes.txt'" in refused("aggregate", *clients, "-o", tmp_path / "full")
-    assert "is one of the clients' directories" in refused("aggregate", *clients, "-o", clients[0])
-    out = tmp_path / "out"
-    assert "one output lies in the other" in refused("aggregate", *clients, "-o", out, "--residual", out / "rest")
-    assert "one output lies in the other" in refused("aggregate", *clients, "-o", out, "--residual", out)
-    assert "No such file or directory" in refused("aggregate", *clients, "-o", "/proc/nowhere/out")
-    assert not out.exists()
-
-
-def test_a_refusal_leaves_the_previous_output(clients, tmp_path):
-    run("aggregate", *clients, "-o", tmp_path / "out")
-    before = (tmp_path / "out" / WEIGHTS).read_bytes()
-    poison(clients[0], float("nan"))
-    refused("aggregate", *clients, "-o", tmp_path / "out")
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
-
-
-@pytest.mark.skipif(torch.cuda.is_available() or "TRITON_INTERPRET" not in os.environ, reason="a GPU can run it")
-def test_a_backend_that_cannot_run_says_why(deltas, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    line = refused("aggregate", *sorted(deltas[0].iterdir()), "-o", tmp_path / "out", "--backend", "triton")
-    assert "backend='triton'" in line
-
-
-# ------------------------------------------------------------------------------------------- commands imported late
 
 
 def late_group(module: str) -> typer.Typer:

@@ -16,7 +16,8 @@ CONTRACT = {
 }
 PARAMETERS = {
     "fedgram.flora_na.estimate": "B A weights scalings method rank anchor align_to",
-    "fedgram.flora_na.aggregate": "adapters weights method rank shared anchor align_to missing residual backend progress",
+    "fedgram.flora_na.aggregate": "adapters weights method rank shared anchor align_to missing residual "
+    "backend progress",
     "fedgram.flora_na.client_gramian": "adapters weights",
     "fedgram.stamp.match": "gradients weights c backend",
     "fedgram.stamp.solve_dual": "gramian c weights",

@@ -1,5 +1,7 @@
 """Spatial matching of LoRA updates in weight space against stamp.match on the dense updates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -63,13 +65,16 @@ def test_agreeing_clients_give_their_mean():
         assert torch.allclose(layer.delta(), one.modules[name].delta(), atol=1e-4)
 
 
-def test_opposing_clients_do_not_move_against_anyone():
-    [one] = cohort(1)
-    other = Adapter({k: LoraLayer(A=x.A, B=-0.5 * x.B, scaling=x.scaling) for k, x in one.modules.items()}, one.extras)
-    found = match_adapters([one, other], c=0.3, method="svd")
-    step = torch.cat([layer.delta().double().flatten() for layer in found.adapter.modules.values()])
-    reference = torch.cat([w.flatten() for w in dense(one)])
-    assert abs(float(step @ reference)) < 1e-6 * float(reference @ reference)
+def test_a_negative_coefficient_is_carried_by_the_scaling(monkeypatch):
+    adapters = cohort(3)
+    v = torch.tensor([0.7, -0.2, 0.5], dtype=torch.float64)
+    solved = stamp.solve_dual(flora_na.client_gramian(adapters), 0.3)
+    monkeypatch.setattr(stamp, "solve_dual", lambda *_, **__: replace(solved, coefficients=v))
+    found = match_adapters(adapters, method="stack")
+    updates = [dense(a) for a in adapters]
+    for i, layer in enumerate(found.adapter.modules.values()):
+        W = sum(x * u[i] for x, u in zip(v, updates, strict=True))
+        assert float((W - layer.delta().double()).norm()) < 1e-5 * float(W.norm())
 
 
 def test_missing_modules_count_as_zero_updates_or_are_refused():
