@@ -255,7 +255,7 @@ def configuration(
     """Compile-time arguments of ``grad_gram_kernel``, warps and stages: the largest that spill nowhere."""
     small, tiled = tile <= 32, not inline and diagonal
     bf16 = precision == "bf16"
-    block, chain = (64 if bf16 else 32), (256 if bf16 else 128)
+    block, chain = 64, (256 if bf16 else 128)
     if precision == "fp64":
         block, chain = 16, 0
     elif not small:

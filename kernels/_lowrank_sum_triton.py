@@ -21,14 +21,14 @@ LARGEST_DEPTH = {"native": 64, "tf32x3": 32, "ieee": 32, "fp64": 16}
 GROUP = 8  # rows of tiles that run together: their columns of A stay in the cache
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["beta_bits"])
 def lowrank_sum_kernel(
     p_w, p_out,  # (m, n)
     p_table,  # int64 (2, steps): addresses of the first column of a piece of B, and of the first row of one of A
     p_steps,  # int64 (steps, 8): depth, client, strides of B (rows, ranks), strides of A (ranks, columns), 0, 0
     p_coefficients,  # float64 (clients,)
     beta_bits: tl.int64,  # a float64, which a launch would otherwise round to float32
-    n_steps, m, n, w_rows, w_columns, out_rows, out_columns,
+    n_steps, m, n_vectors, w_rows, w_columns, out_rows, out_columns,
     TYPE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr, VECTOR_B: tl.constexpr, VECTOR_A: tl.constexpr, HAS_W: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
@@ -37,7 +37,7 @@ def lowrank_sum_kernel(
     scales a finished product in the type of the sum, and never a stored number."""
     SUM: tl.constexpr = tl.float64 if PRECISION == "fp64" else tl.float32
     SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
-    n = tl.multiple_of(n, VECTOR_A)
+    n = n_vectors * VECTOR_A  # so that the mask of the columns is known to cover whole vectors
     tiles_m = tl.cdiv(m, TILE_M)
     tiles_n = tl.cdiv(n, TILE_N)
     group = tl.program_id(0) // (GROUP * tiles_n)
@@ -128,7 +128,7 @@ def lowrank_sum_triton(
     grid = (triton.cdiv(m, arguments["TILE_M"]) * triton.cdiv(n, arguments["TILE_N"]),)
     lowrank_sum_kernel[grid](
         w, out, plan.addresses.of(pointers), plan.steps, coefficients,
-        struct.unpack("q", struct.pack("d", beta))[0], len(plan.steps), m, n, *w.stride(), *out.stride(),
+        struct.unpack("q", struct.pack("d", beta))[0], len(plan.steps), m, n // plan.variant.vector_a, *w.stride(), *out.stride(),
         **arguments, HAS_W=W is not None and beta != 0, INTERPRET=interpret_flag(), **options(warps, stages),
     )  # fmt: skip
     return out
@@ -146,23 +146,19 @@ def aot_configs() -> list[AotConfig]:
         "fp32 rank 32": (Variant(fp32, "tf32x3", 32, 4, 4), "*fp32"),
         "fp64 rank 16": (Variant(fp64, "fp64", 16, 2, 2), "*fp64"),
     }
-    integers = ("n_steps", "m", "n", "w_rows", "out_rows")
+    integers = ("n_steps", "m", "n_vectors", "w_rows", "out_rows")
     configs = []
     for name, (v, out) in variants.items():
         arguments, warps, stages = configuration(v)
         arguments |= {"HAS_W": True, "w_columns": 1, "out_columns": 1}  # what a launch specialises for contiguous W
         signature = {"p_w": out, "p_out": out, "p_table": "*i64", "p_steps": "*i64", "p_coefficients": "*fp64"}
         signature |= {"beta_bits": "i64"} | dict.fromkeys(integers, "i32")
+        flags = {
+            "wide_loads": v.vector_a > 1,
+            "divisible": ("w_rows", "out_rows") if v.vector_a > 1 else (),
+            "tensor_cores": v.precision != "fp64",
+        }
         configs.append(
-            AotConfig(
-                f"lowrank_sum {name}",
-                lowrank_sum_kernel,
-                signature,
-                arguments,
-                warps,
-                stages,
-                divisible=("m", "n", "w_rows", "out_rows"),
-                tensor_cores=v.precision != "fp64",
-            )  # fmt: skip
+            AotConfig(f"lowrank_sum {name}", lowrank_sum_kernel, signature, arguments, warps, stages, **flags)
         )
     return configs

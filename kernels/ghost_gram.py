@@ -60,9 +60,9 @@ def _ghost_gram(
     inputs: Tensor, output_grads: Tensor, offsets: tuple[int, ...], bias: bool, precise: bool, backend: str
 ) -> Tensor:
     if resolve(backend, [inputs, output_grads]) == "triton":
-        from . import _ghost_gram_triton as kernel
+        from ._ghost_gram_launch import ghost_gram_triton
 
-        return kernel.ghost_gram(inputs, output_grads, offsets, bias, precise)
+        return ghost_gram_triton(inputs, output_grads, offsets, bias, precise)
     return _ghost_gram_torch(inputs, output_grads, offsets, bias, precise)
 
 
@@ -90,11 +90,11 @@ class RowBlock(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def row_blocks(offsets: tuple[int, ...], size: int) -> tuple[RowBlock, ...]:
-    """Cut the rows into blocks of at most ``size``: long tasks into parts, short neighbours together."""
+    """Cut the rows into blocks of at most ``size`` rows and tasks: long tasks into parts, short neighbours together."""
     blocks: list[RowBlock] = []
     group: RowBlock | None = None
     for k, (start, stop) in enumerate(itertools.pairwise(offsets)):
-        if group is not None and stop - group.start <= size:
+        if group is not None and stop - group.start <= size and k < group.first + size:
             group = group._replace(stop=stop, last=k + 1)
             continue
         if group is not None:

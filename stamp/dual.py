@@ -191,18 +191,18 @@ def _single(matrix: Gramian | Tensor, c: float, u: Tensor, factor: float, device
     """The exact solver, and its answer back on the device."""
     given = matrix if isinstance(matrix, Gramian) else matrix.cpu().numpy()
     solution = solve(problem_of(given, u.cpu().numpy(), c))
-    v = _coefficients(u, torch.from_numpy(solution.step).to(device), factor)
+    v = _coefficients(u, torch.from_numpy(solution.step).to(device), c, factor)
     numbers = torch.tensor([solution.objective, solution.gap, solution.scale], dtype=torch.float64)
     code = torch.tensor(STATUSES.index(_status(solution)))
     w, numbers, code = (part.to(device) for part in (torch.from_numpy(solution.w), numbers, code))
     return Dual(w, v, solution.iterations, numbers, code, (matrix, c, u, factor))
 
 
-def _coefficients(u: Tensor, step: Tensor, factor: float) -> Tensor:
-    """``factor (u + step)``, written so that factor = 1 / (1 + c) gives u to the last bit where step = c u."""
-    if factor == 1:
-        return u + step
-    return u + factor * (step - (1 / factor - 1) * u)
+def _coefficients(u: Tensor, step: Tensor, c: float, factor: float) -> Tensor:
+    """``factor (u + step)``; for ``rescale="mean"`` so that it is u to the last bit where step = c u."""
+    if factor == rescaling("mean", c):
+        return u + factor * (step - c * u)
+    return factor * (u + step)
 
 
 def _status(solution: Solution) -> str:
@@ -222,4 +222,4 @@ def _batch(matrix: Gramian | Tensor, c: float, u: Tensor, factor: float) -> Dual
     one = u.ndim == 1
     batched = solve_batched(tuple(part[None] for part in parts) if one else parts, u[None] if one else u, c, TOLERANCE)
     w, step, numbers, codes = ((part[0] if one else part) for part in batched[:4])
-    return Dual(w, _coefficients(u, step, factor), batched[4], numbers, codes, (matrix, c, u, factor))
+    return Dual(w, _coefficients(u, step, c, factor), batched[4], numbers, codes, (matrix, c, u, factor))

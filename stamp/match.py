@@ -122,7 +122,9 @@ def match(
         c: strength in [0, 1); 0 returns the mean.
         rescale: False: d as defined. True or "authors": divided by 1 + c^2, as the authors' code does. "mean": divided
             by 1 + c, which makes the step of agreeing gradients exactly their mean.
-        precise: form the Gram matrix with float64 products; see ``fedgram.kernels.grad_gram``.
+        precise: form the Gram matrix with float64 products; see ``fedgram.kernels.grad_gram``. Worth it where the
+            gradients all but cancel, or differ by 1e-4 and less: there float32 products give weights to about 1e-4,
+            float64 ones to 1e-9.
         backend: "auto", "triton" or "torch".
 
     Returns:

@@ -66,7 +66,7 @@ class Options:
         """The seeds to run."""
         return range(self.first_seed, self.first_seed + self.seeds)
 
-    def work(self) -> int:
+    def work(self) -> float:
         """Client steps and messages judged, in units of one step, for a progress bar."""
         trained = 1 + len(METHODS) * (self.rounds - 1)
         judged = self.rounds * len(METHODS) * self.test_messages + trained * self.clients * self.local_messages
@@ -75,6 +75,6 @@ class Options:
         return self.seeds * (steps + in_steps(judged + apart))
 
 
-def in_steps(messages: int) -> int:
+def in_steps(messages: int) -> float:
     """Judging this many messages takes about as long as so many steps."""
-    return messages // 32
+    return messages / 32

