@@ -25,7 +25,7 @@ def _add(group: typer.Typer, name: str, module: str, function: str, text: str, *
     @group.command(name, help=text, add_help_option=False, context_settings=FORWARD)
     def forward(context: typer.Context) -> None:
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        inner.command(help=text)(_load(module, function, extra))
+        inner.command()(_load(module, function, extra))
         inner(args=context.args, prog_name=context.command_path)
 
 

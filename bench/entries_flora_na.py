@@ -199,14 +199,14 @@ def aggregate_fedavg(size: Size, device: torch.device) -> Case:
 def client_gramian(size: Size, device: torch.device) -> Case:
     """Inner products of the clients' whole updates in weight space."""
     data = AdapterSet(size, device)
-    updates = [
-        [b.double() @ a.double() for b, a in zip(data.B[l], data.A[l], strict=True)] for l in range(data.lora.modules)
-    ]
-    truth = gram_of([[updates[l][u] for l in range(data.lora.modules)] for u in range(data.lora.clients)])
-    # sums of some 1e6 float32 products, pairwise or in blocks
+    truth = sum(
+        gram_of([[b.double() @ a.double()] for b, a in zip(bs, as_, strict=True)])
+        for bs, as_ in zip(data.B, data.A, strict=True)
+    )
+    # dense: float32 chains over 1e6 products in each module
     contenders = [
         Contender("client_gramian", partial(flora_na.client_gramian, data.clients), "ours", 2e-6),
-        Contender("dense products + Gram", partial(dense.dense_client_gramian, data.B, data.A), "torch", 1e-5),
+        Contender("dense products + Gram", partial(dense.dense_client_gramian, data.B, data.A), "torch", 1e-3),
     ]
     return Case(
         str(data.lora), contenders, lambda G: relative_error(G, truth), "relative error of G", estimate_cost(data.lora)

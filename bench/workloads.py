@@ -51,9 +51,13 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def factors(
-    size: Lora, device: torch.device, *, own: float = 0.7, seed: int = 0
+    size: Lora, device: torch.device, *, own: float = 1.5, seed: int = 0
 ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """``B[l][u]`` (m, r) and ``A[l][u]`` (r, n): clients that drifted from a common start by a part of their own."""
+    """``B[l][u]`` (m, r) and ``A[l][u]`` (r, n): clients that drifted from a common start by a part of their own.
+
+    With ``own`` at 1.5 averaged factors miss about half of the update, more than after a round from a shared start and
+    less than between adapters trained apart.
+    """
     random = torch.Generator().manual_seed(seed)
     B, A = [], []
     for _ in range(size.modules):

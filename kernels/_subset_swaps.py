@@ -69,21 +69,20 @@ def tolerance(rows: MemberRows, starts: Starts) -> Tensor:
     return 8 * torch.finfo(torch.float64).eps * (starts.counts + rows.centred.shape[2]) * rows.diagonal.amax(1)
 
 
-def descend(rows: MemberRows, starts: Starts) -> Tensor:
-    """Swap until nothing improves; return (C, S) whether that point was reached."""
+def descend(rows: MemberRows, starts: Starts, look: int | None = None) -> Tensor:
+    """Swap until nothing improves, looking every ``look`` swaps; return (C, S) whether that point was reached."""
     C, S, m = starts.members.shape
     n = rows.diagonal.shape[1]
     valid = starts.valid
     panel = torch.stack([rows.take(starts.members[:, :, t]) for t in range(m)], 2)  # (C, S, m, n)
     panel.masked_fill_(~valid[..., None], 0)
-    taken = rows.beyond[:, None].repeat(1, S, 1)
-    taken.scatter_(2, _without_padding(starts.members, valid), True)
+    taken = taken_rows(rows, starts)
     limit = -tolerance(rows, starts)[:, None]
-    look = STEPS_PER_LOOK.get(starts.members.device.type, STEPS_PER_LOOK_DEVICE)
+    look = look or STEPS_PER_LOOK.get(starts.members.device.type, STEPS_PER_LOOK_DEVICE)
     change = torch.empty_like(panel)
     r = panel.sum(2)
     done = torch.zeros((C, S), dtype=torch.bool, device=r.device)
-    for step in range(_most_swaps(m, n)):
+    for step in range(most_swaps(m, n)):
         best, slot, j = _best_swap(rows, starts.members, valid, taken, panel, r, change)
         done = best >= limit
         if step % look == look - 1 and bool(done.all()):
@@ -93,14 +92,15 @@ def descend(rows: MemberRows, starts: Starts) -> Tensor:
     return done
 
 
-def _most_swaps(m: int, n: int) -> int:
+def most_swaps(m: int, n: int) -> int:
     """Each swap lowers the error, so the search ends by itself; this only bounds it. Typical are m to 3 m swaps."""
     return 100 + 20 * min(m, n)
 
 
-def _without_padding(members: Tensor, valid: Tensor) -> Tensor:
-    """Members with the first one in place of those that do not count."""
-    return torch.where(valid, members, members[:, :, :1])
+def taken_rows(rows: MemberRows, starts: Starts) -> Tensor:
+    """(C, S, n): members and padding, which cannot come."""
+    members = torch.where(starts.valid, starts.members, starts.members[:, :, :1])
+    return rows.beyond[:, None].repeat(1, members.shape[1], 1).scatter_(2, members, True)
 
 
 def _best_swap(

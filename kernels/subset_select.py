@@ -135,9 +135,9 @@ def _select(
     for c, draw in enumerate(draws):
         starts.members[c, 1:, : draw.shape[1]] = draw.to(X.device)
     if triton:
-        from . import _subset_select_triton as kernel
+        from ._subset_select_triton import descend_triton
 
-        optimal = kernel.descend(rows, starts)
+        optimal = descend_triton(rows, starts)
     else:
         optimal = descend(rows, starts)
     return _best(centred, problems, starts, optimal)

@@ -4,5 +4,7 @@ import os
 
 import torch
 
+torch.set_num_threads(1)  # the tests are small: more threads only wait for each other
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -322,9 +322,9 @@ print(torch.get_num_threads(), hashlib.sha256(blob).hexdigest())
 """
 
 
-def test_the_same_bits_for_one_and_two_threads_and_on_every_run():
+def test_the_same_bits_for_one_and_two_threads():
     lines = []
-    for threads in ("1", "2", "2"):
+    for threads in ("1", "2"):
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
         done = subprocess.run(
             [sys.executable, "-P", "-c", SCRIPT],
@@ -335,12 +335,19 @@ def test_the_same_bits_for_one_and_two_threads_and_on_every_run():
             timeout=120,
         )
         lines.append(done.stdout.split())
-    assert [line[0] for line in lines] == ["1", "2", "2"]
+    assert [line[0] for line in lines] == ["1", "2"]
     assert len({line[1] for line in lines}) == 1
 
 
+def test_the_same_bits_on_every_run():
+    rows = close_gradients(6, 50_000, 1e-2)
+    first, second = stamp.match(rows), stamp.match(rows)
+    assert torch.equal(first.direction, second.direction)
+    assert torch.equal(first.coefficients, second.coefficients)
+
+
 def test_nothing_of_the_size_of_the_gradients_is_stacked():
-    K, d = 12, 400_000
+    K, d = 24, 200_000
     rows = [torch.randn(d) for _ in range(K)]
     largest = 0
 

@@ -146,7 +146,7 @@ def test_bad_gradients_are_named_and_nothing_is_written():
     bad[0][0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"earlier task 'a', '0.weight' is not finite"):
         stamp.TemporalMatcher(model, loss_fn, Memory(a=bad)).step(data(3))
-    with pytest.raises(ValueError, match="the current task, '0.weight' is not finite"):
+    with pytest.raises(ValueError, match=r"the current task, '0.weight' is not finite"):
         stamp.TemporalMatcher(model, loss_fn, Memory()).step(bad)
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(ValueError, match=r"loss_fn: expected one number for task 0, got \(12, 3\)"):
@@ -215,7 +215,7 @@ def test_errors_leave_the_model_as_it_was():
     bad[0][0, 0] = float("inf")
     state = {name: t.clone() for name, t in model.state_dict().items()}
     matcher = stamp.TemporalMatcher(model, loss_fn, Memory(a=bad))
-    with pytest.raises(ValueError, match="earlier task 'a'.* is not finite"):
+    with pytest.raises(ValueError, match=r"earlier task 'a'.* is not finite"):
         matcher.multi_step([data(10)], steps=1, optimizer=sgd)
     with pytest.raises(ValueError, match="batches: 1 given, 2 steps need as many"):
         matcher.multi_step([data(10)], steps=2, optimizer=sgd)

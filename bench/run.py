@@ -1,0 +1,160 @@
+"""``fedgram bench``: every entry checked and timed, a table of ratios, files and pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from .ceilings import Ceilings, measure_ceilings
+from .environment import environment
+from .memory import RESET, measure_apart
+from .registry import Entry, Size, entries
+from .run_case import run_case
+from .sweeps import SWEEPS
+from .table import duration, table, write_files
+
+SCHEMA = 1
+CEILING_SCALE = {"full": 1.0, "quick": 0.5, "tiny": 0.002}
+Progress = Callable[[str], None]
+
+
+def run_benchmarks(
+    chosen: Iterable[Entry],
+    size: Size,
+    device: torch.device,
+    *,
+    threads: int,
+    sweeps: bool = True,
+    memory: bool = True,
+    progress: Progress = lambda _: None,
+) -> dict[str, Any]:
+    """Run entries and sweeps; returns what ``bench.json`` holds."""
+    start = time.perf_counter()
+    torch.set_num_threads(threads)
+    progress("ceilings")
+    ceilings = measure_ceilings(device, scale=CEILING_SCALE[size], seconds=0.01 if size == "tiny" else 1.0)
+    results: dict[str, Any] = {
+        "schema": SCHEMA,
+        "size": size,
+        "environment": environment(device, threads),
+        "ceilings": ceilings.to_dict(),
+        "cases": [],
+        "sweeps": [],
+    }
+    for entry in chosen:
+        progress(entry.name)
+        results["cases"].append(_run_entry(entry, size, device, ceilings, threads, memory))
+    for sweep in SWEEPS if sweeps else ():
+        progress(sweep.__name__.replace("_", " "))
+        results["sweeps"].append(sweep(size, device).to_dict())
+    results["seconds"] = time.perf_counter() - start
+    return results
+
+
+def _run_entry(
+    entry: Entry, size: Size, device: torch.device, ceilings: Ceilings, threads: int, memory: bool
+) -> dict[str, Any]:
+    # in a fresh process, where the system can tell the peak
+    apart = memory and device.type == "cpu" and RESET.exists()
+    measure = partial(_peak, entry.name, size, threads) if apart else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other packages' deprecations would tear the progress line
+        figures = run_case(entry.build(size, device), size, device, ceilings, measure)
+    return {"entry": entry.name, "group": entry.group, **figures}
+
+
+def _peak(entry: str, size: Size, threads: int, contender: str) -> int:
+    return measure_apart(entry, contender, size, threads)
+
+
+def bench_command(
+    only: Annotated[list[str] | None, typer.Option(help="Entries by (part of a) name or by group; repeatable.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes, no slow peers, about a minute.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json, bench.csv, bench.md and pictures.")] = Path(
+        "out/bench"
+    ),
+    threads: Annotated[int, typer.Option(help="CPU threads of torch; 0 takes what torch takes.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print bench.json instead of tables.")] = False,
+    sweeps: Annotated[bool, typer.Option(help="Also measure curves over clients, length and tasks.")] = True,
+    plots: Annotated[bool, typer.Option(help="Draw pictures (needs matplotlib).")] = True,
+    list_entries: Annotated[bool, typer.Option("--list", help="List the entries and stop.")] = False,
+) -> None:
+    """Check and time every operation against its peers on this machine."""
+    console, notes = Console(), Console(stderr=True)
+    try:
+        where = _device(device)
+        chosen = entries(only or (), gpu=where.type == "cuda")
+    except ValueError as error:
+        print(f"fedgram: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if list_entries:
+        for entry in chosen:
+            print(f"{entry.group}  {entry.name}")
+        return
+    size: Size = "quick" if quick else "full"
+    with notes.status("") as status:
+        results = run_benchmarks(
+            chosen, size, where, threads=threads or torch.get_num_threads(), sweeps=sweeps and not only,
+            progress=lambda name: status.update(f"measuring {name}"),
+        )  # fmt: skip
+    try:
+        paths = write_files(results, out)
+        if plots:
+            paths += _draw(results, out, notes)
+    except OSError as error:
+        print(f"fedgram: {error.filename}: {error.strerror}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps(results, indent=1))
+    else:
+        _show(results, console)
+    notes.print(f"wrote {', '.join(str(p) for p in paths)}")
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: torch finds no GPU here")
+    return torch.device(name)
+
+
+def _draw(results: dict[str, Any], out: Path, notes: Console) -> list[Path]:
+    from .plots import draw
+
+    try:
+        return draw(results, out)
+    except ImportError as error:
+        notes.print(str(error))
+        return []
+
+
+def _show(results: dict[str, Any], console: Console) -> None:
+    where, ceilings = results["environment"], results["ceilings"]
+    rates = ", ".join(f"{name} {rate / 1e9:.3g} Gflop/s" for name, rate in ceilings["flops"].items())
+    console.print(
+        f"{where['device']}, {where['threads']} threads, torch {where['versions']['torch']}; "
+        f"measured: read {ceilings['read'] / 1e9:.3g} GB/s, copy {ceilings['copy'] / 1e9:.3g} GB/s, {rates}"
+    )
+    for group in dict.fromkeys(case["group"] for case in results["cases"]):
+        console.print(table(results, group))
+    for sweep in results["sweeps"]:
+        slopes = {name: slope for name, slope in sweep["slopes"].items() if sweep["y"] == "seconds"}
+        if slopes:
+            told = ", ".join(f"{name} {slope:.2f}" for name, slope in slopes.items())
+            console.print(f"{sweep['name']}: growth exponents {told}")
+    targets = [t for case in results["cases"] for t in case["targets"]]
+    linear = [ok for sweep in results["sweeps"] for ok in sweep["linear"].values()]
+    met = sum(t["met"] is True for t in targets) + sum(linear)
+    console.print(f"{met} of {len(targets) + len(linear)} targets met, in {duration(results['seconds'])}")
