@@ -15,6 +15,7 @@ import torch
 Run = Callable[[], Any]
 SHORTEST = 5e-3  # one sample lasts at least this long: shorter runs are repeated inside it
 MOST_INNER = 200
+ENDLESS = 5  # budgets
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,16 @@ def interleave(
 
     Rounds follow each other in opposite orders; a contender leaves after as many as its ``budget`` seconds allow,
     ``least`` at the fewest. Every contender runs without counting first, except slow ones that just did: ``known``
-    has the seconds of a run that went before (the check). Runs shorter than ``SHORTEST`` are measured with warm caches.
+    has the seconds of a run that went before (the check). Where that took more than ``ENDLESS`` budgets, it counts and
+    no other follows. Runs shorter than ``SHORTEST`` are measured with warm caches.
     """
-    plans = {name: _plan(run, device, (known or {}).get(name), budget, least, most) for name, run in runs.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    known = known or {}
+    endless = {name: took for name, took in known.items() if took > ENDLESS * budget}
+    samples: dict[str, list[float]] = {name: [endless[name]] if name in endless else [] for name in runs}
+    plans = {
+        name: Plan(0, 1) if name in endless else _plan(run, device, known.get(name), budget, least, most)
+        for name, run in runs.items()
+    }
     with _no_collector():
         for i in range(max(p.rounds for p in plans.values())):
             order = list(runs) if i % 2 == 0 else list(runs)[::-1]

@@ -46,7 +46,7 @@ def scalar_rho(B: Sequence[Tensor], A: Sequence[Tensor], weights: Tensor, sweeps
     """rho that scalar coefficients reach: dense least squares for p and q in turns, from the averaged factors."""
     dW = dense_update(B, A, weights)
     Bs, As = torch.stack([b.double() for b in B]), torch.stack([a.double() for a in A])
-    q, best = weights.double(), math.inf
+    q, best = weights.to(dW), math.inf
     for _ in range(sweeps):
         products = Bs @ torch.tensordot(q, As, 1)
         p = _least_squares(products, dW)
@@ -60,7 +60,8 @@ def scalar_rho(B: Sequence[Tensor], A: Sequence[Tensor], weights: Tensor, sweeps
 
 def _least_squares(products: Tensor, dW: Tensor) -> Tensor:
     basis = products.flatten(1)
-    return torch.linalg.lstsq(basis @ basis.T, basis @ dW.flatten(), driver="gelsd").solution
+    G, h = (basis @ basis.T).cpu(), (basis @ dW.flatten()).cpu()  # gelsd, which takes singular matrices, is LAPACK's
+    return torch.linalg.lstsq(G, h, driver="gelsd").solution.to(dW.device)
 
 
 def gram_of(lists: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -21,9 +21,10 @@ from .memory import RESET, measure_apart
 from .registry import Entry, Size, entries
 from .run_case import run_case
 from .sweeps import SWEEPS
-from .table import duration, table, write_files
+from .table import duration, print_tables, write_files
 
 SCHEMA = 1
+WIDTH = 110  # of a line of the table; narrower terminals wrap it
 CEILING_SCALE = {"full": 1.0, "quick": 0.5, "tiny": 0.002}
 Progress = Callable[[str], None]
 
@@ -92,6 +93,7 @@ def bench_command(
 ) -> None:
     """Check and time every operation against its peers on this machine."""
     console, notes = Console(), Console(stderr=True)
+    console.width = max(console.width, WIDTH)
     try:
         where = _device(device)
         chosen = entries(only or (), gpu=where.type == "cuda")
@@ -147,8 +149,7 @@ def _show(results: dict[str, Any], console: Console) -> None:
         f"{where['device']}, {where['threads']} threads, torch {where['versions']['torch']}; "
         f"measured: read {ceilings['read'] / 1e9:.3g} GB/s, copy {ceilings['copy'] / 1e9:.3g} GB/s, {rates}"
     )
-    for group in dict.fromkeys(case["group"] for case in results["cases"]):
-        console.print(table(results, group))
+    print_tables(results, console)
     for sweep in results["sweeps"]:
         slopes = {name: slope for name, slope in sweep["slopes"].items() if sweep["y"] == "seconds"}
         if slopes:

@@ -19,6 +19,7 @@ from .registry import MissingPeerError, Size
 from .workloads import Lora, factors, gradients, sample_weights, task_gramian
 
 C = 0.25
+BUDGETS = {"full": 0.2, "quick": 0.05, "tiny": 0.002}  # seconds per point
 LINEAR = 1.15  # a slope in log-log above this is not linear any more
 
 
@@ -67,8 +68,8 @@ def time_against_clients(size: Size, device: torch.device) -> Sweep:
         (B,), (A,) = factors(Lora(1, U, side, side, 8), device)
         w = sample_weights(U)
         for method in methods:
-            _add(sweep, method, U, partial(flora_na.estimate, B, A, w, method=method), device)
-        _add(sweep, "cat + QR + svd", U, partial(dense.qr_svd, B, A, w, 8), device)
+            _add(sweep, method, U, partial(flora_na.estimate, B, A, w, method=method), device, size)
+        _add(sweep, "cat + QR + svd", U, partial(dense.qr_svd, B, A, w, 8), device, size)
     return sweep
 
 
@@ -82,9 +83,9 @@ def time_against_length(size: Size, device: torch.device) -> Sweep:
     sweep = Sweep("time against length", "numbers in a gradient d", "seconds", linear=("grad_gram", "match"))
     for d in lengths[size]:
         lists = gradients(20, d, device)
-        _add(sweep, "grad_gram", d, partial(kernels.grad_gram, lists), device)
-        _add(sweep, "match", d, partial(stamp.match, lists, c=C), device)
-        _add(sweep, "stack + mm", d, partial(operations.stack_gram, lists), device)
+        _add(sweep, "grad_gram", d, partial(kernels.grad_gram, lists), device, size)
+        _add(sweep, "match", d, partial(stamp.match, lists, c=C), device, size)
+        _add(sweep, "stack + mm", d, partial(operations.stack_gram, lists), device, size)
     return sweep
 
 
@@ -106,7 +107,7 @@ def time_against_tasks(size: Size, device: torch.device) -> Sweep:
         G = task_gramian(K)
         for name, (solve, most) in solvers.items():
             if most >= K:
-                _add(sweep, name, K, partial(solve, G), cpu)
+                _add(sweep, name, K, partial(solve, G), cpu, size)
     return sweep
 
 
@@ -121,7 +122,7 @@ def matching_error_against_time(size: Size, device: torch.device) -> Sweep:
         return softmax_sgd.coefficients(softmax_sgd.softmax_weights(G, C, steps=n), G, C)
 
     def add(name: str, run: Callable[[], torch.Tensor]) -> None:
-        took = measure_one(run, torch.device("cpu"), budget=0.3).median
+        took = measure_one(run, torch.device("cpu"), budget=2 * BUDGETS[size]).median
         sweep.curves.setdefault(name, []).append((took, max(matching_excess(run(), G, upper, C), 1e-16)))
 
     add("solve_dual", lambda: stamp.solve_dual(G, C).coefficients)
@@ -149,7 +150,7 @@ def estimate_error_against_time(size: Size, device: torch.device) -> Sweep:
         sweep.curves.setdefault(name, []).append((took, max(rho(pair, dW) / truth - 1, 1e-12)))
 
     ours = partial(flora_na.estimate, B, A, w, method="flora-na")
-    add("estimate(flora-na)", ours, measure_one(ours, device, budget=0.3).median)
+    add("estimate(flora-na)", ours, measure_one(ours, device, budget=2 * BUDGETS[size]).median)
     for n in steps:
         loop = partial(adamw.adamw_scalars, B, A, w, steps=n)
         add("AdamW, 10 to 400 steps", loop, seconds(loop, device))
@@ -165,6 +166,6 @@ SWEEPS: tuple[Callable[[Size, torch.device], Sweep], ...] = (
 )
 
 
-def _add(sweep: Sweep, name: str, x: float, run: Callable[[], Any], device: torch.device) -> None:
-    took = measure_one(run, device, budget=0.15, least=2, most=15).median
+def _add(sweep: Sweep, name: str, x: float, run: Callable[[], Any], device: torch.device, size: Size) -> None:
+    took = measure_one(run, device, budget=BUDGETS[size], least=2, most=15).median
     sweep.curves.setdefault(name, []).append((x, took))

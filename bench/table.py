@@ -9,51 +9,73 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-HEADER = ("contender", "error", "time", "quartiles", "runs", "vs ours", "x floor", "reads", "memory")
+HEADER = ("contender", "error", "time", "spread", "runs", "vs ours", "x floor", "reads", "memory")
+WIDTHS = (36, 8, 8, 6, 4, 8, 7, 6, 8)
 CSV_FIELDS = (
     "entry", "group", "workload", "name", "kind", "right", "error", "tolerance", "median_s", "q1_s", "q3_s", "runs",
     "speed_up", "refused", "times_floor", "reads", "peak_bytes", "note",
 )  # fmt: skip
 STYLE = {"ours": "bold green", "torch": "", "peer": "cyan"}
+LEGEND = (
+    "error: against float64; spread: half the interquartile range over the median; vs ours: times longer than ours, "
+    "median of paired runs; x floor: times the floor; reads: time as reads of the input data"
+)
 
 
-def table(results: Mapping[str, Any], group: str) -> Table:
-    """One group's entries, for the terminal."""
-    view = Table(title=group, title_justify="left", header_style="bold", expand=False, pad_edge=False)
-    for name in HEADER:
-        view.add_column(name, justify="left" if name == "contender" else "right", no_wrap=name != "contender")
+def print_tables(results: Mapping[str, Any], console: Console) -> None:
+    """All entries, group by group."""
+    console.print(LEGEND, style="dim")
+    group = ""
     for case in results["cases"]:
         if case["group"] != group:
-            continue
-        floor = "" if case["floor_s"] is None else f"; floor {duration(case['floor_s'])} ({case['bound']})"
-        view.add_section()
-        view.add_row(f"[bold]{escape(case['entry'])}[/]  {escape(case['workload'])}{floor}; error: {case['error_is']}")
-        for row in case["contenders"]:
-            view.add_row(*(escape(cell) for cell in cells(row)), style=STYLE[row["kind"]])
-        for name, reason in case["missing"].items():
-            view.add_row(f"  {escape(name)}: {escape(reason)}", style="dim")
+            group = case["group"]
+            console.rule(group, align="left")
+        console.print(heading(case, "[bold]{}[/]"), highlight=False)
+        console.print(_rows(case), highlight=False)
+        for line in remarks(case):
+            console.print(f"  {escape(line)}", style="dim", highlight=False)
         for target in case["targets"]:
             style = {True: "green", False: "red", None: "yellow"}[target["met"]]
-            view.add_row(f"  target: {sentence(target)}", style=style)
+            console.print(f"  target: {escape(sentence(target))}", style=style, highlight=False)
+
+
+def heading(case: Mapping[str, Any], name: str) -> str:
+    """The entry's name, workload, floor and what its error is."""
+    floor = "" if case["floor_s"] is None else f"; floor {duration(case['floor_s'])} ({case['bound']})"
+    return f"{name.format(case['entry'])}  {case['workload']}{floor}; error: {case['error_is']}"
+
+
+def remarks(case: Mapping[str, Any]) -> list[str]:
+    """Why some ratio is not told, or some contender not there."""
+    refused = [f"no ratio to {row['name']}: {row['refused']}" for row in case["contenders"] if row["refused"]]
+    return refused + [f"{name}: {reason}" for name, reason in case["missing"].items()]
+
+
+def _rows(case: Mapping[str, Any]) -> Table:
+    view = Table(box=None, pad_edge=False, padding=(0, 1), show_header=True, header_style="dim")
+    for name, width in zip(HEADER, WIDTHS, strict=True):
+        left = name == "contender"
+        view.add_column(name, min_width=width, justify="left" if left else "right", no_wrap=not left)
+    for row in case["contenders"]:
+        view.add_row(*(escape(cell) for cell in cells(row)), style=STYLE[row["kind"]])
     return view
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """One contender's figures as text, in the order of ``HEADER``."""
-    name = "  " + row["name"] + (f" ({row['note']})" if row["note"] else "")
+    name = row["name"] + (f" ({row['note']})" if row["note"] else "")
     error = "-" if row["error"] is None else f"{row['error']:.1e}"
-    if not row["right"]:
-        error += " WRONG"
     if row["median_s"] is None:
-        return (name, error, "-", "", "0", row["refused"], "", "", "")
+        return (name, error, "-", "", "0", comparison(row), "", "", "")
     return (
         name,
         error,
         duration(row["median_s"]),
-        f"{duration(row['q1_s'])}-{duration(row['q3_s'])}",
+        f"{50 * (row['q3_s'] - row['q1_s']) / row['median_s']:.0f} %",
         str(row["runs"]),
         comparison(row),
         f"{row['times_floor']:.1f}" if row.get("times_floor") else "",
@@ -63,9 +85,9 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def comparison(row: Mapping[str, Any]) -> str:
-    """How much longer it takes than ours, or why that is not told."""
+    """How much longer it takes than ours, or one word where that is not told."""
     if row["refused"]:
-        return f"no ratio: {row['refused']}"
+        return "failed" if row["median_s"] is None else "-" if row["right"] else "WRONG"
     if row["speed_up"] is None:
         return "1"
     ratio = row["speed_up"]["median"]
@@ -99,13 +121,12 @@ def markdown(results: Mapping[str, Any]) -> str:
     """All entries as Markdown tables, for README files."""
     out = io.StringIO()
     for case in results["cases"]:
-        floor = "" if case["floor_s"] is None else f"; floor {duration(case['floor_s'])} ({case['bound']})"
-        out.write(f"\n**{case['entry']}**, {case['workload']}{floor}; error: {case['error_is']}\n\n")
+        out.write(f"\n{heading(case, '**{}**,')}\n\n")
         out.write("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER) + "\n")
         for row in case["contenders"]:
-            out.write("| " + " | ".join(cell.strip().replace("|", "/") for cell in cells(row)) + " |\n")
-        for name, reason in case["missing"].items():
-            out.write(f"\n{name}: {reason}\n")
+            out.write("| " + " | ".join(cell.replace("|", "/") for cell in cells(row)) + " |\n")
+        for line in remarks(case):
+            out.write(f"\n{line}\n")
         for target in case["targets"]:
             out.write(f"\nTarget: {sentence(target)}\n")
     return out.getvalue()

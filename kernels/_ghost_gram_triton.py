@@ -10,10 +10,11 @@ import triton.language as tl
 
 from ._plan import WIDEST
 from ._triton_common import TYPES, AotConfig, product, trips
+from ._triton_split import split_tf32
 
 TILE = 64  # rows of one side
 SUM_SLOTS = 512  # tiles of one pair of tasks that are summed at a time
-WARPS, STAGES = 4, 3
+WARPS, STAGES = 8, 3
 
 
 @triton.jit
@@ -51,6 +52,24 @@ def row_products(
         y = tl.load(p_j[:, None] + d[None, :], mask=m_j & m, other=0.0)
         acc = product(x, tl.trans(y), acc, PRECISION, INTERPRET)
     return total + acc
+
+
+@triton.jit
+def selected(x, y, SECOND: tl.constexpr, SUMMING: tl.constexpr, INTERPRET: tl.constexpr):
+    """``x @ y`` where one is made of zeros and ones: tf32 holds it, so only the other (SECOND or first) is split."""
+    acc = tl.zeros((x.shape[0], y.shape[1]), x.dtype)
+    if SUMMING == "tf32x3":
+        if SECOND:
+            high, low = split_tf32(y)
+            acc = product(x, low, acc, "tf32", INTERPRET)
+            acc = product(x, high, acc, "tf32", INTERPRET)
+        else:
+            high, low = split_tf32(x)
+            acc = product(low, y, acc, "tf32", INTERPRET)
+            acc = product(high, y, acc, "tf32", INTERPRET)
+    else:
+        acc = product(x, y, acc, SUMMING, INTERPRET)
+    return acc
 
 
 @triton.jit
@@ -95,8 +114,7 @@ def ghost_gram_kernel(
         k_j = tl.load(p_tasks + j + r, mask=r < n_j, other=-1) - tl.load(p_row + 6).to(tl.int32)
         m_i = (r[:, None] == k_i[None, :]).to(b.dtype)  # (tasks, rows)
         m_j = (k_j[:, None] == r[None, :]).to(b.dtype)  # (rows, tasks)
-        zero = tl.zeros((TILE, TILE), b.dtype)
-        b = product(m_i, product(b, m_j, zero, SUMMING, INTERPRET), zero, SUMMING, INTERPRET)
+        b = selected(m_i, selected(b, m_j, False, SUMMING, INTERPRET), True, SUMMING, INTERPRET)
         tasks_j = tl.load(p_row + 7)
         m = (r < tl.load(p_row + 5))[:, None] & (r < tasks_j)[None, :]
         tl.store(p_slot + r[:, None] * tasks_j + r[None, :], b.to(tl.float64), mask=m)
@@ -141,7 +159,7 @@ def ghost_sum_kernel(
 
 def products_configuration(suffix: str, dtype: torch.dtype, precision: str, wide: bool) -> dict[str, Any]:
     """Compile-time arguments of one of the two factors: I (inputs) or G (output gradients)."""
-    block, chain = {"native": (64, 256), "fp64": (16, 0)}.get(precision, (32, 128))
+    block, chain = {"native": (64, 256), "fp64": (16, 0)}.get(precision, (16, 128))
     return {
         f"BLOCK_{suffix}": block, f"FLUSH_{suffix}": chain // block, f"TYPE_{suffix}": TYPES[dtype],
         f"VECTOR_{suffix}": WIDEST // dtype.itemsize if wide else 1, f"PRECISION_{suffix}": precision,

@@ -23,7 +23,7 @@ def grad_combine_kernel(
     p_coefficients,  # float64 (tasks,)
     tasks,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, TYPE: tl.constexpr, OUT: tl.constexpr, SUM: tl.constexpr,
-    VECTOR: tl.constexpr, INTERPRET: tl.constexpr,
+    VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """``sum_k v_k g_k`` on one chunk, summed in SUM and rounded once."""
     p_row = p_chunks + tl.program_id(0).to(tl.int64) * 3
@@ -35,10 +35,10 @@ def grad_combine_kernel(
     p_target = tl.load(p_out + parameter).to(tl.pointer_type(OUT)) + start
     if n == BLOCK:  # a bound that is read from memory would narrow the loads
         b = combined(p_task, p_coefficients, start, d, n, tasks, BLOCK, UNROLL, TYPE, SUM, VECTOR, INTERPRET, False)
-        store(p_target, d, n, b, OUT, VECTOR, False)
+        store(p_target, d, n, b, OUT, OUT_VECTOR, False)
     else:
         b = combined(p_task, p_coefficients, start, d, n, tasks, BLOCK, UNROLL, TYPE, SUM, VECTOR, INTERPRET, True)
-        store(p_target, d, n, b, OUT, VECTOR, True)
+        store(p_target, d, n, b, OUT, OUT_VECTOR, True)
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def configuration(dtype: torch.dtype, out: torch.dtype, wide: bool) -> dict[str,
     return {
         "BLOCK": BLOCK, "UNROLL": UNROLL, "TYPE": TYPES[dtype], "OUT": TYPES[out],
         "SUM": tl.float64 if dtype.itemsize >= 4 else tl.float32,
-        "VECTOR": WIDEST // max(dtype.itemsize, out.itemsize) if wide else 1,
+        "VECTOR": WIDEST // dtype.itemsize if wide else 1, "OUT_VECTOR": WIDEST // out.itemsize if wide else 1,
     }  # fmt: skip
 
 
@@ -104,6 +104,6 @@ def aot_configs() -> list[AotConfig]:
     ):  # fmt: skip
         names = " to ".join(str(t).removeprefix("torch.") for t in (dtype, out))
         name = f"grad_combine {names}{'' if wide else ' scalar loads'}"
-        flags = {"tensor_cores": False, "wide_loads": wide and dtype.itemsize >= out.itemsize}
+        flags = {"tensor_cores": False, "wide_loads": wide}
         configs.append(AotConfig(name, grad_combine_kernel, signature, configuration(dtype, out, wide), 4, 2, **flags))
     return configs

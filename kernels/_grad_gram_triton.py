@@ -11,30 +11,10 @@ import triton.language as tl
 from ._grad_work import CHUNK, LARGEST_TILE
 from ._plan import WIDEST
 from ._triton_common import TYPES, AotConfig, product, trips
+from ._triton_split import split_bf16, split_tf32
 
-SLOTS, ELEMENTS = 32, 64  # tile of the sums over programs
+SLOTS, ELEMENTS = 16, 128  # tile of the sums over programs
 CENTRE_BLOCK = 128  # columns of one program of the centre
-
-
-@triton.jit
-def rounded(e, DROPPED: tl.constexpr):
-    """float32 rounded to nearest with ``DROPPED`` bits fewer: what narrower types then hold exactly."""
-    bits = e.to(tl.int32, bitcast=True)
-    return ((bits + (1 << (DROPPED - 1))) & -(1 << DROPPED)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def split_tf32(e):
-    """``e = high + low`` where tf32 holds ``high`` exactly and ``low`` to 2^-22 of e."""
-    high = rounded(e, 13)
-    return high, e - high
-
-
-@triton.jit
-def split_bf16(e):
-    """``e = high + low`` in bf16, to 2^-18 of e; exact for differences of bf16 numbers of similar size."""
-    high = rounded(e, 16)
-    return high.to(tl.bfloat16), rounded(e - high, 16).to(tl.bfloat16)
 
 
 @triton.jit
@@ -183,6 +163,22 @@ def grad_gram_kernel(
 
 
 @triton.jit
+def mean(
+    p_tasks, p_weights, start, d, n, n_tiles,
+    TILE: tl.constexpr, TYPE: tl.constexpr, SUM: tl.constexpr, VECTOR: tl.constexpr, MASK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """``sum_k u_k g_k`` on columns ``d``."""
+    c = tl.zeros((d.shape[0],), SUM)
+    for t in range(trips(n_tiles, INTERPRET)):
+        r = t * TILE + tl.arange(0, TILE)
+        a = tl.load(p_tasks + r)
+        x = load_rows(a.to(tl.pointer_type(TYPE)) + start, a != 0, d, n, TYPE, SUM, VECTOR, MASK)
+        c += tl.sum(tl.load(p_weights + r).to(SUM)[:, None] * x, 0)
+    return c
+
+
+@triton.jit
 def grad_centre_kernel(
     p_table, p_chunks, p_weights,  # as above
     p_centre,  # float32 or float64 (chunks, CHUNK)
@@ -195,14 +191,14 @@ def grad_centre_kernel(
     row = tl.load(p_chunks + chunk * 3) * width
     start = tl.load(p_chunks + chunk * 3 + 1)
     n = tl.load(p_chunks + chunk * 3 + 2).to(tl.int32)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.zeros((BLOCK,), SUM)
-    for t in range(trips(n_tiles, INTERPRET)):
-        r = t * TILE + tl.arange(0, TILE)
-        a = tl.load(p_table + row + r)
-        x = load_rows(a.to(tl.pointer_type(TYPE)) + start, a != 0, d, n, TYPE, SUM, VECTOR, True)
-        c += tl.sum(tl.load(p_weights + r).to(SUM)[:, None] * x, 0)
-    tl.store(p_centre + chunk * CHUNK + d, c)
+    first = tl.program_id(1) * BLOCK
+    if first < n:
+        d = first + tl.arange(0, BLOCK)
+        if first + BLOCK <= n:
+            c = mean(p_table + row, p_weights, start, d, n, n_tiles, TILE, TYPE, SUM, VECTOR, False, INTERPRET)
+        else:
+            c = mean(p_table + row, p_weights, start, d, n, n_tiles, TILE, TYPE, SUM, VECTOR, True, INTERPRET)
+        tl.store(p_centre + chunk * CHUNK + d, c)
 
 
 @triton.jit

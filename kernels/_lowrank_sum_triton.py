@@ -124,11 +124,12 @@ def lowrank_sum_triton(
     if not m * n:
         return out
     w = out if W is None else W
+    (bits,) = struct.unpack("q", struct.pack("d", beta))
     arguments, warps, stages = configuration(plan.variant)
     grid = (triton.cdiv(m, arguments["TILE_M"]) * triton.cdiv(n, arguments["TILE_N"]),)
     lowrank_sum_kernel[grid](
         w, out, plan.addresses.of(pointers), plan.steps, coefficients,
-        struct.unpack("q", struct.pack("d", beta))[0], len(plan.steps), m, n // plan.variant.vector_a, *w.stride(), *out.stride(),
+        bits, len(plan.steps), m, n // plan.variant.vector_a, *w.stride(), *out.stride(),
         **arguments, HAS_W=W is not None and beta != 0, INTERPRET=interpret_flag(), **options(warps, stages),
     )  # fmt: skip
     return out

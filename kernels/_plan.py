@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._dispatch import interpreting
+from ._dispatch import interpreting, resolve
 
 WIDEST = 16  # bytes of the widest load of a GPU thread
 T = TypeVar("T")
@@ -28,6 +28,29 @@ def describe(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
 def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     """The tensors' addresses, int64."""
     return np.fromiter((t.data_ptr() for t in tensors), np.int64, len(tensors))
+
+
+def survey(tensors: Sequence[Tensor]) -> tuple[tuple[Hashable, ...], np.ndarray]:
+    """Everything a plan depends on, hashable, and the tensors' addresses, int64.
+
+    One pass and flat numbers: with tens of thousands of tensors the time goes into reaching them in memory.
+    """
+    layout: list[Hashable] = [len(tensors)]
+    pointers: list[int] = []
+    for t in tensors:
+        layout += t.shape
+        layout += t.stride()
+        layout += (t.ndim, t.dtype, t.device)
+        pointers.append(t.data_ptr())
+    where = np.array(pointers, np.int64)
+    layout.append(alignments(where))
+    return tuple(layout), where
+
+
+def check_one_device(tensors: Sequence[Tensor]) -> None:
+    """Raise ValueError unless all tensors lie on one device that kernels can follow addresses on."""
+    resolve("auto", tensors)
+    check_runnable(tensors[0].device)
 
 
 def alignments(pointers: np.ndarray) -> bytes:

@@ -23,7 +23,7 @@ from ._factor_inputs import (
     tall_A,
     tall_B,
 )
-from ._plan import PlanCache, addresses, alignments, check_runnable, describe, place
+from ._plan import PlanCache, addresses, check_one_device, place, survey
 
 if TYPE_CHECKING:
     from ._factor_combine_plan import CombinePlan
@@ -61,7 +61,7 @@ def factor_combine(
     if torch.compiler.is_compiling():
         check_combine(B, A, P, Q, dtype)
         outputs = _compiled(B, A, P, Q, dtype, backend)
-    elif resolve(backend, flat(B, A, P, Q)) == "torch":
+    elif resolve(backend, flat(B, A)[:1]) == "torch":
         outputs = None
     else:
         outputs = _on_triton(B, A, P, Q, dtype, backend)
@@ -69,6 +69,7 @@ def factor_combine(
         modules = 0 if B is None else len(B)
         return None if B is None else outputs[:modules], None if A is None else outputs[modules:]
     check_combine(B, A, P, Q, dtype)
+    resolve("torch", flat(B, A, P, Q))
     return factor_combine_torch(B, A, P, Q, dtype=dtype)
 
 
@@ -188,11 +189,10 @@ def _on_triton(
     from ._factor_combine_triton import factor_combine_triton
 
     coefficients = [c.contiguous() for c in flat(P, Q)]
-    pointers = addresses(tensors)
-    skipped = (B is None, A is None, P is None, Q is None)
-    layout = (tuple(counts(B)), tuple(counts(A)), describe(tensors), alignments(pointers))
-    shapes = tuple([(c.shape, c.dtype) for c in coefficients])
-    key = (place(tensors[0].device), dtype, skipped, layout, shapes)
+    layout, pointers = survey(tensors)
+    sides = (B is None, A is None, P is None, Q is None, *counts(B), -1, *counts(A))
+    shapes = tuple([(c.shape, c.dtype, c.device) for c in coefficients])
+    key = (place(tensors[0].device), dtype, sides, layout, shapes)
     plan = PLANS.get(key, lambda: _plan(B, A, P, Q, dtype))
     if isinstance(plan, str):
         if backend == "triton":
@@ -216,7 +216,7 @@ def _plan(
     check_combine(B, A, P, Q, dtype)
     if (reason := one_dtype(B, A)) is not None:
         return reason
-    check_runnable(flat(B, A)[0].device)
+    check_one_device(flat(B, A, P, Q))
     tasks, index = [], 0
     for factors, coefficients, transposed in ((B, P, False), (A, Q, True)):
         for clients, c in zip(factors or (), coefficients or (), strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._dispatch import resolve
 from ._factor_inputs import FLOATS, Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
-from ._plan import PlanCache, addresses, alignments, check_runnable, describe, place
+from ._plan import PlanCache, check_one_device, place, survey
 
 if TYPE_CHECKING:
     from ._factor_gram_plan import GramPlan
@@ -50,7 +50,7 @@ def factor_cross(
     if torch.compiler.is_compiling():
         check_cross(B, A, X_B, X_A)
         crosses = _compiled(B, A, X_B, X_A, precise, backend)
-    elif resolve(backend, flat(B, A, X_B, X_A)) == "torch":
+    elif resolve(backend, flat(B, A, X_B, X_A)[:1]) == "torch":
         crosses = None
     else:
         crosses = _on_triton(B, A, X_B, X_A, precise, backend)
@@ -58,6 +58,7 @@ def factor_cross(
         modules = 0 if B is None else len(B)
         return None if B is None else crosses[:modules], None if A is None else crosses[modules:]
     check_cross(B, A, X_B, X_A)
+    resolve("torch", flat(B, A, X_B, X_A))
     return factor_cross_torch(B, A, X_B, X_A, precise=precise)
 
 
@@ -120,10 +121,9 @@ def _on_triton(
         return None
     from ._factor_gram_triton import factor_gram_triton
 
-    pointers = addresses(tensors)
-    skipped = (B is None, A is None, X_B is None, X_A is None)
-    layout = (tuple(counts(B)), tuple(counts(A)), describe(tensors), alignments(pointers))
-    plan = PLANS.get((place(tensors[0].device), precise, skipped, layout), lambda: _plan(B, A, X_B, X_A, precise))
+    layout, pointers = survey(tensors)
+    sides = (B is None, A is None, X_B is None, X_A is None, *counts(B), -1, *counts(A))
+    plan = PLANS.get((place(tensors[0].device), precise, sides, layout), lambda: _plan(B, A, X_B, X_A, precise))
     if isinstance(plan, str):
         if backend == "triton":
             raise ValueError(plan)
@@ -151,7 +151,7 @@ def _plan(
     check_cross(B, A, X_B, X_A)
     if (reason := one_dtype(B, A)) is not None:
         return reason
-    check_runnable(flat(B, A)[0].device)
+    check_one_device(flat(B, A, X_B, X_A))
     tasks, turned, index, x_index = [], [], 0, sum(counts(B)) + sum(counts(A))
     for factors, xs, transposed in ((B, X_B, False), (A, X_A, True)):
         for clients, x in zip(factors or (), xs or (), strict=True):

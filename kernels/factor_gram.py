@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._dispatch import resolve
 from ._factor_inputs import Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
-from ._plan import PlanCache, addresses, alignments, check_runnable, describe, place
+from ._plan import PlanCache, check_one_device, place, survey
 
 if TYPE_CHECKING:
     from ._factor_gram_plan import GramPlan
@@ -43,9 +43,14 @@ def factor_gram(
         check_factors(B, A)
         grams = gram_split(_factor_gram_op(flat(B), flat(A), counts(B), precise, backend), B, A) if len(B) else []
         return grams[: len(B)], grams[len(B) :]
-    if resolve(backend, flat(B, A)) == "triton" and (grams := _on_triton(B, A, precise, backend)) is not None:
-        return grams[: len(B)], grams[len(B) :]
+    tensors = flat(B, A)
+    # the first tensor decides: whether all lie on its device is checked with the rest, once per layout
+    if resolve(backend, tensors[:1]) == "triton":
+        grams = _on_triton(B, A, tensors, precise, backend)
+        if grams is not None:
+            return grams[: len(B)], grams[len(B) :]
     check_factors(B, A)
+    resolve("torch", tensors)
     return factor_gram_torch(B, A, precise=precise)
 
 
@@ -67,22 +72,14 @@ def _gram(stack: Stack) -> Tensor:
 PLANS: PlanCache[GramPlan | str] = PlanCache()
 
 
-def _on_triton(B: Factors, A: Factors, precise: bool, backend: str) -> list[Tensor] | None:
+def _on_triton(B: Factors, A: Factors, tensors: list[Tensor], precise: bool, backend: str) -> list[Tensor] | None:
     """The Grams of B, then of A; None where the kernels cannot take the factors and nobody ordered them to."""
-    tensors = flat(B, A)
     if not tensors:
         return None
     from ._factor_gram_triton import factor_gram_triton
 
-    pointers = addresses(tensors)
-    key = (
-        place(tensors[0].device),
-        precise,
-        tuple(counts(B)),
-        tuple(counts(A)),
-        describe(tensors),
-        alignments(pointers),
-    )
+    layout, pointers = survey(tensors)
+    key = (place(tensors[0].device), precise, *counts(B), -1, *counts(A), layout)
     plan = PLANS.get(key, lambda: _plan(B, A, precise))
     if isinstance(plan, str):
         if backend == "triton":
@@ -100,7 +97,7 @@ def _plan(B: Factors, A: Factors, precise: bool) -> GramPlan | str:
     check_factors(B, A)
     if (reason := one_dtype(B, A)) is not None:
         return reason
-    check_runnable(B[0][0].device)
+    check_one_device(flat(B, A))
     tasks, index = [], 0
     for side, transposed in ((B, False), (A, True)):
         for clients in side:

@@ -128,12 +128,13 @@ def _check_out(out: Sequence[Tensor], layout: Layout) -> None:
             raise ValueError(f"out[{p}]: expected shape {tuple(shape)}, got {tuple(t.shape)}")
         if not t.is_floating_point() or t.device != layout.device:
             raise ValueError(f"out[{p}]: expected a float tensor on {layout.device}, got {t.dtype} on {t.device}")
-        if torch._debug_has_internal_overlap(t) == 1:
-            raise ValueError(f"out[{p}]: several of its elements share one place in memory (an expanded tensor)")
 
 
 def _check_overlaps(gradients: Gradients, out: Sequence[Tensor]) -> None:
     """Outputs may share memory with nothing but a gradient of the same parameter with the same elements."""
+    for p, t in enumerate(out):
+        if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
+            raise ValueError(f"out[{p}]: an expanded tensor, whose elements overlap in memory")
     storages = {t.untyped_storage().data_ptr() for t in out}
     if len(storages) == len(out) and not any(t.untyped_storage().data_ptr() in storages for g in gradients for t in g):
         return

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._dispatch import resolve
 from ._factor_inputs import FLOATS, check_factors, flat, one_dtype
-from ._plan import PlanCache, addresses, alignments, check_runnable, describe, place
+from ._plan import PlanCache, check_runnable, place, survey
 
 if TYPE_CHECKING:
     from ._lowrank_sum_triton import SumPlan
@@ -211,13 +211,13 @@ def _on_triton(
         return None
     check_runnable(out.device)
     tensors = [*B, *A]
-    pointers = addresses(tensors)
+    layout, pointers = survey(tensors)
 
     def build() -> SumPlan:
         pieces = [Piece.of(i, t, transposed=i >= len(B)) for i, t in enumerate(tensors)]
         return SumPlan(pieces[: len(B)], pieces[len(B) :], out.dtype, out.device)
 
-    plan = PLANS.get((place(out.device), out.dtype, describe(tensors), alignments(pointers)), build)
+    plan = PLANS.get((place(out.device), out.dtype, len(B), layout), build)
     return lowrank_sum_triton(plan, pointers, W, coefficients.contiguous(), beta, out)
 
 

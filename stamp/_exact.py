@@ -90,7 +90,9 @@ def _active_set(problem: Problem, w: Array) -> Solution:
         point = problem.at(w)
         if point.vanishing:
             x, length = cone_projection(problem, w)
-            if length > 1 + 1e-9 and exits < 5:  # the optimum lies below zero, away from this point
+            if (
+                length > 1 + 1e-9 and exits < 5 and iterations < limit
+            ):  # the optimum lies below zero, away from this point
                 exits += 1
                 w = pairwise_frank_wolfe(problem, leave(w, x), 8 * problem.K, COARSE)
                 continue

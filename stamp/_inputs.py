@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._linear import is_positive_definite
 from ._problem import EPS, Array, Problem
 from .gramian import Gramian
 
@@ -69,8 +70,8 @@ def check_values(G: Array, accuracy: float = FLOAT32) -> None:
         raise ValueError(
             f"gramian: not symmetric: entries ({i}, {j}) and ({j}, {i}) are {G[i, j]:.9g} and {G[j, i]:.9g}"
         )
-    shifted = torch.from_numpy((scaled + scaled.T) / 2 + 2 * accuracy * math.sqrt(len(G)) * np.eye(len(G)))
-    if int(torch.linalg.cholesky_ex(shifted)[1]):
+    shifted = (scaled + scaled.T) / 2 + 2 * accuracy * math.sqrt(len(G)) * np.eye(len(G))
+    if not is_positive_definite(shifted):
         lowest = float(np.linalg.eigvalsh(scaled)[0])
         raise ValueError(
             f"gramian: indefinite: its smallest eigenvalue, for gradients scaled to length 1, is {lowest:.3g}; "

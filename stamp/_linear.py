@@ -11,7 +11,7 @@ import torch
 
 from ._problem import Array
 
-SMALL = 64
+SMALL = 96
 SINGULAR = 3e-8  # a Cholesky pivot below this (unit diagonal) is rounding of the Gram matrix
 
 
@@ -29,6 +29,17 @@ def solve_gram(C: Array, sides: Array) -> Array | None:
     if int(failed) or float(factor.diagonal().min()) < SINGULAR:
         return None
     return solve_factored(factor, C, sides)
+
+
+def is_positive_definite(C: Array) -> bool:
+    """Whether the Cholesky factorisation of ``C`` goes through."""
+    if len(C) > SMALL:
+        return int(torch.linalg.cholesky_ex(torch.from_numpy(C))[1]) == 0
+    try:
+        np.linalg.cholesky(C)
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def solve_factored(factor: torch.Tensor, C: Array, sides: Array) -> Array:

@@ -93,14 +93,15 @@ def ghost_match(
     weights: WeightsLike | None = None,
     *,
     c: float = 0.25,
+    rescale: bool | str = False,
     backend: str = "auto",
 ) -> GhostMatch:
     """Write the matched direction of the tasks' gradients into ``.grad``: two passes, no gradient stored.
 
     The first pass makes the ghost Gramian, the dual is solved on it, and the second backpropagates
-    ``sum_k v_k loss_k``, whose gradient is the direction ``d = sum_k v_k g_k`` (STAMP, arXiv:2506.12031, gradient
-    matching; MGDA-like dual of CAGrad). Both passes draw the same random numbers (dropout), so that they see the same
-    gradients; the second one is an ordinary training pass, which updates running statistics.
+    ``sum_k v_k loss_k``, whose gradient is the direction ``d = sum_k v_k g_k`` (gradient matching of STAMP,
+    arXiv:2506.12031, as in ``match``), one task's graph at a time. Both passes draw the same random numbers (dropout),
+    so that they see the same gradients; the second is an ordinary training pass, which updates running statistics.
 
     ``.grad`` is overwritten, not added to, and None where no task reaches a parameter. If anything raises, it is as
     before. Arguments, shapes and errors as in ``ghost_gramian``; a callable task is called once.
@@ -108,11 +109,12 @@ def ghost_match(
     Args:
         model, loss_fn, tasks, weights, backend: as in ``ghost_gramian``.
         c: strength of the matching, in [0, 1); 0 gives the weighted mean gradient.
+        rescale: as in ``match``; "mean" makes the step of agreeing gradients exactly their mean.
     """
     batches = [_batch(task) for task in tasks]
     with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.device.type == "cuda"}):
         gramian = ghost_gramian(model, loss_fn, batches, weights, backend=backend)
-    dual = solve_dual(gramian, c, weights)
+    dual = solve_dual(gramian, c, rescale=rescale)
     with _grads_restored_on_error(model):
         losses = [_backward(loss_fn(model, batch), v) for batch, v in zip(batches, dual.coefficients, strict=True)]
     return GhostMatch(dual, gramian, torch.stack(losses))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -57,7 +57,8 @@ def adapted(model: MeanPoolClassifier, path: Path, *, trainable: bool) -> Iterat
 @contextlib.contextmanager
 def restored(model: MeanPoolClassifier) -> Iterator[None]:
     """Take whatever PEFT put into the model out again; its own ``unload`` would leave the trained head behind."""
-    places = [(layer.attention.self, name) for layer in model.bert.encoder.layer for name in ("query", "value")]
+    layers: Any = model.bert.encoder.layer
+    places = [(layer.attention.self, name) for layer in layers for name in ("query", "value")]
     places.append((model, "classifier"))
     originals = [getattr(parent, name) for parent, name in places]
     try:

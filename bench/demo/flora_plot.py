@@ -42,7 +42,7 @@ def draw(scenes: dict[str, list[Outcome]], options: Options, path: Path) -> None
 
     figure = Figure(figsize=(11, 8.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, hspace=0.05)
+    top, bottom = figure.subfigures(2, 1, hspace=0.05)  # type: ignore[misc]
     figure.get_layout_engine().set(w_pad=0.12, wspace=0.04)  # type: ignore[union-attr]
     _heading(top, "Rounds from a shared start")
     _rounds(top.subplots(1, 2), scenes[SHARED])
@@ -53,11 +53,11 @@ def draw(scenes: dict[str, list[Outcome]], options: Options, path: Path) -> None
 
 
 def _footer(options: Options) -> str:
-    seeds = list(options.all_seeds)
+    many = options.seeds > 1
     return (
         f"MiniLM on 20 Newsgroups, {options.clients} clients, Dirichlet {options.concentration:g}, "
-        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}; {options.test_messages:,} test messages. "
-        f"Whiskers: ± 1 s.e. of the difference to {BASELINE} over the {'messages' if len(seeds) == 1 else 'seeds'}."
+        f"seed{'s' * many} {', '.join(map(str, options.all_seeds))}; {options.test_messages:,} test messages. "
+        f"Whiskers: ± 1 s.e. of the difference to {BASELINE} over the {'seeds' if many else 'messages'}."
     )
 
 

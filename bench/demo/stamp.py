@@ -118,7 +118,14 @@ def stamp_command(
         setting = Setting(clients=clients, rounds=rounds, capacity=capacity, c_temporal=c_temporal, c_spatial=c_spatial)
         output.mkdir(parents=True, exist_ok=True)
         with progress_bar("runs", shown=not (as_json or quiet)) as progress:
-            result = run(dataset=dataset.value, seeds=range(seeds), setting=setting, jobs=jobs, progress=progress)
+            result = run(
+                dataset=dataset.value,
+                seeds=range(seeds),
+                setting=setting,
+                methods=METHODS,
+                jobs=jobs,
+                progress=progress,
+            )
         paths = save(result, output)
         if as_json:
             print(json.dumps(result.to_dict(), indent=2, allow_nan=False))
@@ -159,9 +166,9 @@ def _finished(images: Images, plan: list[tuple[Method, int]], setting: Setting, 
             yield run_one(images, method, setting, seed)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in an unknown state
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_load, initargs=(images.dataset,)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_keep, initargs=(images,)) as pool:
         # The longest runs, which are the last methods, first.
-        runs = [pool.submit(_run_loaded, method, setting, seed) for method, seed in reversed(plan)]
+        runs = [pool.submit(_run_kept, method, setting, seed) for method, seed in reversed(plan)]
         try:
             for done in as_completed(runs):
                 yield done.result()
@@ -169,13 +176,13 @@ def _finished(images: Images, plan: list[tuple[Method, int]], setting: Setting, 
             pool.shutdown(cancel_futures=True)
 
 
-_loaded: list[Images] = []
+_kept: list[Images] = []
 
 
-def _load(dataset: str) -> None:
-    """Read the images once per process."""
-    _loaded[:] = [load_images(dataset)]
+def _keep(images: Images) -> None:
+    """Hold the images in a worker, so that they are sent to it once."""
+    _kept[:] = [images]
 
 
-def _run_loaded(method: Method, setting: Setting, seed: int) -> Run:
-    return run_one(_loaded[0], method, setting, seed)
+def _run_kept(method: Method, setting: Setting, seed: int) -> Run:
+    return run_one(_kept[0], method, setting, seed)

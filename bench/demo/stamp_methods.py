@@ -90,7 +90,9 @@ class Client:
             else PrototypeMemory(capacity, seed=seed, track_errors=False)  # no byte more than the random one
         )
         self.sample_gradients = 0
-        self._matcher = TemporalMatcher(model, loss, self.memory, c=c if method.step == "match" else 0.0, precise=True)
+        # rescale="mean": where tasks agree the step is their mean, so that all methods have the same learning rate.
+        strength = c if method.step == "match" else 0.0
+        self._matcher = TemporalMatcher(model, loss, self.memory, c=strength, rescale="mean", precise=True)
 
     def fill_grad(self, batch: Batch) -> None:
         """Write one step's gradient into ``.grad``."""

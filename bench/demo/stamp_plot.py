@@ -9,6 +9,7 @@ import numpy as np
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; pictures need: pip install 'fedgram[plot]'", name=error.name) from error
 
@@ -21,8 +22,9 @@ def save_matrices(runs: Sequence[Run], path: Path) -> None:
     methods = by_method(runs)
     columns = min(4, len(methods))
     lines = -(-len(methods) // columns)
-    figure = Figure(figsize=(3.1 * columns + 0.8, 3.1 * lines), layout="constrained")
+    figure = Figure(figsize=(3 * columns + 1.2, 3.3 * lines))
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    figure.subplots_adjust(left=0.06, right=0.9, bottom=0.15 / lines, top=1 - 0.12 / lines, hspace=0.35, wspace=0.3)
     for ax in axes[len(methods) :]:
         ax.set_axis_off()
     for ax, (name, own) in zip(axes, methods.items(), strict=False):
@@ -34,7 +36,8 @@ def save_matrices(runs: Sequence[Run], path: Path) -> None:
         ax.set(title=name, xlabel="task", ylabel="after task", xticks=ticks, yticks=ticks)
         ax.set_xticklabels([t + 1 for t in ticks])
         ax.set_yticklabels([t + 1 for t in ticks])
-    figure.colorbar(image, ax=axes[: len(methods)], label="accuracy among all classes seen", shrink=0.8)
+    bar = figure.add_axes((0.92, 0.15, 0.015, 0.7))
+    figure.colorbar(image, cax=bar, label="accuracy among all classes seen")
     figure.savefig(path, format="png", dpi=110)
 
 
@@ -50,6 +53,7 @@ def save_curves(runs: Sequence[Run], path: Path) -> None:
     per_task = len(runs[0].curve) // len(runs[0].class_incremental)
     for t in range(1, len(runs[0].class_incremental)):
         ax.axvline(t * per_task + 0.5, color="grey", linewidth=0.6, linestyle=":")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="round (dotted: a new task)", ylabel="accuracy over the tasks seen so far", ylim=(0, 1.02))
     ax.legend(loc="lower left", fontsize=8, ncols=2)
     figure.savefig(path, format="png", dpi=110)

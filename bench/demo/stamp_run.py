@@ -28,7 +28,7 @@ class Setting:
         batch: images of the current task per step.
         lr: learning rate of the clients' plain gradient descent.
         capacity: images that a client may keep of earlier tasks, in all.
-        c_temporal, c_spatial: strengths of the two matchings.
+        c_temporal, c_spatial: strengths of the two matchings. The defaults were chosen on seeds 100 to 102.
         alpha: Dirichlet concentration of the classes over the clients.
         train_per_class, test_per_class: images per class, over all clients.
     """
@@ -39,7 +39,7 @@ class Setting:
     batch: int = 32
     lr: float = 0.05
     capacity: int = 50
-    c_temporal: float = 0.25
+    c_temporal: float = 0.5
     c_spatial: float = 0.25
     alpha: float = 0.3
     train_per_class: int = 1000

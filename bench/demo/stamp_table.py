@@ -34,7 +34,9 @@ def effects_lines(runs: Sequence[Run]) -> list[str]:
         mean, _ = mean_and_deviation(differences)
         seeds = " ".join(f"{100 * d:+.1f}" for d in differences)
         lines.append(f"  {part}: {100 * mean:+.1f} ({seeds}: {verdict(differences)})")
-    return lines if len(lines) > 1 else []
+    seeds = len({run.seed for run in runs})
+    lines.append(f"  (Without any effect, {seeds} seeds agree in 1 of {2 ** (seeds - 1)} cases.)")
+    return lines if len(lines) > 2 else []
 
 
 def verdict(differences: Sequence[float]) -> str:
@@ -53,7 +55,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
     gap = max(run.worst_gap for run in runs)
     return [
         "All methods take the same steps on the same batches from the same first model.",
-        "Those with a memory keep as many bytes and compute gradients of as many images; plain FedAvg has less of both.",
+        "Those with a memory keep as many bytes and compute gradients of as many images; plain FedAvg keeps none.",
         "Choosing prototypes and solving the matchings cost time, which the last column holds, but no gradients.",
         f"Largest gap of the server's matchings, relative: {gap:.0e}.",
     ]

@@ -13,7 +13,7 @@ def herding(X: Tensor, y: Tensor, per_class: int) -> Tensor:
         rows = (y == label).nonzero().squeeze(1)
         features = X[rows]
         mean = features.mean(0)
-        total, free = torch.zeros_like(mean), torch.ones(len(rows), dtype=torch.bool)
+        total, free = torch.zeros_like(mean), torch.ones(len(rows), dtype=torch.bool, device=X.device)
         for step in range(1, per_class + 1):
             distance = ((total + features) / step - mean).norm(dim=1)
             distance[~free] = torch.inf
@@ -29,5 +29,5 @@ def random_subset(X: Tensor, y: Tensor, per_class: int) -> Tensor:
     parts = []
     for label in y.unique():
         rows = (y == label).nonzero().squeeze(1)
-        parts.append(rows[torch.randperm(len(rows), generator=random)[:per_class]])
+        parts.append(rows[torch.randperm(len(rows), generator=random)[:per_class].to(rows.device)])
     return torch.cat(parts)

@@ -13,7 +13,8 @@ SMOOTHING = 1e-4
 def softmax_weights(G: Tensor, c: float, *, steps: int = 100, lr: float = 25.0, momentum: float = 0.5) -> Tensor:
     """Weights (K,) after ``steps`` steps of SGD on ``<g_w, g0> + c ||g0|| sqrt(||g_w||^2 + 1e-4)``, the best seen.
 
-    G (K, K) is divided by the squared mean norm first; w is the softmax of what is learnt.
+    G (K, K) is divided by the squared mean norm first; w is the softmax of what is learnt. Where G itself has a graph,
+    every step goes back through it.
     """
     scale = (G.diagonal() + SMOOTHING).sqrt().mean()
     G = G / scale.square()
@@ -28,7 +29,7 @@ def softmax_weights(G: Tensor, c: float, *, steps: int = 100, lr: float = 25.0, 
         value = w @ b + radius * (w @ G @ w + SMOOTHING).sqrt()
         if value.item() < best_value:
             best, best_value = w.detach().clone(), value.item()
-        value.backward()
+        value.backward(retain_graph=G.requires_grad)
         optimizer.step()
     return best
 
@@ -40,11 +41,18 @@ def coefficients(w: Tensor, G: Tensor, c: float) -> Tensor:
     return u + radius / (w @ G @ w).clamp_min(1e-30).sqrt() * w
 
 
-def match_stacked(lists: Sequence[Sequence[Tensor]], c: float, *, steps: int = 100) -> tuple[Tensor, list[Tensor]]:
-    """Flatten, stack, Gram, ``steps`` steps, direction cut back into parameters; returns v and the direction."""
+def match_stacked(
+    lists: Sequence[Sequence[Tensor]], c: float, *, steps: int = 100, graph: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Flatten, stack, Gram, ``steps`` steps, direction cut back into parameters; returns v and the direction.
+
+    With ``graph`` the Gram matrix stays in the graph of the stacked gradients, as it does in the authors' code.
+    """
     rows = torch.stack([torch.cat([t.flatten() for t in tensors]) for tensors in lists])
-    G = rows @ rows.T
-    v = coefficients(softmax_weights(G, c, steps=steps), G, c)
+    G = rows.requires_grad_(graph) @ rows.T
+    w = softmax_weights(G, c, steps=steps)
+    G, rows = G.detach(), rows.detach()
+    v = coefficients(w, G, c)
     d = v @ rows
     pieces = d.split([t.numel() for t in lists[0]])
     return v, [x.view_as(t) for x, t in zip(pieces, lists[0], strict=True)]

@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from fedgram.bench.data import FetchError, cache_dir, extract, fetch_wheel, file_sha256, read_text
 
 NAME = "tinydata-1.0-py3-none-any.whl"
@@ -81,7 +82,7 @@ def test_a_wheel_of_another_name_is_refused(shop):
 def test_a_cache_that_cannot_be_written_is_named(shop, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDGRAM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(FetchError, match="cannot write to the cache .*file/wheels"):
+    with pytest.raises(FetchError, match=r"cannot write to the cache .*file/wheels"):
         fetch_wheel("tinydata==1.0", "tinydata-1.0-", file_sha256(shop))
 
 

@@ -1,5 +1,6 @@
 """The FLoRA-NA demo: how messages are dealt, that what is cached is what the model computes, and a real small run."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -7,6 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
 from fedgram.bench.data import FetchError
 from fedgram.bench.demo import clients, minilm, newsgroups
 from fedgram.bench.demo.flora import FIGURES, PICTURE, run
@@ -18,8 +22,6 @@ from fedgram.bench.demo.flora_scenes import APART, SHARED, WEIGHTS_NAME
 from fedgram.bench.demo.newsgroups import dirichlet_partition, draw_like, parse_tab
 from fedgram.bindings import peft as fpeft
 from fedgram.bindings.cli import app
-from rich.console import Console
-from typer.testing import CliRunner
 
 TINY = Options(
     rounds=2,
@@ -232,7 +234,7 @@ def test_a_run_writes_adapters_picture_and_figures(played):
     assert json.loads((options.out / FIGURES).read_text()) == json.loads(json.dumps(figures))
     assert (options.out / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert len(figures["outcomes"]) == options.rounds * len(METHODS) + len(METHODS) + 1
-    assert log.count("round 2  ") == len(METHODS)
+    assert log.count("\nround 2  ") == len(METHODS)
     assert "It is not accuracy" in log
     assert [path.name for path in options.out.parent.iterdir() if path.name.startswith(".")] == []
 
@@ -242,7 +244,7 @@ def test_every_outcome_holds_the_ladder_and_the_bytes_of_real_files(played):
     for o in figures["outcomes"]:
         ladder = [o["ladder"][m] for m in ("svd", "als", "flora-na", "fedavg")]
         # The saved factors are float32: one rounding of each factor, 1.2e-7 relative in all at most.
-        assert all(low <= high + 1e-6 for low, high in zip(ladder, ladder[1:], strict=False)), o
+        assert all(low <= high + 1e-6 for low, high in itertools.pairwise(ladder)), o
         # stack is saved in float32 too.
         assert math.isclose(o["rho"], o["ladder"].get(o["method"], 0.0), rel_tol=1e-3, abs_tol=1e-6)
         scene, seed = options.out / o["scene"], f"seed-{o['seed']}"
@@ -251,7 +253,7 @@ def test_every_outcome_holds_the_ladder_and_the_bytes_of_real_files(played):
     apart = {o["method"]: o for o in figures["outcomes"] if o["scene"] == APART}
     assert apart["stack"]["received_bytes_per_client"] > apart["als"]["received_bytes_per_client"]
     assert len(set(apart["als"]["sent_bytes_per_client"])) == 2
-    assert apart["fedavg"]["rho"] > 2 * apart["svd"]["rho"]
+    assert apart["fedavg"]["rho"] > apart["svd"]["rho"] + 0.1
 
 
 def test_the_command_line_reads_the_written_adapters(played, tmp_path):

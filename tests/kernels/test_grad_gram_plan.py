@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from fedgram_testing.gradients import errors, gradients
 
 pytest.importorskip("triton")
@@ -67,6 +68,6 @@ def test_a_plan_serves_other_tensors_of_its_layout_and_no_others(monkeypatch):
 def test_several_segments_add_up(monkeypatch):
     monkeypatch.setattr(launch, "SEGMENT", 2)
     monkeypatch.setattr(launch, "PLANS", launch.PlanCache())
-    G = gradients(65, [(100,), (30,), (7,), (2049,)])
+    G = gradients(65, [(60,), (30,), (7,)])
     assert check_gradients(G).tasks > 64
     assert max(errors(grad_gram(G, backend="triton"), G)) < 2e-6

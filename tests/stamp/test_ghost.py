@@ -445,6 +445,13 @@ def test_former_gradients_are_replaced_or_kept_on_error():
     assert model.weight.grad is kept
 
 
+def test_a_rescaled_match_of_one_task_is_its_gradient():
+    model, (task,) = built(lambda: nn.Linear(40, 30)), normal((2, 40))
+    stamp.ghost_match(model, squares, [task], c=0.5, rescale="mean")
+    g = gradients(model, squares, [task])[0]
+    torch.testing.assert_close(torch.cat([model.weight.grad.reshape(-1), model.bias.grad]), g, rtol=1e-12, atol=0)
+
+
 def test_a_callable_task_is_called_once_per_match():
     drawn = []
     task = lambda: drawn.append(1) or normal((2, 40))[0]  # noqa: E731

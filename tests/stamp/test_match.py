@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -264,13 +263,14 @@ def test_bad_options_are_refused_before_the_data_is_read():
 
 def close_gradients(K, d, spread, seed=0):
     """float32 gradients with a common part. The differences are orthogonal to it, so that no task wins outright."""
-    rng = np.random.default_rng(seed)
-    common = rng.standard_normal(d, dtype=np.float32)
+    g = torch.Generator().manual_seed(seed)
+    common = torch.randn(d, generator=g)
+    double = common.double()
     rows = []
-    for scale in rng.uniform(0.8, 1.2, K):
-        noise = rng.standard_normal(d, dtype=np.float32)
-        noise -= common * np.float32(noise.astype(np.float64) @ common / (common.astype(np.float64) @ common))
-        rows.append(torch.from_numpy(common + np.float32(spread * scale) * noise))
+    for scale in torch.rand(K, generator=g) * 0.4 + 0.8:
+        noise = torch.randn(d, generator=g)
+        noise -= common * float((double @ noise.double()) / (double @ double))
+        rows.append(common + spread * scale * noise)
     return rows
 
 
@@ -281,7 +281,10 @@ def test_weights_are_right_for_a_spread_of_1e_minus_4(K, d):
     for row in rows:
         g0 += row.double() / K
     E = [row.double() - g0 for row in rows]
-    H = torch.stack([torch.stack([a @ b for a in E]) for b in E])
+    H = torch.zeros(K, K, dtype=torch.float64)
+    for k in range(K):
+        for l in range(k + 1):
+            H[k, l] = H[l, k] = E[k] @ E[l]
     exact = stamp.solve_dual(stamp.Gramian(g0 @ g0, torch.stack([e @ g0 for e in E]), H), 0.5).weights
     assert int((exact > 0.01).sum()) >= 3
     # The differences of float32 numbers this close are exact; what is left is the rounding of their products' sums.

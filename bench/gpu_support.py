@@ -1,0 +1,159 @@
+"""What the GPU script needs: rows written as they come, poisoned memory, layouts that provoke, kernel times."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SENTINEL = 7.0
+MARGIN = 3  # elements or rows around a provoking layout
+
+
+@dataclass
+class Journal:
+    """One section's rows, on disk after every one of them: a crash loses nothing that was found before it."""
+
+    path: Path | None
+    deadline: float = float("inf")
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, **row: Any) -> None:
+        """Append a row and write all."""
+        self.rows.append(row)
+        if self.path is not None:
+            draft = self.path.with_suffix(".tmp")
+            draft.write_text(json.dumps(self.rows, default=str))
+            os.replace(draft, self.path)
+
+    def guard(self, name: str, work: Callable[[], dict[str, Any]], *, need_s: float = 0.0) -> None:
+        """Add what ``work`` returns, or its error in full, or that time is too short for it."""
+        if time.monotonic() + need_s > self.deadline:
+            self.add(name=name, ok=None, skipped="out of time")
+            return
+        start = time.perf_counter()
+        try:
+            row = work()
+        except Exception as error:  # recorded in full: the script's purpose is to find such things
+            row = {"ok": False, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        self.add(name=name, **row, took_s=round(time.perf_counter() - start, 3))
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill what ``torch.empty`` and its kin return with NaN: an element that a kernel does not write shows."""
+    kept = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
+    new_empty = Tensor.new_empty
+
+    def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*arguments: Any, **options: Any) -> Tensor:
+            t = make(*arguments, **options)
+            return t.fill_(torch.nan) if t.is_floating_point() else t
+
+        return run
+
+    for name, make in kept.items():
+        setattr(torch, name, filled(make))
+    Tensor.new_empty = filled(new_empty)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for name, make in kept.items():
+            setattr(torch, name, make)
+        Tensor.new_empty = new_empty  # type: ignore[method-assign]
+
+
+LAYOUTS = ("plain", "misaligned", "sliced", "transposed")
+
+
+def laid(t: Tensor, layout: str) -> Tensor:
+    """The same values elsewhere in memory; whatever lies around them is NaN, so that a stray read shows."""
+    if layout == "plain":
+        return t.contiguous()
+    if layout == "misaligned":  # one element off any alignment
+        room = t.new_full((t.numel() + 2 * MARGIN,), torch.nan)
+        return room[1 : 1 + t.numel()].view(t.shape).copy_(t)
+    if layout == "sliced":  # rows of a wider matrix
+        shape = (*t.shape[:-1], t.shape[-1] + 2 * MARGIN) if t.ndim else (1,)
+        room = t.new_full(shape, torch.nan)
+        return (room[..., MARGIN:-MARGIN] if t.ndim else room[0]).copy_(t)
+    if layout == "transposed":  # columns contiguous
+        return t.new_empty(t.shape[::-1]).copy_(t.T).T if t.ndim == 2 else t.clone()
+    raise ValueError(f"layout: unknown {layout!r}")
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """An output with sentinels around it."""
+
+    room: Tensor
+    view: Tensor
+
+    @staticmethod
+    def of(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Guarded:
+        """An output of a shape, inside a larger tensor of sentinels; its own elements are NaN."""
+        room = torch.full([n + 2 * MARGIN for n in shape] or [1], SENTINEL, dtype=dtype, device=device)
+        view = room[tuple(slice(MARGIN, MARGIN + n) for n in shape)] if len(shape) else room[0]
+        view.fill_(torch.nan)
+        return Guarded(room, view)
+
+    def untouched(self) -> bool:
+        """Whether all sentinels are still there."""
+        outside = torch.ones_like(self.room, dtype=torch.bool)
+        outside[tuple(slice(MARGIN, MARGIN + n) for n in self.view.shape) if self.view.ndim else 0] = False
+        return bool((self.room[outside] == SENTINEL).all())
+
+
+def kernel_seconds(run: Callable[[], Any], repeats: int = 20) -> float | None:
+    """Seconds that the GPU computes in one run, launches' gaps left out; None where the profiler does not work."""
+    try:
+        from torch.profiler import ProfilerActivity, profile
+
+        run()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            for _ in range(repeats):
+                run()
+            torch.cuda.synchronize()
+        total = sum(e.self_device_time_total for e in trace.key_averages())
+    except Exception:  # a profiler that cannot start costs a column, no more
+        return None
+    return total * 1e-6 / repeats or None
+
+
+def event_seconds(run: Callable[[], Any], budget: float = 1.0, most: int = 50) -> tuple[float, int]:
+    """Median seconds of a run between device events, and how many were measured."""
+    pairs: list[tuple[Any, Any]] = []
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    while len(pairs) < 3 or (len(pairs) < most and time.perf_counter() - start < budget):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        pairs.append((begin, end))
+    times = sorted(b.elapsed_time(e) * 1e-3 for b, e in pairs)
+    return times[len(times) // 2], len(times)
+
+
+def host_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Median seconds until the call returns, the device not waited for: what the host itself spends."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return sorted(times)[len(times) // 2]
