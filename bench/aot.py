@@ -131,9 +131,19 @@ def work(job: tuple[str, int, str]) -> tuple[str, str, dict[str, int] | str]:
         return config.name, target, f"{type(error).__name__}: {error}"
 
 
-def run(targets: Iterable[str], only: str = "", jobs: int | None = None) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """Compile everything for ``targets``: figures[target][name], and the faults found by "target name"."""
+def shipped_configs(only: str = "", sample: bool = False) -> list[tuple[str, int, Any]]:
+    """``(file, index, configuration)`` of all with ``only`` in their name; with ``sample`` the first of each kernel."""
     shipped = [(f, i, c) for f in kernel_files() for i, c in enumerate(configs(f)) if only in c.name]
+    if not sample:
+        return shipped
+    return list({id(c.kernel): (f, i, c) for f, i, c in reversed(shipped)}.values())[::-1]
+
+
+def run(
+    targets: Iterable[str], only: str = "", sample: bool = False, jobs: int | None = None
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Compile for ``targets``: figures[target][name], and the faults found by "target name"."""
+    shipped = shipped_configs(only, sample)
     by_name = {c.name: c for _, _, c in shipped}
     if len(by_name) != len(shipped):
         raise ValueError("two shipped configurations have one name")
@@ -176,14 +186,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fedgram.bench.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this target (may be repeated)")
     parser.add_argument("--only", default="", help="only configurations whose name contains this")
+    parser.add_argument("--sample", action="store_true", help="only the first configuration of each kernel")
     parser.add_argument("--jobs", type=int, help="processes; by default one per core")
     parser.add_argument("--write", action="store_true", help="renew the committed figures of this Triton version")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 is set: there is nothing to compile in the interpreter")
-    if options.write and options.only:
-        parser.error("--write renews whole targets: leave out --only")
-    figures, faults = run(options.target or list(TARGETS), options.only, options.jobs)
+    if options.write and (options.only or options.sample):
+        parser.error("--write renews whole targets: leave out --only and --sample")
+    figures, faults = run(options.target or list(TARGETS), options.only, options.sample, options.jobs)
     for target, rows in figures.items():
         for name, row in rows.items():
             print(f"{target:7s} {name:44s}", " ".join(f"{k}={v}" for k, v in row.items()))

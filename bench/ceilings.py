@@ -59,12 +59,21 @@ class Ceilings:
         return asdict(self)
 
 
+def rate_of(dtype: torch.dtype, device: torch.device) -> str:
+    """Whose matrix rate a product at the stated precision can reach."""
+    if device.type == "cpu":
+        return "float32"
+    return {torch.float32: "tf32x3", torch.bfloat16: "bfloat16"}.get(dtype, "float64")
+
+
 def measure_ceilings(device: torch.device, *, scale: float = 1.0, seconds: float = 1.0) -> Ceilings:
     """Measure the rates with the best of what torch has; ``scale`` shrinks the buffers (for quick runs)."""
     count = max(1024, int(BYTES[device.type] * scale) // 4)
     read, copy = _memory_rates(count, device, seconds)
     side = max(64, int(SIDE[device.type] * min(1.0, scale**0.5)))
     flops = {name: _matrix_rate(name, side, device, seconds) for name in RATES[device.type]}
+    if "tf32" in flops:
+        flops["tf32x3"] = flops["tf32"] / 3  # float32 accuracy from three products
     return Ceilings(read, copy, flops)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedgram import flora_na
 from fedgram.flora_na import Aggregation, Estimate
 
-from .ceilings import Cost
+from .ceilings import Cost, rate_of
 from .peers import adamw, dense, peft_merge
 from .reference import dense_update, gram_of, optimal_rho, relative_error, rho, scalar_rho
 from .registry import Case, Contender, Size, Target, entry, with_peers
@@ -23,12 +23,12 @@ from .workloads import TINY, W1, Lora, adapters, factors, sample_weights
 ITERATED = math.inf  # a gradient loop ends where it ends: its error is shown, and ours must not be larger
 
 
-def estimate_cost(size: Lora) -> Cost:
+def estimate_cost(size: Lora, device: torch.device) -> Cost:
     """Reading the factors, two Gram matrices by symmetry, writing one pair."""
     R = size.total_rank
     pair = size.modules * size.rank * (size.m + size.n) * size.dtype.itemsize
     flops = size.modules * (size.m + size.n) * R * (R + 2 * size.rank)
-    return Cost(flops, size.bytes + pair, size.bytes, "float64")
+    return Cost(flops, size.bytes + pair, size.bytes, rate_of(size.dtype, device))
 
 
 @entry("estimate-flora-na", "flora_na", gpu=True)
@@ -60,7 +60,7 @@ def estimate_flora_na(size: Size, device: torch.device) -> Case:
         ),
     ]
     targets = (Target("speed-up", 1000, loop),)
-    return Case(str(lora), contenders, excess, "rho over the float64 optimum", estimate_cost(lora), targets)
+    return Case(str(lora), contenders, excess, "rho over the float64 optimum", estimate_cost(lora, device), targets)
 
 
 @entry("estimate-svd", "flora_na", gpu=True)
@@ -88,7 +88,7 @@ def estimate_svd(size: Size, device: torch.device) -> Case:
     ]
     contenders, missing = with_peers(ours, peft)
     targets = (Target("speed-up", 100, peft_merge.NAME),)
-    return Case(str(lora), contenders, excess, "rho over the optimum", estimate_cost(lora), targets, missing)
+    return Case(str(lora), contenders, excess, "rho over the optimum", estimate_cost(lora, device), targets, missing)
 
 
 class AdapterSet:
@@ -157,7 +157,7 @@ def aggregate_als(size: Size, device: torch.device) -> Case:
     ]
     return Case(
         f"W1: {data.lora}" if size == "full" else str(data.lora), contenders, error, "rho over the optimum",
-        estimate_cost(data.lora), (Target("seconds", 0.5),),
+        estimate_cost(data.lora, device), (Target("seconds", 0.5),),
     )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def aggregate_flora_na(size: Size, device: torch.device) -> Case:
     average = Contender("averaged factors", data.each(dense.average), "torch", ITERATED, note="FedAvg: another answer")
     return Case(
         str(data.lora), [ours, average], data.excess(scalar_rho), "rho over the float64 optimum",
-        estimate_cost(data.lora), (Target("reads", 4),),
+        estimate_cost(data.lora, device), (Target("reads", 4),),
     )  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def aggregate_fedavg(size: Size, device: torch.device) -> Case:
     loop = Contender("loop over clients", data.each(dense.average), "torch", 1e-6, note="no rho")
     return Case(
         str(data.lora), [ours, loop], error, "relative error of the averages",
-        estimate_cost(data.lora), (Target("reads", 4),),
+        estimate_cost(data.lora, device), (Target("reads", 4),),
     )  # fmt: skip
 
 
@@ -209,7 +209,11 @@ def client_gramian(size: Size, device: torch.device) -> Case:
         Contender("dense products + Gram", partial(dense.dense_client_gramian, data.B, data.A), "torch", 1e-3),
     ]
     return Case(
-        str(data.lora), contenders, lambda G: relative_error(G, truth), "relative error of G", estimate_cost(data.lora)
+        str(data.lora),
+        contenders,
+        lambda G: relative_error(G, truth),
+        "relative error of G",
+        estimate_cost(data.lora, device),
     )
 
 
@@ -232,5 +236,9 @@ def exact_residual(size: Size, device: torch.device) -> Case:
         Contender("FedEx-style dense residual", partial(dense.dense_residual, B, A, w), "peer", 1e-5),
     ]
     return Case(
-        str(lora), contenders, lambda R: relative_error(R, truth), "relative error of the residual", estimate_cost(lora)
+        str(lora),
+        contenders,
+        lambda R: relative_error(R, truth),
+        "relative error of the residual",
+        estimate_cost(lora, device),
     )

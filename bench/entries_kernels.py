@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedgram import kernels
 
-from .ceilings import Cost
+from .ceilings import Cost, rate_of
 from .peers import operations
 from .peers.optional import compiled
 from .reference import dense_update, list_error, relative_error
@@ -35,13 +35,6 @@ def gram_cost(lora: Lora, rate: str) -> Cost:
     R = lora.total_rank
     flops = lora.modules * (lora.m + lora.n) * R * R
     return Cost(flops, lora.bytes + 2 * 8 * lora.modules * R * R, lora.bytes, rate)
-
-
-def rate_of(dtype: torch.dtype, device: torch.device) -> str:
-    """Whose matrix rate a product at the stated precision can reach."""
-    if device.type == "cpu":
-        return "float32"
-    return {torch.float32: "tf32", torch.bfloat16: "bfloat16"}.get(dtype, "float64")
 
 
 def _gram_case(size: Size, lora: Lora, device: torch.device, peers: Callable[..., list[Contender]]) -> Case:

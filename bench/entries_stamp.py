@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fedgram import kernels, stamp
 
-from .ceilings import Cost
-from .entries_kernels import COMPILED, GRAM, rate_of
+from .ceilings import Cost, rate_of
+from .entries_kernels import COMPILED, GRAM
 from .peers import herding, jacobian_descent, operations, softmax_sgd
 from .peers.optional import compiled
 from .reference import dual_objective, gram_of, list_error, matching_excess, relative_error

@@ -1,4 +1,4 @@
-"""Small problems for every operation with float64 truths: what the GPU script checks, repeats, captures and sanitises."""
+"""Small problems for every operation with float64 truths: what the GPU script checks, repeats and captures."""
 
 from __future__ import annotations
 

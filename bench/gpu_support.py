@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .measure import synchronise
+
 SENTINEL = 7.0
 MARGIN = 3  # elements or rows around a provoking layout
 
@@ -113,8 +115,10 @@ class Guarded:
         return bool((self.room[outside] == SENTINEL).all())
 
 
-def kernel_seconds(run: Callable[[], Any], repeats: int = 20) -> float | None:
-    """Seconds that the GPU computes in one run, launches' gaps left out; None where the profiler does not work."""
+def kernel_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 20) -> float | None:
+    """Seconds that the GPU computes in one run, launches' gaps left out; None where no profiler works."""
+    if device.type != "cuda":
+        return None
     try:
         from torch.profiler import ProfilerActivity, profile
 
@@ -130,30 +134,13 @@ def kernel_seconds(run: Callable[[], Any], repeats: int = 20) -> float | None:
     return total * 1e-6 / repeats or None
 
 
-def event_seconds(run: Callable[[], Any], budget: float = 1.0, most: int = 50) -> tuple[float, int]:
-    """Median seconds of a run between device events, and how many were measured."""
-    pairs: list[tuple[Any, Any]] = []
-    run()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    while len(pairs) < 3 or (len(pairs) < most and time.perf_counter() - start < budget):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        pairs.append((begin, end))
-    times = sorted(b.elapsed_time(e) * 1e-3 for b, e in pairs)
-    return times[len(times) // 2], len(times)
-
-
-def host_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
+def host_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
     """Median seconds until the call returns, the device not waited for: what the host itself spends."""
     times = []
     for _ in range(repeats):
-        torch.cuda.synchronize()
+        synchronise(device)
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
+    synchronise(device)
     return sorted(times)[len(times) // 2]

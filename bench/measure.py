@@ -15,7 +15,7 @@ import torch
 Run = Callable[[], Any]
 SHORTEST = 5e-3  # one sample lasts at least this long: shorter runs are repeated inside it
 MOST_INNER = 200
-ENDLESS = 5  # budgets
+ENDLESS = 10  # budgets
 
 
 @dataclass(frozen=True)

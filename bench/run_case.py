@@ -36,7 +36,7 @@ class Budget:
     most: int
 
 
-BUDGETS: Mapping[Size, Budget] = {"full": Budget(3.0, 2, 25), "quick": Budget(0.5, 1, 9), "tiny": Budget(0.01, 1, 2)}
+BUDGETS: Mapping[Size, Budget] = {"full": Budget(1.5, 2, 25), "quick": Budget(0.5, 1, 9), "tiny": Budget(0.01, 1, 2)}
 
 
 def check(case: Case, contender: Contender, device: torch.device) -> Checked:
@@ -68,10 +68,15 @@ def refusal(case: Case, contender: Contender, checks: Mapping[str, Checked]) -> 
 
 
 def run_case(
-    case: Case, size: Size, device: torch.device, ceilings: Ceilings | None, memory: Memory | None = None
+    case: Case,
+    size: Size,
+    device: torch.device,
+    ceilings: Ceilings | None,
+    memory: Memory | None = None,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Check every contender, time those that ran, and put the figures together (JSON-ready)."""
-    budget = BUDGETS[size]
+    budget = budget or BUDGETS[size]
     left_out = {c.name: "left out by --quick" for c in case.contenders if c.slow and size == "quick"}
     contenders = [c for c in case.contenders if c.name not in left_out]
     checks = {c.name: check(case, c, device) for c in contenders}

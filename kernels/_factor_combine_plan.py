@@ -20,7 +20,7 @@ ALIGN = 64  # outputs start at multiples of this many elements: wide stores
 
 def tile_k(tile_r: int) -> int:
     """Rows of one program: fewer for many columns, which would not fit the registers."""
-    return 128 if tile_r < 64 else 64
+    return 128 if tile_r == 16 else 64
 
 
 @dataclass(frozen=True)

@@ -166,12 +166,15 @@ def aot_configs() -> list[AotConfig]:
     variants = {
         "bf16 rank 16 blocks": Variant(16, False, bf16, bf16, b3, 8, 8),
         "bf16 rank 16 scalars": Variant(16, True, bf16, bf16, b3, 8, 8),
+        "bf16 rank 32 blocks": Variant(32, False, bf16, bf16, b3, 8, 8),
         "bf16 rank 64 blocks": Variant(64, False, bf16, bf16, b3, 8, 8),
         "bf16 rank 16 blocks scalar loads": Variant(16, False, bf16, bf16, b3, 1, 1),
         "fp32 rank 16 blocks": Variant(16, False, fp32, fp32, x3, 4, 4),
         "fp32 rank 32 blocks": Variant(32, False, fp32, fp32, x3, 4, 4),
         "fp32 rank 16 scalars": Variant(16, True, fp32, fp32, x3, 4, 4),
+        "fp16 rank 32 blocks": Variant(32, False, fp16, fp16, x3, 8, 8),
         "fp16 rank 16 blocks": Variant(16, False, fp16, fp16, x3, 8, 8),
+        "fp64 rank 32 blocks": Variant(32, False, fp64, fp64, "fp64", 2, 2),
         "fp64 rank 16 blocks": Variant(16, False, fp64, fp64, "fp64", 2, 2),
     }
     signature = {

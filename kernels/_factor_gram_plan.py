@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._factor_plan import MAX_OFFSET, ColumnTable, Operand, Piece, pair_variants, tile_of
+from ._factor_plan import MAX_OFFSET, ColumnTable, Operand, Piece, is_wide, pair_variants, tile_of, vector_width
 from ._plan import WIDEST, to_device
 
 LARGEST_TILE = {"native": 128, "tf32x3": 64, "ieee": 64, "fp64": 64}
+NARROW = 8  # bytes of one load below which tiles are kept to 64 columns
 PROGRAMS = 512  # what the splits aim at: four programs on each processor of today's largest GPUs
 SPLIT = (256, 4096)  # fewest and most rows of one program: float32 chains stay short, partials stay few
 PARTIAL_BYTES = 1 << 26  # partial sums of one batch of modules: they stay in the GPU's cache until they are reduced
@@ -112,13 +113,20 @@ class GramPlan:
 
 
 def _place(task: Task, table: ColumnTable, out: int) -> Product:
-    largest = LARGEST_TILE[task.precision]
+    largest = _largest_tile(task)
     tile_i = tile_of(sum(p.rank for p in task.i), largest)
     i = table.add(task.i, tile_i)
     if task.j is None:
         return Product(i, None, tile_i, tile_i, task.precision, out)
     tile_j = tile_of(sum(p.rank for p in task.j), largest)
     return Product(i, table.add(task.j, tile_j, wide=i.wide), tile_i, tile_j, task.precision, out)
+
+
+def _largest_tile(task: Task) -> int:
+    """The largest tile whose addresses and sums fit the registers: narrow loads need more addresses."""
+    wide = is_wide(task.i)
+    narrow = any(vector_width(x, wide=wide) * x[0].dtype.itemsize < NARROW for x in (task.i, task.j) if x)
+    return min(LARGEST_TILE[task.precision], 64 if narrow else 128)
 
 
 def rows_per_program(products: Sequence[Product]) -> int:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._factor_gram_plan import GramPlan, Variant
-from ._triton_common import TYPES, AotConfig, column_tile, interpret_flag, options, product, trips
+from ._triton_common import TYPES, AotConfig, column_tile, float32_precision, interpret_flag, options, product, trips
 
 REDUCE_ROWS = 16
 
@@ -177,15 +177,23 @@ def factor_gram_triton(plan: GramPlan, pointers: np.ndarray) -> Tensor:
 
 def aot_configs() -> list[AotConfig]:
     """The shipped configurations of both kernels."""
-    bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
+    bf16, fp32, fp64, x3 = torch.bfloat16, torch.float32, torch.float64, float32_precision()
     variants = {
-        "bf16 tile 16": Variant(16, 16, True, bf16, bf16, "native", (8, 8), (8, 8)),
-        "bf16 tile 64": Variant(64, 64, True, bf16, bf16, "native", (8, 8), (8, 8)),
         "bf16 tile 128": Variant(128, 128, True, bf16, bf16, "native", (8, 8), (8, 8)),
         "bf16 tile 128 off": Variant(128, 128, False, bf16, bf16, "native", (8, 8), (8, 8)),
-        "bf16 tile 128 scalar loads": Variant(128, 128, True, bf16, bf16, "native", (1, 1), (1, 1)),
-        "fp32 tile 64": Variant(64, 64, True, fp32, fp32, "tf32x3", (4, 4), (4, 4)),
-        "fp32 tile 64 off": Variant(64, 64, False, fp32, fp32, "tf32x3", (4, 4), (4, 4)),
+        "bf16 tile 64 scalar loads": Variant(64, 64, True, bf16, bf16, "native", (1, 1), (1, 1)),
+        "bf16 tile 64 off scalar loads": Variant(64, 64, False, bf16, bf16, "native", (1, 1), (1, 1)),
+        "bf16 tile 128 off half-wide loads": Variant(128, 128, False, bf16, bf16, "native", (4, 4), (8, 8)),
+        "fp32 tile 64 off scalar loads": Variant(64, 64, False, fp32, fp32, x3, (1, 1), (1, 1)),
+        "bf16 tile 64": Variant(64, 64, True, bf16, bf16, "native", (8, 8), (8, 8)),
+        "bf16 tile 32": Variant(32, 32, True, bf16, bf16, "native", (8, 8), (8, 8)),
+        "bf16 tile 16": Variant(16, 16, True, bf16, bf16, "native", (8, 8), (8, 8)),
+        "bf16 tile 128 x 16": Variant(128, 16, False, bf16, bf16, "native", (8, 8), (8, 8)),
+        "bf16 tile 64 x fp32 16": Variant(64, 16, False, bf16, fp32, x3, (8, 4), (8, 4)),
+        "fp32 tile 64": Variant(64, 64, True, fp32, fp32, x3, (4, 4), (4, 4)),
+        "fp32 tile 64 off": Variant(64, 64, False, fp32, fp32, x3, (4, 4), (4, 4)),
+        "fp32 tile 32": Variant(32, 32, True, fp32, fp32, x3, (4, 4), (4, 4)),
+        "fp32 tile 16": Variant(16, 16, True, fp32, fp32, x3, (4, 4), (4, 4)),
         "fp32 tile 64 precise": Variant(64, 64, True, fp32, fp32, "fp64", (4, 4), (4, 4)),
         "fp64 tile 64 off": Variant(64, 64, False, fp64, fp64, "fp64", (2, 2), (2, 2)),
     }

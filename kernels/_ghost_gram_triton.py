@@ -119,7 +119,10 @@ def ghost_gram_kernel(
         m = (r < tl.load(p_row + 5))[:, None] & (r < tasks_j)[None, :]
         tl.store(p_slot + r[:, None] * tasks_j + r[None, :], b.to(tl.float64), mask=m)
     else:
-        tl.store(p_slot, tl.sum(tl.sum(b.to(tl.float64), 1), 0) * tl.load(p_row + 9).to(tl.float64))
+        total = tl.sum(
+            tl.reshape(b.to(tl.float64), (TILE * TILE,)), 0
+        )  # of both axes in turn breaks Triton 3.6 on sm100
+        tl.store(p_slot, total * tl.load(p_row + 9).to(tl.float64))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _grad_combine_triton as kernels
-from ._grad_plan import Gradients, flatten, memory_order
+from ._grad_plan import Gradients, check_gradients, flatten, memory_order
 from ._grad_work import column_chunks
 from ._plan import (
     WIDEST,
@@ -23,12 +23,14 @@ from ._plan import (
     to_device,
 )
 from ._triton_common import interpret_flag, options
+from .grad_combine import check_coefficients, check_out, outputs
 
 
 class CombinePlan:
     """What depends on the layout alone: which parameters go through copies, and the work lists."""
 
     def __init__(self, gradients: Gradients, out: Sequence[Tensor], pointers: np.ndarray, device: torch.device) -> None:
+        check_gradients(gradients)
         check_runnable(device)
         K, P = len(gradients), len(out)
         columns = [[*tensors] for tensors in zip(*gradients, out, strict=True)]
@@ -65,9 +67,16 @@ class CombinePlan:
 PLANS: PlanCache[CombinePlan] = PlanCache()
 
 
-def combine_triton(gradients: Gradients, v: Tensor, out: Sequence[Tensor]) -> None:
-    """``grad_combine`` into ``out``."""
-    tensors = [*flatten(gradients), *out]
+def combine_triton(gradients: Gradients, coefficients: Tensor, out: Sequence[Tensor] | None) -> list[Tensor]:
+    """``grad_combine``; the gradients are checked when their layout is new."""
+    device = gradients[0][0].device
+    if out is not None:
+        check_out(out, [t.shape for t in gradients[0]], device)
+    v = check_coefficients(coefficients, len(gradients), device)
+    targets = outputs(gradients, out)
+    tensors = [*flatten(gradients), *targets]
     pointers = addresses(tensors)
-    key = (place(v.device), len(gradients), describe(tensors), alignments(pointers))
-    PLANS.get(key, lambda: CombinePlan(gradients, out, pointers, v.device)).run(gradients, v, out, pointers)
+    key = (place(device), tuple(len(g) for g in gradients), describe(tensors), alignments(pointers))
+    plan = PLANS.get(key, lambda: CombinePlan(gradients, targets, pointers, device))
+    plan.run(gradients, v, targets, pointers)
+    return targets

@@ -121,7 +121,8 @@ def grad_gram_triton(gradients: Gradients, weights: Tensor | None, precise: bool
     """``grad_gram``; the gradients are checked when their layout is new."""
     tensors = flatten(gradients)
     pointers = addresses(tensors)
-    key = (place(tensors[0].device), precise, len(gradients), describe(tensors), alignments(pointers))
+    lengths = tuple(len(g) for g in gradients)
+    key = (place(tensors[0].device), precise, lengths, describe(tensors), alignments(pointers))
     plan = PLANS.get(key, lambda: GradGramPlan(gradients, pointers, precise))
     return plan.run(gradients, pointers, check_weights(weights, len(gradients), plan.layout.device))
 

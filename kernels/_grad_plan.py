@@ -73,8 +73,15 @@ def check_weights(weights: Tensor | None, tasks: int, device: torch.device) -> T
     u = weights.detach().to(torch.float64)
     if u.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_weighting(u):
         raise ValueError(f"weights: expected finite numbers >= 0 with a positive sum, got {u.tolist()}")
-    u = u.to(device)
+    u = moved(u, device)
     return u / u.sum()
+
+
+def moved(t: Tensor, device: torch.device) -> Tensor:
+    """``t`` on ``device``, without making the host wait for the work that is queued there."""
+    if t.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
 
 
 def _is_weighting(u: Tensor) -> bool:

@@ -36,7 +36,8 @@ def ghost_gram(
         inputs: (N, p) rows a_i, or (N,) int64 token numbers of an embedding, where ``a_i . a_j = [tok_i = tok_j]``.
         output_grads: (N, q) rows d_i; float64, float32, bfloat16 or float16, as ``inputs``.
         offsets: (K + 1,) row boundaries of the tasks, from 0 to N, never falling, on the host (a list or a CPU
-            tensor): rows ``offsets[k]`` to ``offsets[k+1]`` belong to task k. Empty tasks are allowed.
+            tensor; a list under ``torch.compile``): rows ``offsets[k]`` to ``offsets[k+1]`` belong to task k, which may
+            be none.
         bias: add the gradient of the bias.
         precise: multiply in float64. Otherwise the row products are float32 (16-bit rows are widened first), and all
             that follows is float64.

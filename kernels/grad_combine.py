@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from ._dispatch import resolve
-from ._grad_plan import Gradients, Layout, check_gradients, flat_range, flatten, memory_order, unflatten
+from ._grad_plan import (
+    FLOAT_TYPES,
+    Gradients,
+    Layout,
+    check_gradients,
+    flat_range,
+    flatten,
+    memory_order,
+    moved,
+    unflatten,
+)
 
 # Columns summed at a time: the accumulator and one converted gradient stay in the cache.
 BLOCK_COLUMNS = 1 << 18
@@ -37,51 +47,52 @@ def grad_combine(
         ValueError: gradients, coefficients or outputs that do not fit together, or outputs that overlap.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
-    layout = check_gradients(gradients)
-    if coefficients.shape != (layout.tasks,):
-        raise ValueError(f"coefficients: expected shape ({layout.tasks},), got {tuple(coefficients.shape)}")
-    v = coefficients.detach().to(device=layout.device, dtype=torch.float64)
-    if out is not None:
-        _check_out(out, layout)
     if torch.compiler.is_compiling():
+        v = _checked(check_gradients(gradients), coefficients, out)
         if out is None:
             return _grad_combine_op(flatten(gradients), v, backend)
         _grad_combine_out_op(flatten(gradients), v, list(out), backend)
         return list(out)
-    outputs = _empty_like(gradients[0]) if out is None else list(out)
-    _combine(gradients, v, outputs, backend)
-    return outputs
-
-
-def _combine(gradients: Gradients, v: Tensor, out: Sequence[Tensor], backend: str) -> None:
-    _check_overlaps(gradients, out)
-    if resolve(backend, [v]) == "triton":
+    tensors = flatten(gradients)
+    if tensors and resolve(backend, tensors) == "triton":
         from ._grad_combine_launch import combine_triton
 
-        combine_triton(gradients, v, out)
-    else:
-        _combine_torch(gradients, v, out)
+        return combine_triton(gradients, coefficients, out)
+    v = _checked(check_gradients(gradients), coefficients, out)
+    targets = outputs(gradients, out)
+    _combine_torch(gradients, v, targets)
+    return targets
+
+
+def outputs(gradients: Gradients, out: Sequence[Tensor] | None) -> list[Tensor]:
+    """``out``, once it is known to overlap nothing, or new tensors."""
+    if out is None:
+        return [torch.empty_like(t) for t in gradients[0]]
+    _check_overlaps(gradients, out)
+    return list(out)
+
+
+def _checked(layout: Layout, coefficients: Tensor, out: Sequence[Tensor] | None) -> Tensor:
+    if out is not None:
+        check_out(out, layout.shapes, layout.device)
+    return check_coefficients(coefficients, layout.tasks, layout.device)
 
 
 @torch.library.custom_op("fedgram::grad_combine", mutates_args=())
 def _grad_combine_op(gradients: Sequence[Tensor], coefficients: Tensor, backend: str) -> list[Tensor]:
-    nested = unflatten(gradients, coefficients.shape[0])
-    out = _empty_like(nested[0])
-    _combine(nested, coefficients, out, backend)
-    return out
+    return grad_combine(unflatten(gradients, coefficients.shape[0]), coefficients, backend=backend)
 
 
 @_grad_combine_op.register_fake
 def _(gradients: Sequence[Tensor], coefficients: Tensor, backend: str) -> list[Tensor]:
-    return _empty_like(unflatten(gradients, coefficients.shape[0])[0])
+    return [torch.empty_like(t) for t in unflatten(gradients, coefficients.shape[0])[0]]
 
 
 @torch.library.custom_op("fedgram::grad_combine_out", mutates_args=("out",))
 def _grad_combine_out_op(
     gradients: Sequence[Tensor], coefficients: Tensor, out: Sequence[Tensor], backend: str
 ) -> None:
-    nested = unflatten(gradients, coefficients.shape[0])
-    _combine(nested, coefficients, out, backend)
+    grad_combine(unflatten(gradients, coefficients.shape[0]), coefficients, out=out, backend=backend)
 
 
 @_grad_combine_out_op.register_fake
@@ -116,18 +127,22 @@ def _wide_type(t: Tensor) -> torch.dtype:
     return torch.float64 if t.element_size() >= 4 else torch.float32
 
 
-def _empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(t) for t in tensors]
+def check_coefficients(coefficients: Tensor, tasks: int, device: torch.device) -> Tensor:
+    """The coefficients in float64 on ``device``."""
+    if coefficients.shape != (tasks,):
+        raise ValueError(f"coefficients: expected shape ({tasks},), got {tuple(coefficients.shape)}")
+    return moved(coefficients.detach().to(torch.float64), device)
 
 
-def _check_out(out: Sequence[Tensor], layout: Layout) -> None:
-    if len(out) != len(layout.shapes):
-        raise ValueError(f"out: expected {len(layout.shapes)} tensors, got {len(out)}")
-    for p, (t, shape) in enumerate(zip(out, layout.shapes, strict=True)):
+def check_out(out: Sequence[Tensor], shapes: Sequence[torch.Size], device: torch.device) -> None:
+    """Raise ValueError where an output cannot take its parameter's sum."""
+    if len(out) != len(shapes):
+        raise ValueError(f"out: expected {len(shapes)} tensors, got {len(out)}")
+    for p, (t, shape) in enumerate(zip(out, shapes, strict=True)):
         if t.shape != shape:
             raise ValueError(f"out[{p}]: expected shape {tuple(shape)}, got {tuple(t.shape)}")
-        if not t.is_floating_point() or t.device != layout.device:
-            raise ValueError(f"out[{p}]: expected a float tensor on {layout.device}, got {t.dtype} on {t.device}")
+        if t.dtype not in FLOAT_TYPES or t.device != device:
+            raise ValueError(f"out[{p}]: expected a float tensor on {device}, got {t.dtype} on {t.device}")
 
 
 def _check_overlaps(gradients: Gradients, out: Sequence[Tensor]) -> None:

@@ -100,7 +100,7 @@ def _run(images: Images, method: Method, setting: Setting, seed: int) -> Run:
     train = split_tasks(images.train, setting.train_per_class, seed)
     test = split_tasks(images.test, setting.test_per_class, seed)
     model = new_model(seed)
-    server = SpatialMatcher(model.state_dict(), c=setting.c_spatial if method.spatial else 0.0)
+    server = SpatialMatcher(model.state_dict(), c=setting.c_spatial if method.spatial else 0.0, precise=True)
     clients = [Client(model, method, setting.capacity, setting.c_temporal, seed) for _ in range(setting.clients)]
     by_class, by_task = (np.full((len(train), len(train)), np.nan) for _ in range(2))
     curve, gaps = [], []

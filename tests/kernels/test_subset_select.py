@@ -7,6 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from fedgram.kernels import subset_select
+from fedgram.kernels._subset_swaps import MemberRows, Starts, greedy
 from fedgram.kernels.subset_select import GRAM_ROWS
 from fedgram_testing.gradients import BACKENDS, garbage
 
@@ -68,7 +69,18 @@ def test_random_error_is_the_root_mean_square_over_all_subsets():
 
 
 def test_greedy_takes_the_nearest_not_the_farthest():
-    # without swaps left to make, a class whose mean is one of its rows must yield that row
+    X = points(30, 5)
+    rows = MemberRows((X - X.mean(0))[None], torch.tensor([30]), gram=True)
+    starts = Starts.empty(rows, torch.tensor([8]), 8, 1)
+    greedy(rows, starts)
+    chosen = []
+    for _ in range(8):
+        rest = [i for i in range(30) if i not in chosen]
+        chosen.append(min(rest, key=lambda i: error(X, [*chosen, i])))
+    assert starts.members[0, 0].tolist() == chosen
+
+
+def test_a_row_at_the_mean_is_found():
     X = torch.tensor([[9.0, 0.0], [-9.0, 0.0], [0.0, 0.0], [0.0, 9.0], [0.0, -9.0]])
     s = subset_select(X, [0, 5], [1], restarts=0)
     assert s.indices.tolist() == [2]

@@ -10,24 +10,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedgram import stamp
-from fedgram.stamp import _ghost_weight, ghost
+from fedgram.stamp import _ghost_weight
 from fedgram.stamp._ghost_trace import Trace
 from fedgram.stamp._ghost_weight import prefers_ghost
+from fedgram_testing.models import Mixed, built, cross_entropy, gradients, image_tasks, normal, squares
 
 # Float64 models: rows, products and sums are float64 on both sides, a few hundred terms each, and cancel by at most
 # the ratio of ||g_k|| ||g_l|| to the entry, which the comparison is relative to.
 EXACT = 1e-12
-
-
-def gradients(model, loss_fn, tasks):
-    """One flat float64 gradient per task, the plain way."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rows = []
-    for task in tasks:
-        grads = torch.autograd.grad(loss_fn(model, task), parameters, allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(grads, parameters, strict=True)]
-        rows.append(torch.cat([g.reshape(-1).double() for g in filled]))
-    return torch.stack(rows)
 
 
 def assert_same_gram(model, loss_fn, tasks, tolerance=EXACT, warns=None):
@@ -55,24 +45,6 @@ def kept_as_ghosts(model, loss_fn, tasks):
 def ghosts_only(monkeypatch):
     """Have every weight that has a ghost form computed so, whatever it costs."""
     monkeypatch.setattr(_ghost_weight, "prefers_ghost", lambda *args: True)
-
-
-def squares(model, batch):
-    return (model(batch) ** 2).mean()
-
-
-def cross_entropy(model, batch):
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def normal(*shapes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-
-
-def built(make):
-    torch.manual_seed(3)
-    return make().double()
 
 
 LAYERS = {
@@ -186,29 +158,6 @@ def test_embeddings_with_a_gradient_of_their_own_kind_are_named(options):
     with torch.no_grad():
         model(torch.arange(9)[None])  # renormalises the vectors, so that no later look-up changes them
     assert_same_gram(model, squares, tasks, warns="no ghost form for 0")
-
-
-class Mixed(nn.Module):
-    """A convolutional network with every kind of normalisation, in-place activations and a free parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, padding=1)
-        self.batch = nn.BatchNorm2d(8)
-        self.group = nn.GroupNorm(2, 8)
-        self.deep = nn.Conv2d(8, 8, 3, stride=2, groups=2)
-        self.head = nn.Linear(8 * 9, 40)
-        self.out = nn.Linear(40, 4)
-        self.scale = nn.Parameter(torch.ones(4))
-
-    def forward(self, x):
-        x = F.relu_(self.group(self.batch(self.stem(x))))
-        x = F.relu_(self.deep(x)).flatten(1)
-        return self.out(F.relu_(self.head(x))) * self.scale
-
-
-def image_tasks():
-    return [(x, torch.arange(len(x)) % 4) for x in normal((3, 1, 7, 7), (2, 1, 7, 7), (4, 1, 7, 7))]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -390,74 +339,3 @@ def test_bad_arguments_are_refused():
         stamp.ghost_gramian(model, squares, normal((2, 4), (1, 4)), [1.0])
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         stamp.ghost_gramian(model.requires_grad_(False), squares, normal((2, 4)))
-
-
-# Matching with one weighted backward pass.
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_the_matched_direction_lies_in_grad(training):
-    model = built(Mixed).train(training)
-    tasks = image_tasks()
-    g = gradients(copy.deepcopy(model), cross_entropy, tasks)
-    u = torch.tensor([3.0, 1.0, 1.0], dtype=torch.float64)
-    with pytest.warns(UserWarning, match="deep"):
-        found = stamp.ghost_match(model, cross_entropy, tasks, u, c=0.5)
-    direction = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
-    expected = stamp.match(list(g), u, c=0.5)
-    torch.testing.assert_close(direction, expected.direction, rtol=0, atol=float(1e-9 * expected.direction.norm()))
-    assert found.dual.gap <= 1e-9 * found.gramian.n0
-    torch.testing.assert_close(direction, found.dual.coefficients.to(g) @ g, rtol=0, atol=float(1e-12 * g.norm()))
-    reference = [cross_entropy(copy.deepcopy(model), task).detach() for task in tasks]
-    if not training:
-        torch.testing.assert_close(found.losses, torch.stack(reference))
-
-
-def test_both_passes_of_a_match_drop_the_same_units():
-    model = built(lambda: nn.Sequential(nn.Linear(40, 60), nn.Dropout(0.5), nn.Linear(60, 50))).train()
-    tasks = normal((2, 40), (3, 40))
-    torch.manual_seed(5)
-    g = gradients(model, squares, tasks)
-    torch.manual_seed(5)
-    found = stamp.ghost_match(model, squares, tasks, c=0.4)
-    direction = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
-    torch.testing.assert_close(direction, found.dual.coefficients.to(g) @ g, rtol=0, atol=float(1e-12 * g.norm()))
-
-
-def test_former_gradients_are_replaced_or_kept_on_error():
-    model = built(lambda: nn.Linear(40, 30))
-    tasks = normal((2, 40), (3, 40))
-    model.weight.grad = torch.full_like(model.weight, 7.0)
-    first = stamp.ghost_match(model, squares, tasks, c=0.0)
-    mean = gradients(model, squares, tasks).mean(0)
-    torch.testing.assert_close(torch.cat([model.weight.grad.reshape(-1), model.bias.grad]), mean)
-    assert first.losses.shape == (2,)
-    kept, calls = model.weight.grad, []
-
-    def fails_in_the_second_pass(model, batch):
-        calls.append(batch)
-        if len(calls) == 4:
-            raise ArithmeticError("on purpose")
-        return squares(model, batch)
-
-    with pytest.raises(ArithmeticError):
-        stamp.ghost_match(model, fails_in_the_second_pass, tasks)
-    assert model.weight.grad is kept
-
-
-def test_a_rescaled_match_of_one_task_is_its_gradient():
-    model, (task,) = built(lambda: nn.Linear(40, 30)), normal((2, 40))
-    stamp.ghost_match(model, squares, [task], c=0.5, rescale="mean")
-    g = gradients(model, squares, [task])[0]
-    torch.testing.assert_close(torch.cat([model.weight.grad.reshape(-1), model.bias.grad]), g, rtol=1e-12, atol=0)
-
-
-def test_a_callable_task_is_called_once_per_match():
-    drawn = []
-    task = lambda: drawn.append(1) or normal((2, 40))[0]  # noqa: E731
-    stamp.ghost_match(built(lambda: nn.Linear(40, 30)), squares, [task])
-    assert len(drawn) == 1
-
-
-def test_the_public_names():
-    assert ghost.ghost_gramian is stamp.ghost_gramian

@@ -1,0 +1,213 @@
+"""Everything that only a GPU can show, in one call under ten minutes: ``python -P bench/gpu.py [--out FILE]``.
+
+Correctness of every operation on the device against float64 (types, ragged and misaligned inputs, sentinels, poisoned
+outputs), bit-identical repeats, graph replay, compilation, sanitisers; then timings against measured ceilings and
+peers, and whole workloads end to end. Each section is a process of its own and writes as it goes: one that crashes or
+hangs leaves the others. Needs torch and triton, no network; works on a checkout that is not installed. ``--dry-run``
+goes through the sections on tiny inputs in Triton's interpreter, without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+SCRIPT = Path(__file__).resolve()
+CHECKS = ("correctness", "repeats", "graphs", "compiled", "sanitizers")  # side by side: they only need to be right
+TIMINGS = ("timings", "end_to_end")  # one after the other, alone on the device
+SECTIONS = CHECKS + TIMINGS
+CHECK_SHARE = 0.45  # of the time limit that the checks may take
+LIMIT = 560.0  # seconds in all
+
+
+def use_checkout() -> None:
+    """Let ``fedgram.X`` be the folder ``X`` beside this one, where this file is run as a script."""
+    if __package__ and importlib.util.find_spec("fedgram") is not None:
+        return
+    package = ModuleType("fedgram")
+    package.__path__ = [str(SCRIPT.parents[1])]
+    sys.modules["fedgram"] = package
+
+
+def run_section(name: str, part: Path | None, deadline: float) -> list[dict[str, Any]]:
+    """Run one section here; its rows, an error of the section itself among them."""
+    import torch
+
+    support = importlib.import_module("fedgram.bench.gpu_support")
+    module = importlib.import_module(f"fedgram.bench.gpu_{name if name in TIMINGS else 'checks'}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    journal = support.Journal(part, deadline)
+    try:
+        arguments = (SCRIPT,) if name == "sanitizers" else ()
+        getattr(module, name)(journal, device, *arguments)
+    except Exception as error:
+        journal.add(name=name, ok=False, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        if name == "sanitized":
+            raise
+    return journal.rows
+
+
+def start(name: str, folder: Path, seconds: float) -> tuple[subprocess.Popen[bytes], Path, Path]:
+    """Start a section as a process that knows how long it has."""
+    part, log = folder / f"{name}.json", folder / f"{name}.log"
+    command = [sys.executable, "-P", str(SCRIPT), "--section", name, "--part", str(part), "--limit", str(seconds)]
+    with log.open("wb") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT), part, log
+
+
+def finish(process: subprocess.Popen[bytes], part: Path, log: Path, seconds: float) -> dict[str, Any]:
+    """Wait for a section, end it when its time is over, and read what it left."""
+    begin = time.monotonic()
+    try:
+        code: int | str = process.wait(timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        code = "out of time"
+    rows = json.loads(part.read_text()) if part.exists() else []
+    left = {} if code == 0 else {"log": log.read_text(errors="replace")[-8000:]}
+    return {"exit": code, "waited_s": round(time.monotonic() - begin, 1), "rows": rows, **left}
+
+
+def run_all(out: Path, limit: float) -> dict[str, Any]:
+    """All sections as processes: checks side by side, then timings one by one."""
+    begin = time.monotonic()
+    report = new_report(dry_run=False)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = limit * CHECK_SHARE
+        running = {name: start(name, Path(folder), seconds) for name in CHECKS}
+        for name, process in running.items():
+            report["sections"][name] = finish(*process, begin + seconds + 10 - time.monotonic())
+            write(report, out)
+        for i, name in enumerate(TIMINGS):
+            left = limit - (time.monotonic() - begin)
+            seconds = left / (len(TIMINGS) - i)
+            report["sections"][name] = finish(*start(name, Path(folder), seconds - 5), seconds)
+            write(report, out)
+    report["seconds"] = round(time.monotonic() - begin, 1)
+    write(report, out)
+    return report
+
+
+def dry_run(out: Path) -> dict[str, Any]:
+    """All sections in this process, on tiny inputs, in the interpreter."""
+    begin = time.monotonic()
+    report = new_report(dry_run=True)
+    for name in SECTIONS:
+        report["sections"][name] = {"exit": 0, "rows": run_section(name, None, float("inf"))}
+        write(report, out)
+    report["seconds"] = round(time.monotonic() - begin, 1)
+    write(report, out)
+    return report
+
+
+def new_report(*, dry_run: bool) -> dict[str, Any]:
+    """The frame of the JSON."""
+    import torch
+
+    environment = importlib.import_module("fedgram.bench.environment").environment
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = environment(device, torch.get_num_threads())
+    return {"schema": 1, "dry_run": dry_run, "environment": where, "sections": {}}
+
+
+def write(report: Mapping[str, Any], out: Path) -> None:
+    """Write the JSON by rename; numbers that JSON does not have become null."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_name(out.name + ".tmp")
+    draft.write_text(json.dumps(finite(report), indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, out)
+
+
+def finite(value: Any) -> Any:
+    """The value with NaN and Inf replaced by None, all the way down."""
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """One line per check section and per timing, and every failure by name."""
+    lines = [f"{report['environment']['device']}, torch {report['environment']['versions']['torch']}"]
+    for name, section in report["sections"].items():
+        rows = section["rows"]
+        good, bad = (sum(row.get("ok") is value for row in rows) for value in (True, False))
+        ended = "" if section["exit"] == 0 else f"; ended: {section['exit']}"
+        lines.append(f"{name:12} {good} ok, {bad} failed, {len(rows) - good - bad} skipped{ended}")
+        lines += [f"  FAILED {row['name']}: {failure(row)}" for row in rows if row.get("ok") is False]
+        lines += [
+            f"  skipped {reason}" for reason in dict.fromkeys(r["skipped"][:100] for r in rows if r.get("skipped"))
+        ]
+        if name in TIMINGS:
+            lines += [line for row in rows if (line := timing_line(row))]
+    return "\n".join(lines)
+
+
+def failure(row: Mapping[str, Any]) -> str:
+    """Why a row failed, in a line."""
+    if isinstance(row.get("error"), str):
+        return row["error"].splitlines()[0][:160]
+    return ", ".join(
+        f"{k} {row[k]}" for k in ("error", "tolerance", "untouched", "different", "largest_gap") if k in row
+    )
+
+
+def timing_line(row: Mapping[str, Any]) -> str:
+    """A row's time, its kernels' time, floors and peers, or nothing where it has no times."""
+    mine = row["contenders"][0] if row.get("contenders") else row
+    took = mine.get("median_s") or row.get("seconds")
+    if not took:
+        return ""
+    parts = [f"  {row['name'][:34]:34} {took * 1e3:9.3f} ms"]
+    for key, label in (("kernels_s", "kernels"), ("host_s", "host"), ("floor_s", "floor")):
+        parts.append(f"{label} {row[key] * 1e3:8.3f}" if row.get(key) else " " * (len(label) + 9))
+    if row.get("copy_share"):
+        parts.append(f"{100 * row['copy_share']:4.0f} % of copy")
+    told = [r for r in row.get("contenders", [])[1:] if r["speed_up"]]
+    parts += [f"{r['name'][:18]} {r['speed_up']['median']:.2g}x" for r in told]
+    return " ".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the script; 0 where nothing failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/gpu.json"), help="the JSON to write")
+    parser.add_argument("--dry-run", action="store_true", help="tiny inputs in Triton's interpreter, no GPU")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds in all")
+    parser.add_argument("--section", choices=(*SECTIONS, "sanitized"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    use_checkout()
+    import torch
+
+    if options.section:
+        run_section(options.section, options.part, time.monotonic() + options.limit)
+        return 0
+    if not options.dry_run and not torch.cuda.is_available():
+        print("fedgram: torch finds no GPU here; --dry-run goes through the script without one", file=sys.stderr)
+        return 1
+    report = dry_run(options.out) if options.dry_run else run_all(options.out, options.limit)
+    print(summary(report))
+    print(f"wrote {options.out} in {report['seconds']} s")
+    failed = any(s["exit"] != 0 or any(r.get("ok") is False for r in s["rows"]) for s in report["sections"].values())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""The GPU script's checks: right, repeatable to the bit, capturable, compilable, clean under sanitisers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgram import flora_na, kernels, stamp
+
+from .gpu_cases import OpCase, all_cases, small_cases, worst_error
+from .gpu_support import Journal, poisoned
+from .workloads import TINY, adapters, gradients
+
+KERNELS = "triton"
+REPEATS = 20
+
+
+def correctness(journal: Journal, device: torch.device) -> None:
+    """Every operation against float64, its outputs poisoned and guarded; the torch twin on the device beside it."""
+    for case in all_cases(device):
+        journal.guard(case.name, lambda case=case: _check(case))
+
+
+def _check(case: OpCase) -> dict[str, Any]:
+    with poisoned():
+        error = worst_error(case, case.run(KERNELS))
+    untouched = all(g.untouched() for g in case.guards)
+    twin = worst_error(case, case.run("torch"))
+    right = error <= case.tolerance and untouched
+    return {
+        "op": case.op,
+        "ok": right,
+        "error": error,
+        "twin_error": twin,
+        "tolerance": case.tolerance,
+        "untouched": untouched,
+    }
+
+
+def repeats(journal: Journal, device: torch.device) -> None:
+    """The same bits on every one of 20 runs, other work running in between."""
+    count = REPEATS if device.type == "cuda" else 2
+    for case in small_cases(device):
+        journal.guard(case.name, lambda case=case: _repeat(case, count, device))
+
+
+def _repeat(case: OpCase, count: int, device: torch.device) -> dict[str, Any]:
+    first = [t.clone() for t in case.run(KERNELS)]
+    different = 0
+    for _ in range(count - 1):
+        torch.rand(257, 129, device=device).square_().sum()  # moves allocations and schedules
+        different += not _same(first, case.run(KERNELS))
+    return {"op": case.op, "ok": different == 0, "runs": count, "different": different}
+
+
+def _same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(x, y, strict=True))
+
+
+def graphs(journal: Journal, device: torch.device) -> None:
+    """Capture each operation, change its inputs, replay: the replay must do what a fresh call does.
+
+    What cannot be captured (the host waits for a value) is told as skipped, with the reason.
+    """
+    for case in small_cases(device):
+        if case.inputs:
+            journal.guard(
+                case.name, lambda case=case: _replay(lambda: case.run(KERNELS), case.inputs, device) | {"op": case.op}
+            )
+    lists = gradients(4, 3000, device)
+    flat = [t for one in lists for t in one]
+
+    def matched() -> list[Tensor]:
+        m = stamp.match(lists, c=0.25)
+        return [*m.direction, m.coefficients]
+
+    journal.guard("match", lambda: _replay(matched, flat, device))
+    clients = adapters(TINY, device)
+    factors = [t for client in clients for layer in client.values() for t in (layer.A, layer.B)]
+
+    def aggregated() -> list[Tensor]:
+        result = flora_na.aggregate(clients, method="als").adapter.modules
+        return [t for layer in result.values() for t in (layer.A, layer.B)]
+
+    journal.guard("aggregate(als)", lambda: _replay(aggregated, factors, device))
+
+
+def _replay(run: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"ok": None, "skipped": "needs a GPU"}
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            outputs = run()
+    except Exception as error:  # a value the host waits for, say: a limitation, to be told as such
+        torch.cuda.synchronize(device)
+        return {"ok": None, "skipped": f"no capture: {type(error).__name__}: {str(error)[:500]}"}
+    for t in inputs:
+        t.copy_(t.flatten().flip(0).view(t.shape) * 0.75)
+    graph.replay()
+    torch.cuda.synchronize(device)
+    replayed = [t.clone() for t in outputs]
+    return {"ok": _same(replayed, run())}
+
+
+def compiled(journal: Journal, device: torch.device) -> None:
+    """``torch.compile(fullgraph=True)`` of calls of every registered operation: the bits of a plain call."""
+    B, A = ([[torch.randn(s, device=device) for _ in range(3)]] for s in ((64, 8), (8, 48)))
+    lists = gradients(4, 3000, device)
+    v = torch.full((4,), 0.25, dtype=torch.float64, device=device)
+    P = [torch.randn(24, 8, dtype=torch.float64, device=device)]
+    rows = torch.randn(32, 16, device=device)
+    calls: dict[str, Callable[[], Any]] = {
+        "factor_gram": lambda: kernels.factor_gram(B, A),
+        "factor_cross": lambda: kernels.factor_cross(B, A, [B[0][0]], [A[0][0]]),
+        "factor_combine": lambda: kernels.factor_combine(B, A, P, [P[0].T.contiguous()]),
+        "lowrank_sum": lambda: kernels.lowrank_sum(None, B[0], A[0], v[:3]),
+        "grad_gram": lambda: tuple(kernels.grad_gram(lists)),
+        "grad_combine": lambda: kernels.grad_combine(lists, v),
+        "ghost_gram": lambda: kernels.ghost_gram(rows, rows, [0, 10, 32]),
+    }
+    for name, call in calls.items():
+        journal.guard(name, lambda call=call: _compile(call), need_s=5)
+
+
+def _compile(call: Callable[[], Any]) -> dict[str, Any]:
+    from torch.utils._pytree import tree_leaves
+
+    torch._dynamo.reset()
+    plain = tree_leaves(call())
+    traced = tree_leaves(torch.compile(call, fullgraph=True, backend="aot_eager")())
+    return {"ok": _same(plain, traced)}
+
+
+def sanitizers(journal: Journal, device: torch.device, script: Path) -> None:
+    """Small cases under compute-sanitizer's memory and race checkers, where the tool is there."""
+    tool = sanitizer()
+    if tool is None or device.type != "cuda":
+        journal.add(name="compute-sanitizer", ok=None, skipped="not found" if tool is None else "needs a GPU")
+        return
+    for checker in ("memcheck", "racecheck", "initcheck"):
+        journal.guard(checker, lambda checker=checker: _sanitize(tool, checker, script, journal.deadline), need_s=20)
+
+
+def sanitizer() -> str | None:
+    """The path of compute-sanitizer, or None."""
+    found = [shutil.which("compute-sanitizer"), *sorted(glob("/usr/local/cuda*/bin/compute-sanitizer"))]
+    return next((path for path in found if path), None)
+
+
+def _sanitize(tool: str, checker: str, script: Path, deadline: float) -> dict[str, Any]:
+    command = [
+        tool,
+        "--tool",
+        checker,
+        "--error-exitcode",
+        "99",
+        "--kernel-regex",
+        "kns=_kernel",
+        "--print-limit",
+        "20",
+    ]
+    command += [sys.executable, "-P", str(script), "--section", "sanitized"]
+    limit = max(10.0, min(150.0, deadline - time.monotonic()))
+    # without torch's caching allocator every tensor is an allocation of its own, whose bounds the checker knows
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
+    except subprocess.TimeoutExpired as late:
+        return {"ok": None, "skipped": f"not done in {limit:.0f} s", "output": _text(late.stdout)[-2000:]}
+    summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
+    clean = done.returncode == 0 and bool(summary)
+    output = "" if clean else (done.stdout + done.stderr)[-6000:]
+    return {"ok": clean if summary else None, "summary": summary, "exit": done.returncode, "output": output}
+
+
+def _text(output: bytes | str | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+def sanitized(journal: Journal, device: torch.device) -> None:
+    """What runs under a sanitiser: every kernel once."""
+    for case in small_cases(device):
+        case.run(KERNELS)
+        torch.cuda.synchronize(device)
+    journal.add(name="ran", ok=True)

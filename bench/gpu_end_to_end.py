@@ -1,0 +1,240 @@
+"""The GPU script's workloads: whole models of adapters, from device and host; long gradients; many duals."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgram import flora_na, kernels, stamp
+from fedgram.flora_na import LoraLayer
+
+from .ceilings import Ceilings, Cost, rate_of
+from .gpu_support import Journal, host_seconds, kernel_seconds
+from .gpu_timings import ceilings_of
+from .measure import measure_one
+from .reference import dense_update, gram_of, optimal_rho, relative_error
+from .workloads import W1, gradients, sample_weights, task_gramian
+
+Layers = Sequence[Mapping[str, LoraLayer]]
+# A 7B Llama, all linear layers: (m, n) of one block, 32 blocks; rank 16, 100 clients, bfloat16: 8 GB of factors.
+LLAMA_BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
+
+
+VECTORS = (("V1", 20, 25_000_000, torch.float32), ("V2", 64, 500_000_000, torch.bfloat16))
+
+
+@dataclass(frozen=True)
+class Model:
+    """Adapters of a whole model: modules (m, n), clients, rank, type."""
+
+    name: str
+    shapes: Sequence[tuple[int, int]]
+    clients: int
+    rank: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where rows go, and what they are measured on and against."""
+
+    journal: Journal
+    device: torch.device
+    ceilings: Ceilings
+
+    def row(self, name: str, work: Callable[[], dict[str, Any]], need_s: float) -> None:
+        """Add what ``work`` finds."""
+        self.journal.guard(name, work, need_s=need_s)
+
+    def timed(self, run: Callable[[], Any], cost: Cost, *, most: int = 15) -> dict[str, Any]:
+        """Seconds as a caller sees them, of the kernels alone and of the host alone, beside the floor."""
+        t = measure_one(run, self.device, budget=0.5, most=most)
+        inside, floor = kernel_seconds(run, self.device, 3), self.ceilings.floor(cost)
+        row = {"ok": True, "seconds": t.median, "kernels_s": inside, "host_s": host_seconds(run, self.device, 3)}
+        row |= {"floor_s": floor, "times_floor": t.median / floor, "bound": self.ceilings.bound(cost)}
+        return row | ({"copy_share": cost.bytes / inside / self.ceilings.copy} if inside else {})
+
+
+class Pinned:
+    """All clients' factors of a model in one slab of host memory, pinned where there is a GPU; drawn on the device."""
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], clients: int, rank: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.shapes, self.clients, self.rank, self.device = shapes, clients, rank, device
+        sizes = [clients * rank * (m + n) for m, n in shapes]
+        self.host = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")
+        random = torch.Generator(device=device).manual_seed(0)
+        for part in self.host.split(sizes):  # a part common to all clients, and one of their own
+            rows = torch.randn(clients + 1, part.numel() // clients, generator=random, device=device)
+            part.copy_((rows[0] + 1.5 * rows[1:]).mul_(0.02).flatten())
+
+    def layers(self, slab: Tensor) -> list[dict[str, LoraLayer]]:
+        """The clients' adapters as views of a slab of this layout."""
+        found: list[dict[str, LoraLayer]] = [{} for _ in range(self.clients)]
+        at = 0
+        for l, (m, n) in enumerate(self.shapes):
+            for client in found:
+                B = slab[at : at + m * self.rank].view(m, self.rank)
+                at += m * self.rank
+                A = slab[at : at + n * self.rank].view(self.rank, n)
+                at += n * self.rank
+                client[f"layer{l}"] = LoraLayer(A=A, B=B)
+        return found
+
+    def cost(self) -> Cost:
+        """Reading every factor once, both Gram matrices by symmetry, writing one pair."""
+        R, numbers = self.clients * self.rank, self.host.numel()
+        flops = sum(m + n for m, n in self.shapes) * R * (R + 2 * self.rank)
+        size = self.host.itemsize
+        return Cost(
+            flops, numbers * size * (1 + 1 / self.clients), numbers * size, rate_of(self.host.dtype, self.device)
+        )
+
+
+class Arriving(Mapping[str, LoraLayer]):
+    """An adapter whose layers are sent to the device when they are asked for."""
+
+    def __init__(self, layers: Mapping[str, LoraLayer], device: torch.device) -> None:
+        self.layers, self.device = layers, device
+
+    def __getitem__(self, name: str) -> LoraLayer:
+        layer = self.layers[name]
+        A, B = (t.to(self.device, non_blocking=True) for t in (layer.A, layer.B))
+        return LoraLayer(A=A, B=B, scaling=layer.scaling)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def end_to_end(journal: Journal, device: torch.device) -> None:
+    """W1 and W2 from the device and from the host, V1 and V2, batches of duals."""
+    bench = Bench(journal, device, ceilings_of(device))
+    journal.add(name="ceilings", ok=True, **bench.ceilings.to_dict())
+    gpu = device.type == "cuda"
+    tiny = ((24, 20), (40, 20))
+    w1 = Model("W1", ((W1.m, W1.n),) * W1.modules if gpu else tiny, 10, 8, torch.float32)
+    w2 = Model("W2", LLAMA_BLOCK * 32 if gpu else tiny, 100 if gpu else 4, 16 if gpu else 2, torch.bfloat16)
+    _model(bench, w1)
+    for name, K, d, dtype in VECTORS:
+        d = _fitting(K, d, dtype, device) if gpu else 400
+        bench.row(f"{name} gradients", partial(_vectors, bench, name, K, d, dtype), 10)
+        _release(device)
+    bench.row("duals", lambda: _duals(device), 5)
+    _model(bench, w2)
+
+
+def _model(bench: Bench, model: Model) -> None:
+    """Every method on one set of adapters; the operations by themselves; the stream from the host."""
+    made: list[Pinned] = []
+
+    def make() -> dict[str, Any]:
+        made.append(Pinned(model.shapes, model.clients, model.rank, model.dtype, bench.device))
+        return {"ok": True, "bytes": made[0].host.nbytes, "tensors": 2 * len(model.shapes) * model.clients}
+
+    bench.row(f"{model.name} made", make, 15)
+    if made:
+        _resident(bench, model, made[0])
+        _release(bench.device)
+
+
+def _resident(bench: Bench, model: Model, pinned: Pinned) -> None:
+    slab, name = torch.empty_like(pinned.host, device=bench.device), model.name
+    send = partial(slab.copy_, pinned.host, non_blocking=True)
+    sent = measure_one(send, bench.device, budget=0.5).median
+    bench.journal.add(name=f"{name} host to device", ok=True, seconds=sent, bytes_per_s=slab.nbytes / sent)
+    clients, cost, w = pinned.layers(slab), pinned.cost(), sample_weights(model.clients)
+    for method in ("fedavg", "flora-na", "als"):
+        run = partial(flora_na.aggregate, clients, w, method=method)
+        bench.row(f"{name} aggregate({method})", partial(_aggregate, bench, run, clients, w, cost), 8)
+    for op, run, its in _operations(clients, cost, bench.device):
+        bench.row(f"{name} {op}", partial(bench.timed, run, its), 3)
+    away = [Arriving(client, bench.device) for client in pinned.layers(pinned.host)]
+    stream = partial(flora_na.aggregate, away, w, method="flora-na")
+    bench.row(f"{name} streamed from the host", partial(_stream, stream, sent, bench.device), 10)
+
+
+def _aggregate(bench: Bench, run: Callable[[], Any], clients: Layers, w: Tensor, cost: Cost) -> dict[str, Any]:
+    result, name = run(), next(iter(clients[0]))
+    B, A = ([getattr(client[name], side) for client in clients] for side in "BA")
+    mine = result.adapter.modules[name]
+    true = relative_error(mine.B.double() @ mine.A.double() * mine.scaling, dense_update(B, A, w))
+    claim, best = result.report.modules[name].rho, optimal_rho(B, A, w, mine.rank)
+    right = abs(claim / true - 1) < 1e-3 and true >= best * (1 - 1e-3)
+    row = bench.timed(run, cost, most=5)
+    return row | {"ok": right, "rho": true, "claimed_rho": claim, "optimal_rho": best}
+
+
+def _operations(clients: Layers, cost: Cost, device: torch.device) -> Iterator[tuple[str, Callable[[], Any], Cost]]:
+    names = list(clients[0])
+    B, A = ([[getattr(c[n], side) for c in clients] for n in names] for side in "BA")
+    R, r = sum(b.shape[1] for b in B[0]), B[0][0].shape[1]
+    P = [torch.randn(R, r, dtype=torch.float64, device=device) for _ in names]
+    Q = [p.T.contiguous() for p in P]
+    p = [torch.rand(len(clients), dtype=torch.float64, device=device) for _ in names]
+    yield "factor_gram", lambda: kernels.factor_gram(B, A), cost
+    blocks = replace(cost, flops=cost.flops * 2 * r / (R + 2 * r))
+    yield "factor_combine(blocks)", lambda: kernels.factor_combine(B, A, P, Q), blocks
+    yield "factor_combine(scalars)", lambda: kernels.factor_combine(B, A, p, p), replace(cost, flops=0)
+
+
+def _stream(run: Callable[[], Any], sent: float, device: torch.device) -> dict[str, Any]:
+    t = measure_one(run, device, budget=0.5, least=2, most=3)
+    return {"ok": True, "seconds": t.median, "transfer_s": sent, "times_transfer": t.median / sent}
+
+
+def _fitting(K: int, d: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The length that two thirds of the free memory hold."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(d, int(free * 0.66 / ((K + 4) * dtype.itemsize)))
+
+
+def _vectors(bench: Bench, name: str, K: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
+    lists = gradients(K, d, bench.device, dtype=dtype)
+    v = torch.full((K,), 1 / K, dtype=torch.float64, device=bench.device)
+    out = [torch.empty_like(t) for t in lists[0]]
+    one, data, rate = d * dtype.itemsize, K * d * dtype.itemsize, rate_of(dtype, bench.device)
+    for op, run, cost in (
+        ("grad_gram", lambda: kernels.grad_gram(lists), Cost(d * K * K, data, data, rate)),
+        ("grad_combine", lambda: kernels.grad_combine(lists, v, out=out), Cost(0, data + one, data, rate)),
+        ("match", lambda: stamp.match_(out, lists, c=0.25), Cost(d * K * K, 2 * data + one, data, rate)),
+    ):
+        bench.row(f"{name} {op}", partial(bench.timed, run, cost), 3)
+    found, truth = kernels.grad_gram(lists), gram_of(lists)
+    error = relative_error(found.n0 + found.h[:, None] + found.h[None] + found.H, truth)
+    return {"ok": error < 2e-6, "error": error, "tolerance": 2e-6, "K": K, "d": d, "bytes": data}
+
+
+def _duals(device: torch.device) -> dict[str, Any]:
+    """A thousand small duals at once on the device, beside the same on the CPU."""
+    count, K = (1024, 20) if device.type == "cuda" else (3, 4)
+    G = torch.stack([task_gramian(K, seed=s) for s in range(count)])
+    there = G.to(device)
+    batch = stamp.solve_dual(there, 0.25, method="batched")
+    exact = stamp.solve_dual(G, 0.25, method="exact")
+    gap = batch.relative_gap.max()  # type: ignore[union-attr]
+    away = (batch.objective.cpu() / exact.objective - 1).abs().max()  # type: ignore[union-attr,operator]
+    here = measure_one(lambda: stamp.solve_dual(there, 0.25, method="batched"), device, budget=0.5, most=10).median
+    cpu = measure_one(lambda: stamp.solve_dual(G, 0.25, method="exact"), torch.device("cpu"), budget=0.5, most=3).median
+    return {
+        "ok": float(gap) <= 1e-9,
+        "largest_gap": float(gap),
+        "objective_off": float(away),
+        "seconds": here,
+        "cpu_s": cpu,
+    }
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,169 @@
+"""The GPU script without a GPU: its dry run from a bare checkout, and that it would find what it looks for."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedgram.bench import gpu
+from fedgram.bench.gpu_cases import TINY, factor_cases, small_cases
+from fedgram.bench.gpu_checks import _check, _repeat
+from fedgram.bench.gpu_support import LAYOUTS, Guarded, Journal, laid, poisoned
+
+CPU = torch.device("cpu")
+INTERPRETED = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="needs Triton's interpreter"
+)
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """The script run as a file, from elsewhere and isolated: what is installed under the name is not what it takes."""
+    folder = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, "-P", gpu.__file__, "--dry-run", "--out", str(folder / "gpu.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "gpu.json").read_text(), parse_constant=pytest.fail), done.stdout
+
+
+@INTERPRETED
+def test_the_dry_run_goes_through_every_section(dry_run):
+    report, printed = dry_run
+    assert report["schema"] == 1
+    assert report["dry_run"] is True
+    assert list(report["sections"]) == list(gpu.SECTIONS)
+    for name, section in report["sections"].items():
+        assert section["rows"], name
+        assert not [row for row in section["rows"] if row["ok"] is False], name
+        assert name in printed
+    checked = {row["op"] for row in report["sections"]["correctness"]["rows"]}
+    assert checked == {
+        "factor_gram", "factor_cross", "factor_combine", "lowrank_sum", "grad_gram", "grad_combine", "ghost_gram",
+        "subset_select",
+    }  # fmt: skip
+    for row in report["sections"]["correctness"]["rows"]:
+        assert row["ok"] is True
+        assert row["error"] <= row["tolerance"]
+    names = {row["name"] for row in report["sections"]["end_to_end"]["rows"]}
+    assert {"W1 aggregate(als)", "W2 streamed from the host", "V1 match", "V2 grad_gram", "duals"} <= names
+    assert all(row["seconds"] > 0 for row in report["sections"]["end_to_end"]["rows"] if row["name"] == "V1 match")
+
+
+def test_without_a_gpu_the_script_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 1
+    assert "no GPU" in capsys.readouterr().err
+
+
+@INTERPRETED
+def test_a_wrong_operation_is_found():
+    case = next(factor_cases(CPU, TINY, torch.float32, "plain"))
+    assert _check(case)["ok"]
+    assert not _check(replace(case, run=lambda k: [1.001 * t for t in case.run(k)]))["ok"]
+    with_hole = replace(case, run=lambda k: [torch.empty_like(case.run(k)[0]), *case.run(k)[1:]])
+    found = _check(with_hole)
+    assert not found["ok"]
+    assert found["error"] != found["error"]  # NaN: the poison shows
+
+
+@INTERPRETED
+def test_writing_beside_an_output_is_found():
+    case = next(c for c in small_cases(CPU) if c.op == "lowrank_sum")
+
+    def strays(backend):
+        out = case.run(backend)
+        case.guards[0].room[0, 0] = 1.0
+        return out
+
+    assert not _check(replace(case, run=strays))["ok"]
+
+
+@INTERPRETED
+def test_bits_that_change_are_found():
+    case = next(factor_cases(CPU, TINY, torch.float32, "plain"))
+    assert _repeat(case, 2, CPU)["ok"]
+    count = iter(range(100))
+    drifting = replace(case, run=lambda k: [t + 1e-7 * next(count) for t in case.run(k)])
+    assert _repeat(drifting, 3, CPU)["different"] == 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(5, 4), (7,), (), (0,), (0, 3)])
+def test_layouts_keep_the_values(shape, layout):
+    t = torch.randn(shape)
+    assert torch.equal(laid(t, layout), t)
+    if layout == "misaligned" and t.numel():
+        assert laid(t, layout).storage_offset() == 1
+
+
+def test_guards_see_every_side():
+    guard = Guarded.of((2, 3), torch.float32, CPU)
+    assert torch.isnan(guard.view).all()
+    guard.view.zero_()
+    assert guard.untouched()
+    guard.room[-1, -1] = 0
+    assert not guard.untouched()
+
+
+def test_poison_reaches_every_way_to_allocate_and_leaves():
+    with poisoned():
+        made = [torch.empty(3), torch.empty_like(torch.ones(2)), torch.ones(1).new_empty((4,))]
+        assert all(torch.isnan(t).all() for t in made)
+        assert torch.empty(2, dtype=torch.int64).dtype == torch.int64
+    assert torch.empty.__name__ == "empty"
+
+
+def test_a_journal_survives_errors_and_the_end_of_time(tmp_path):
+    journal = Journal(tmp_path / "part.json", deadline=time.monotonic() + 60)
+    journal.guard("bad", lambda: 1 / 0)
+    journal.guard("good", lambda: {"ok": True})
+    journal.guard("long", lambda: pytest.fail("ran"), need_s=3600)
+    rows = json.loads((tmp_path / "part.json").read_text())
+    assert [row["ok"] for row in rows] == [False, True, None]
+    assert "ZeroDivisionError" in rows[0]["error"]
+    assert "1 / 0" in rows[0]["traceback"]
+
+
+def test_a_section_that_dies_leaves_what_it_wrote(tmp_path, monkeypatch):
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "part = sys.argv[sys.argv.index('--part') + 1]\n"
+        "open(part, 'w').write(json.dumps([{'name': 'first', 'ok': True}]))\n"
+        "print('about to die', flush=True)\n"
+        "os.abort()\n"
+    )
+    monkeypatch.setattr(gpu, "SCRIPT", script)
+    section = gpu.finish(*gpu.start("correctness", tmp_path, 30), 30)
+    assert section["rows"] == [{"name": "first", "ok": True}]
+    assert section["exit"] < 0
+    assert "about to die" in section["log"]
+    report = {"environment": {"device": "x", "versions": {"torch": "2"}}, "sections": {"correctness": section}}
+    assert "ended: -6" in gpu.summary(report)
+
+
+def test_a_section_that_hangs_is_ended(tmp_path, monkeypatch):
+    script = tmp_path / "hangs.py"
+    script.write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(gpu, "SCRIPT", script)
+    section = gpu.finish(*gpu.start("repeats", tmp_path, 1), 1)
+    assert section["exit"] == "out of time"
+    assert section["rows"] == []
+
+
+def test_failures_are_named_in_the_summary_and_json_stays_strict(tmp_path):
+    rows = [{"name": "op", "ok": False, "error": float("nan"), "tolerance": 1e-6}]
+    where = {"device": "x", "versions": {"torch": "2"}}
+    report = {"environment": where, "sections": {"correctness": {"exit": 0, "rows": rows}}}
+    assert "FAILED op" in gpu.summary(report)
+    gpu.write(report, tmp_path / "a" / "gpu.json")
+    read = json.loads(Path(tmp_path / "a" / "gpu.json").read_text(), parse_constant=pytest.fail)
+    assert read["sections"]["correctness"]["rows"][0]["error"] is None

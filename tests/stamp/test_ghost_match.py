@@ -1,0 +1,74 @@
+"""Matching with one weighted backward pass."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fedgram import stamp
+from fedgram_testing.models import Mixed, built, cross_entropy, gradients, image_tasks, normal, squares
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_matched_direction_lies_in_grad(training):
+    model = built(Mixed).train(training)
+    tasks = image_tasks()
+    g = gradients(copy.deepcopy(model), cross_entropy, tasks)
+    u = torch.tensor([3.0, 1.0, 1.0], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="deep"):
+        found = stamp.ghost_match(model, cross_entropy, tasks, u, c=0.5)
+    direction = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    expected = stamp.match(list(g), u, c=0.5)
+    torch.testing.assert_close(direction, expected.direction, rtol=0, atol=float(1e-9 * expected.direction.norm()))
+    assert found.dual.gap <= 1e-9 * found.gramian.n0
+    torch.testing.assert_close(direction, found.dual.coefficients.to(g) @ g, rtol=0, atol=float(1e-12 * g.norm()))
+    reference = [cross_entropy(copy.deepcopy(model), task).detach() for task in tasks]
+    if not training:
+        torch.testing.assert_close(found.losses, torch.stack(reference))
+
+
+def test_both_passes_of_a_match_drop_the_same_units():
+    model = built(lambda: nn.Sequential(nn.Linear(40, 60), nn.Dropout(0.5), nn.Linear(60, 50))).train()
+    tasks = normal((2, 40), (3, 40))
+    torch.manual_seed(5)
+    g = gradients(model, squares, tasks)
+    torch.manual_seed(5)
+    found = stamp.ghost_match(model, squares, tasks, c=0.4)
+    direction = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    torch.testing.assert_close(direction, found.dual.coefficients.to(g) @ g, rtol=0, atol=float(1e-12 * g.norm()))
+
+
+def test_former_gradients_are_replaced_or_kept_on_error():
+    model = built(lambda: nn.Linear(40, 30))
+    tasks = normal((2, 40), (3, 40))
+    model.weight.grad = torch.full_like(model.weight, 7.0)
+    first = stamp.ghost_match(model, squares, tasks, c=0.0)
+    mean = gradients(model, squares, tasks).mean(0)
+    torch.testing.assert_close(torch.cat([model.weight.grad.reshape(-1), model.bias.grad]), mean)
+    assert first.losses.shape == (2,)
+    kept, calls = model.weight.grad, []
+
+    def fails_in_the_second_pass(model, batch):
+        calls.append(batch)
+        if len(calls) == 4:
+            raise ArithmeticError("on purpose")
+        return squares(model, batch)
+
+    with pytest.raises(ArithmeticError):
+        stamp.ghost_match(model, fails_in_the_second_pass, tasks)
+    assert model.weight.grad is kept
+
+
+def test_a_rescaled_match_of_one_task_is_its_gradient():
+    model, (task,) = built(lambda: nn.Linear(40, 30)), normal((2, 40))
+    stamp.ghost_match(model, squares, [task], c=0.5, rescale="mean")
+    g = gradients(model, squares, [task])[0]
+    torch.testing.assert_close(torch.cat([model.weight.grad.reshape(-1), model.bias.grad]), g, rtol=1e-12, atol=0)
+
+
+def test_a_callable_task_is_called_once_per_match():
+    drawn = []
+    task = lambda: drawn.append(1) or normal((2, 40))[0]  # noqa: E731
+    stamp.ghost_match(built(lambda: nn.Linear(40, 30)), squares, [task])
+    assert len(drawn) == 1
