@@ -140,7 +140,6 @@ def synchronise(device: torch.device) -> None:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    gc.collect()
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -169,6 +169,8 @@ def aot_configs() -> list[AotConfig]:
         "bf16 rank 32 blocks": Variant(32, False, bf16, bf16, b3, 8, 8),
         "bf16 rank 64 blocks": Variant(64, False, bf16, bf16, b3, 8, 8),
         "bf16 rank 16 blocks scalar loads": Variant(16, False, bf16, bf16, b3, 1, 1),
+        "bf16 rank 64 blocks scalar loads": Variant(64, False, bf16, bf16, b3, 1, 1),
+        "fp32 rank 32 scalar loads": Variant(32, True, fp32, fp32, x3, 1, 1),
         "fp32 rank 16 blocks": Variant(16, False, fp32, fp32, x3, 4, 4),
         "fp32 rank 32 blocks": Variant(32, False, fp32, fp32, x3, 4, 4),
         "fp32 rank 16 scalars": Variant(16, True, fp32, fp32, x3, 4, 4),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._factor_gram_plan import GramPlan, Variant
+from ._factor_gram_plan import NARROW, GramPlan, Variant
 from ._triton_common import TYPES, AotConfig, column_tile, float32_precision, interpret_flag, options, product, trips
 
 REDUCE_ROWS = 16
@@ -144,7 +144,8 @@ def gram_reduce_kernel(
 def configuration(v: Variant) -> tuple[dict[str, Any], int, int]:
     """Compile-time arguments, warps and stages of a variant."""
     largest = max(v.tile_i, v.tile_j)
-    block_k = {"native": 64 if largest > 32 else 128, "fp64": 16}.get(v.precision, 32)
+    narrow = min(*v.tall, *v.wide) * v.dtype_i.itemsize < NARROW  # an address in registers for every few bytes
+    block_k = {"native": 32 if narrow else 64 if largest > 32 else 128, "fp64": 16}.get(v.precision, 32)
     chain = {"native": 256, "fp64": 0}.get(v.precision, 128)
     arguments = {
         "TILE_I": v.tile_i, "TILE_J": v.tile_j, "TYPE_I": TYPES[v.dtype_i], "TYPE_J": TYPES[v.dtype_j],

@@ -18,6 +18,7 @@ from ._plan import AddressTable, to_device
 from ._triton_common import TYPES, AotConfig, interpret_flag, options, precision, product, rounded, trips
 
 LARGEST_DEPTH = {"native": 64, "tf32x3": 32, "ieee": 32, "fp64": 16}
+NARROW = 8  # bytes of one load below which steps are kept to 32 ranks: addresses take registers
 GROUP = 8  # rows of tiles that run together: their columns of A stay in the cache
 
 
@@ -95,8 +96,10 @@ class SumPlan:
     def __init__(self, B: Sequence[Piece], A: Sequence[Piece], out: torch.dtype, device: torch.device) -> None:
         dtype = B[0].dtype
         kind = precision({dtype} | ({out} & {torch.float64}), precise=False)
-        depth = tile_of(max(p.rank for p in B), LARGEST_DEPTH[kind])
-        self.variant = Variant(dtype, kind, depth, vector_width(B, wide=False), vector_width(A, wide=True))
+        vector_b, vector_a = vector_width(B, wide=False), vector_width(A, wide=True)
+        narrow = min(vector_b, vector_a) * dtype.itemsize < NARROW
+        depth = tile_of(max(p.rank for p in B), min(LARGEST_DEPTH[kind], 32 if narrow else 64))
+        self.variant = Variant(dtype, kind, depth, vector_b, vector_a)
         steps = [(u, t, min(depth, b.rank - t)) for u, b in enumerate(B) for t in range(0, b.rank, depth)]
         rows = [(d, u, B[u].stride_k, B[u].stride_c, A[u].stride_c, A[u].stride_k, 0, 0) for u, _, d in steps]
         size = dtype.itemsize
@@ -113,7 +116,8 @@ def configuration(v: Variant) -> tuple[dict[str, Any], int, int]:
         "TYPE": TYPES[v.dtype], "TILE_M": 64, "TILE_N": tile, "DEPTH": v.depth,
         "GROUP": GROUP, "VECTOR_B": v.vector_b, "VECTOR_A": v.vector_a, "PRECISION": v.precision,
     }  # fmt: skip
-    return arguments, 4 if v.precision == "native" else 8, 3
+    narrow = min(v.vector_b, v.vector_a) * v.dtype.itemsize < NARROW
+    return arguments, 4 if v.precision == "native" and not narrow else 8, 3
 
 
 def lowrank_sum_triton(
@@ -143,6 +147,8 @@ def aot_configs() -> list[AotConfig]:
         "bf16 rank 64": (Variant(bf16, "native", 64, 8, 8), "*bf16"),
         "bf16 rank 16 into fp32": (Variant(bf16, "native", 16, 8, 8), "*fp32"),
         "bf16 rank 16 scalar loads": (Variant(bf16, "native", 16, 1, 1), "*bf16"),
+        "bf16 rank 32 scalar loads": (Variant(bf16, "native", 32, 1, 1), "*bf16"),
+        "fp32 rank 32 scalar loads": (Variant(fp32, "tf32x3", 32, 1, 1), "*fp32"),
         "fp32 rank 16": (Variant(fp32, "tf32x3", 16, 4, 4), "*fp32"),
         "fp32 rank 32": (Variant(fp32, "tf32x3", 32, 4, 4), "*fp32"),
         "fp64 rank 16": (Variant(fp64, "fp64", 16, 2, 2), "*fp64"),

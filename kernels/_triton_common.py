@@ -44,7 +44,7 @@ def rounded(b, TYPE: tl.constexpr):
 def trips(n, INTERPRET: tl.constexpr):
     """``n`` as a bound of ``range``: Triton 3.6's interpreter cannot convert its scalars under NumPy >= 2.4."""
     if INTERPRET:
-        n = n.handle.data.item()
+        return n.handle.data.item()  # an assignment would be made a tensor again
     return n
 
 

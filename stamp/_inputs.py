@@ -46,17 +46,24 @@ def checked_matrix(G: Tensor | np.ndarray) -> Tensor:
     return matrix.detach().to(torch.float64)
 
 
+def check_finite(G: Array) -> None:
+    """Raise ValueError naming the gradient if a dense Gram matrix, or one of a batch, is not finite."""
+    if np.isfinite(G).all():
+        return
+    G = next(one for one in G.reshape(-1, *G.shape[-2:]) if not np.isfinite(one).all())
+    # A bad gradient spoils its own row and one entry of every other row.
+    rows = np.flatnonzero(~np.isfinite(G).all(axis=1))
+    task = next((int(k) for k in rows if not math.isfinite(G[k, k])), int(rows[0]))
+    raise ValueError(f"gramian: not finite: the squared norm of gradient {task} is {G[task, task]}")
+
+
 def check_values(G: Array, accuracy: float = FLOAT32) -> None:
     """Check one dense Gram matrix on the host: finite, symmetric, positive semidefinite, each up to rounding.
 
     Raises:
         ValueError: which entry, and by how much.
     """
-    if not np.isfinite(G).all():
-        # A bad gradient spoils its own row and one entry of every other row.
-        rows = np.flatnonzero(~np.isfinite(G).all(axis=1))
-        task = next((int(k) for k in rows if not math.isfinite(G[k, k])), int(rows[0]))
-        raise ValueError(f"gramian: not finite: the squared norm of gradient {task} is {G[task, task]}")
+    check_finite(G)
     diagonal = G.diagonal()
     floor = 64 * EPS * float(np.abs(diagonal).max())  # a plain matrix made from a centred one is off by that
     if (diagonal < -floor).any():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._batched import solve_batched
 from ._exact import STATUSES, Solution, solve
-from ._inputs import FLOAT32, HALF, check_values, checked_matrix, checked_strength, problem_of
+from ._inputs import FLOAT32, HALF, check_finite, check_values, checked_matrix, checked_strength, problem_of
 from .gramian import Gramian, WeightsLike, normalised_weights
 
 TOLERANCE = 1e-9  # relative gap up to which a result counts as solved
@@ -145,9 +145,7 @@ def solve_dual(
     )
     u = _weights(weights, matrix, shape)
     if device.type == "cpu":
-        dense = matrix.dense() if isinstance(matrix, Gramian) else matrix
-        for one in dense.numpy().reshape(-1, shape[-1], shape[-1]):
-            check_values(one, accuracy)
+        _check_host(matrix, accuracy)
     if method == "auto":
         method = "exact" if device.type == "cpu" and shape[:-1].numel() < CROWD else "batched"
     if method == "exact" and len(shape) == 1:
@@ -157,6 +155,16 @@ def solve_dual(
         return _stacked(duals, matrix, c, u, factor)
     dual = _batch(matrix, c, u, factor)
     return dual.refine() if device.type == "cpu" else dual
+
+
+def _check_host(matrix: Gramian | Tensor, accuracy: float) -> None:
+    """Look at the values of one matrix or a batch on the host."""
+    if isinstance(matrix, Gramian):
+        check_finite(matrix.dense().numpy())
+        # The centred part alone: beside a large mean, n0 + 2 h_k + H_kk of float32 sums may well be below zero.
+        matrix = matrix.H
+    for one in matrix.numpy().reshape(-1, *matrix.shape[-2:]):
+        check_values(one, accuracy)
 
 
 def rescaling(rescale: bool | str, c: float) -> float:

@@ -82,7 +82,7 @@ def gramian(
     gradients: Iterable[GradientLike],
     weights: WeightsLike | None = None,
     *,
-    precise: bool = False,
+    precise: bool = True,
     backend: str = "auto",
 ) -> Gramian:
     """The centred Gram matrix of K gradients in one read of the data, float64 on their device.
@@ -99,7 +99,7 @@ def match(
     *,
     c: float = 0.25,
     rescale: bool | str = False,
-    precise: bool = False,
+    precise: bool = True,
     backend: str = "auto",
 ) -> Match:
     """Match K gradients: the direction d that maximises ``min_k <g_k, d>`` over ``||d - g0|| <= c ||g0||``.
@@ -122,9 +122,9 @@ def match(
         c: strength in [0, 1); 0 returns the mean.
         rescale: False: d as defined. True or "authors": divided by 1 + c^2, as the authors' code does. "mean": divided
             by 1 + c, which makes the step of agreeing gradients exactly their mean.
-        precise: form the Gram matrix with float64 products; see ``fedgram.kernels.grad_gram``. Worth it where the
-            gradients all but cancel, or differ by 1e-4 and less: there float32 products give weights to about 1e-4,
-            float64 ones to 1e-9.
+        precise: form the Gram matrix with float64 products (default); see ``fedgram.kernels.grad_gram``. False is up
+            to twice as fast, and right only for gradients of similar length that differ by far more than 1e-4 of it:
+            a task whose gradient is short beside the mean is lost in the rounding of float32 products.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -145,7 +145,7 @@ def match_(
     *,
     c: float = 0.25,
     rescale: bool | str = False,
-    precise: bool = False,
+    precise: bool = True,
     backend: str = "auto",
 ) -> Match:
     """Match K gradients and write the direction where it is needed; otherwise as ``match``.

@@ -55,7 +55,7 @@ class SpatialMatcher:
         c: float = 0.25,
         lr: float = 1.0,
         rescale: bool | str = "mean",
-        precise: bool = False,
+        precise: bool = True,
         backend: str = "auto",
     ) -> None:
         """Start from a global state.

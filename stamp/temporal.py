@@ -72,7 +72,7 @@ class TemporalMatcher:
         c: float = 0.25,
         current_weight: float | None = None,
         rescale: bool | str = False,
-        precise: bool = False,
+        precise: bool = True,
         backend: str = "auto",
     ) -> None:
         """Bind a model to its memory; both stay the caller's and may change between steps.

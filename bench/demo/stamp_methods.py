@@ -92,7 +92,7 @@ class Client:
         self.sample_gradients = 0
         # rescale="mean": where tasks agree the step is their mean, so that all methods have the same learning rate.
         strength = c if method.step == "match" else 0.0
-        self._matcher = TemporalMatcher(model, loss, self.memory, c=strength, rescale="mean", precise=True)
+        self._matcher = TemporalMatcher(model, loss, self.memory, c=strength, rescale="mean")
 
     def fill_grad(self, batch: Batch) -> None:
         """Write one step's gradient into ``.grad``."""
