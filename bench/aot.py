@@ -87,11 +87,16 @@ def measure(compiled: Any, target: str) -> dict[str, int]:
         text = compiled.asm["amdgcn"]
         fields = {"registers": "vgpr_count", "stack": "private_segment_fixed_size", "spilled": "vgpr_spill_count"}
         numbers = {k: int(re.search(rf"\.{v}:\s+(\d+)", text)[1]) for k, v in fields.items()}
-        return numbers | {k: len(re.findall(pattern, text)) for k, pattern in AMDGCN.items()}
+        return numbers | count(text, AMDGCN)
     usage, sass = _cuobjdump(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     numbers = {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}
-    return numbers | {k: len(re.findall(pattern, sass)) for k, pattern in SASS.items()}
+    return numbers | count(sass, SASS)
+
+
+def count(text: str, patterns: dict[str, str]) -> dict[str, int]:
+    """How often each pattern occurs in machine code."""
+    return {name: len(re.findall(pattern, text)) for name, pattern in patterns.items()}
 
 
 def _cuobjdump(cubin: bytes) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from fedgram.flora_na import Aggregation, Estimate
 
 from .ceilings import Cost, rate_of
 from .peers import adamw, dense, peft_merge
+from .peers.operations import weighted_sum
 from .reference import dense_update, gram_of, optimal_rho, relative_error, rho, scalar_rho
 from .registry import Case, Contender, Size, Target, entry, with_peers
 from .workloads import TINY, W1, Lora, adapters, factors, sample_weights
@@ -199,10 +200,9 @@ def aggregate_fedavg(size: Size, device: torch.device) -> Case:
 def client_gramian(size: Size, device: torch.device) -> Case:
     """Inner products of the clients' whole updates in weight space."""
     data = AdapterSet(size, device)
-    truth = sum(
-        gram_of([[b.double() @ a.double()] for b, a in zip(bs, as_, strict=True)])
-        for bs, as_ in zip(data.B, data.A, strict=True)
-    )
+    modules = zip(data.B, data.A, strict=True)
+    grams = [gram_of([[b.double() @ a.double()] for b, a in zip(bs, as_, strict=True)]) for bs, as_ in modules]
+    truth = torch.stack(grams).sum(0)
     # dense: float32 chains over 1e6 products in each module
     contenders = [
         Contender("client_gramian", partial(flora_na.client_gramian, data.clients), "ours", 2e-6),
@@ -224,8 +224,7 @@ def exact_residual(size: Size, device: torch.device) -> Case:
     (B,), (A,) = factors(lora, device)
     w = sample_weights(lora.clients)
     truth = dense_update(B, A, w) - (
-        sum(c * b.double() for c, b in zip(w.tolist(), B, strict=True))
-        @ sum(c * a.double() for c, a in zip(w.tolist(), A, strict=True))
+        weighted_sum(w.tolist(), (b.double() for b in B)) @ weighted_sum(w.tolist(), (a.double() for a in A))
     )
 
     def factored() -> tuple[Tensor, Tensor]:

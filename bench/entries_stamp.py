@@ -45,7 +45,7 @@ def grad_gram(size: Size, device: torch.device) -> Case:
     target = operations.stack_centred_gram
 
     def by_compiler() -> Contender:
-        return Contender(COMPILED, partial(compiled(COMPILED, target, device), lists), "torch", 1e-5, slow=True)
+        return Contender(COMPILED, compiled(COMPILED, target, device, lists), "torch", 1e-5, slow=True)
 
     contenders, missing = with_peers(
         [
@@ -93,7 +93,7 @@ def grad_combine(size: Size, device: torch.device) -> Case:
     lists = gradients(K, d, device)
     v = torch.linspace(0.5, 1.5, K, dtype=torch.float64, device=device) / K
     out = [torch.empty_like(t) for t in lists[0]]
-    truth = [sum(x * t.double() for x, t in zip(v.tolist(), p, strict=True)) for p in zip(*lists, strict=True)]
+    truth = [operations.weighted_sum(v.tolist(), (t.double() for t in p)) for p in zip(*lists, strict=True)]
     narrow = v.float()
     contenders = [
         Contender("grad_combine", lambda: kernels.grad_combine(lists, v, out=out), "ours", 1e-7),

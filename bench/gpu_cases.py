@@ -12,6 +12,7 @@ from torch import Tensor
 from fedgram import kernels
 
 from .gpu_support import Guarded, laid
+from .peers.operations import weighted_sum
 from .workloads import clustered_samples, even_offsets, name_of
 
 Run = Callable[[str], list[Tensor]]
@@ -162,7 +163,7 @@ def gradient_cases(
     def combine(backend: str) -> list[Tensor]:
         return kernels.grad_combine(lists, v, out=[g.view for g in guards], backend=backend)
 
-    sums = [sum(x * t.double() for x, t in zip(v.tolist(), part, strict=True)) for part in zip(*lists, strict=True)]
+    sums = [weighted_sum(v.tolist(), (t.double() for t in part)) for part in zip(*lists, strict=True)]
     yield OpCase(f"grad_combine {label}", "grad_combine", combine, sums, ROUNDING[dtype], guards, flat)
 
 

@@ -24,6 +24,11 @@ from .sweeps import SWEEPS
 from .table import duration, print_tables, write_files
 
 SCHEMA = 1
+SLOW_UNTIL, SWEEPS_UNTIL = (
+    360.0,
+    540.0,
+)  # seconds after which slow contenders and curves are left out, on a busy machine
+BUSY = 0.6  # load per core above which timings are doubtful
 WIDTH = 110  # of a line of the table; narrower terminals wrap it
 CEILING_SCALE = {"full": 1.0, "quick": 0.5, "tiny": 0.002}
 Progress = Callable[[str], None]
@@ -54,24 +59,27 @@ def run_benchmarks(
     }
     for entry in chosen:
         progress(entry.name)
-        results["cases"].append(_run_entry(entry, size, device, ceilings, threads, memory))
+        no_slow = "--quick" if size == "quick" else "out of time" if time.perf_counter() - start > SLOW_UNTIL else ""
+        results["cases"].append(_run_entry(entry, size, device, ceilings, threads, memory, no_slow))
     for sweep in SWEEPS if sweeps else ():
         progress(sweep.__name__.replace("_", " "))
-        results["sweeps"].append(sweep(size, device).to_dict())
+        if time.perf_counter() - start < SWEEPS_UNTIL:
+            results["sweeps"].append(sweep(size, device).to_dict())
     results["seconds"] = time.perf_counter() - start
     return results
 
 
 def _run_entry(
-    entry: Entry, size: Size, device: torch.device, ceilings: Ceilings, threads: int, memory: bool
+    entry: Entry, size: Size, device: torch.device, ceilings: Ceilings, threads: int, memory: bool, no_slow: str
 ) -> dict[str, Any]:
+    start = time.perf_counter()
     # in a fresh process, where the system can tell the peak
     apart = memory and device.type == "cpu" and RESET.exists()
     measure = partial(_peak, entry.name, size, threads) if apart else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other packages' deprecations would tear the progress line
-        figures = run_case(entry.build(size, device), size, device, ceilings, measure)
-    return {"entry": entry.name, "group": entry.group, **figures}
+        figures = run_case(entry.build(size, device), size, device, ceilings, measure, no_slow=no_slow)
+    return {"entry": entry.name, "group": entry.group, **figures, "took_s": round(time.perf_counter() - start, 2)}
 
 
 def _peak(entry: str, size: Size, threads: int, contender: str) -> int:
@@ -149,6 +157,10 @@ def _show(results: dict[str, Any], console: Console) -> None:
         f"{where['device']}, {where['threads']} threads, torch {where['versions']['torch']}; "
         f"measured: read {ceilings['read'] / 1e9:.3g} GB/s, copy {ceilings['copy'] / 1e9:.3g} GB/s, {rates}"
     )
+    if where["load"] and where["load"][0] > BUSY * where["cores"]:
+        console.print(
+            f"the machine was busy when this began (load {where['load'][0]}): timings are doubtful", style="red"
+        )
     print_tables(results, console)
     for sweep in results["sweeps"]:
         slopes = {name: slope for name, slope in sweep["slopes"].items() if sweep["y"] == "seconds"}

@@ -74,10 +74,14 @@ def run_case(
     ceilings: Ceilings | None,
     memory: Memory | None = None,
     budget: Budget | None = None,
+    no_slow: str = "",
 ) -> dict[str, Any]:
-    """Check every contender, time those that ran, and put the figures together (JSON-ready)."""
+    """Check every contender, time those that ran, and put the figures together (JSON-ready).
+
+    ``no_slow`` is the reason why slow contenders are left out, if they are.
+    """
     budget = budget or BUDGETS[size]
-    left_out = {c.name: "left out by --quick" for c in case.contenders if c.slow and size == "quick"}
+    left_out = {c.name: f"left out: {no_slow}" for c in case.contenders if c.slow and no_slow}
     contenders = [c for c in case.contenders if c.name not in left_out]
     checks = {c.name: check(case, c, device) for c in contenders}
     runs = {c.name: c.run for c in contenders if not checks[c.name].failure}

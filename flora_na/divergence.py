@@ -84,9 +84,11 @@ def measured_errors(groups: Sequence[Group], results: Sequence[Factors], backend
     B, A = [b for _, f in formed for b in f[0]], [a for _, f in formed for a in f[1]]
     crosses: list[tuple[Tensor, ...]] = []
     if formed:
-        X = kernels.factor_cross([t.B for t in targets], [t.A for t in targets], B, A, backend=backend)
-        own = kernels.factor_gram([[b] for b in B], [[a] for a in A], backend=backend)
-        crosses = list(zip(X[0] or [], X[1] or [], *own, strict=True))
+        # the pair goes along as one more client: its own Grams come out below its products with the factors
+        with_pair_B = [(*t.B, b) for t, b in zip(targets, B, strict=True)]
+        with_pair_A = [(*t.A, a) for t, a in zip(targets, A, strict=True)]
+        X_B, X_A = kernels.factor_cross(with_pair_B, with_pair_A, B, A, backend=backend)
+        crosses = list(zip(X_B or [], X_A or [], strict=True))
     out, start = [], 0
     for group, factors in zip(groups, results, strict=True):
         if group.gram is None:
@@ -99,7 +101,8 @@ def measured_errors(groups: Sequence[Group], results: Sequence[Factors], backend
 
 
 def _measured(group: Group, factors: Factors, rows: list[tuple[Tensor, ...]]) -> Errors:
-    X_B, X_A, S_B, S_A = (torch.stack([row[i] for row in rows]) for i in range(4))
+    R = group.total_rank
+    (X_B, S_B), (X_A, S_A) = ((X[:, :R], X[:, R:]) for X in (torch.stack([row[i] for row in rows]) for i in range(2)))
     inner = (group.D * group.row_scale("B") * group.row_scale("A") * X_B * X_A).sum((-2, -1))
     norms_B, norms_A = (S.diagonal(dim1=-2, dim2=-1).sqrt() for S in (S_B, S_A))
 

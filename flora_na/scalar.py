@@ -32,7 +32,8 @@ class ScalarLeastSquares:
     ``A_g + sum q_u (A_u - A_g)``: the coefficients, the anchor's included, sum to 1.
 
     Attributes:
-        tolerance: stop once a sweep lowers the squared error by less than this fraction of it.
+        tolerance: stop once a sweep lowers the squared error by less than this fraction of it, or all sweeps to come
+            by less than a tenth of that, if they go on shrinking as the last two did.
         max_sweeps: an upper bound on the sweeps.
         cg_steps: in the implicit regime a half-step is this many conjugate-gradient steps at most.
     """
@@ -51,14 +52,17 @@ class ScalarLeastSquares:
         problem = _Problem(groups, shared, self.cg_steps)
         p = q = problem.start()
         energy = problem.energy()
-        status, sweep = "max-sweeps", 0
+        status, sweep, before = "max-sweeps", 0, torch.zeros_like(p[:, 0])
         for sweep in range(1, self.max_sweeps + 1):
             p, gain_p, _ = problem.improve("B", p, q)
             q, gain_q, captured = problem.improve("A", q, p)
             left = (energy - captured).clamp_min(1e-13 * energy) if energy is not None else 1e-2 * captured
-            if bool((gain_p + gain_q <= self.tolerance * left).all()):
+            gain = gain_p + gain_q
+            rest = gain * gain / (before - gain).clamp_min(1e-300)
+            if bool(((gain <= self.tolerance * left) | (rest <= 0.1 * self.tolerance * left)).all()):
                 status = "converged"
                 break
+            before = gain
         p, q = problem.normalise_gauge(p, q)
         return [Scalars(problem.spread(p, g), problem.spread(q, g), status, sweep) for g in groups]
 

@@ -125,14 +125,14 @@ def factor_combine_kernel(
             TYPE, True, WIDE, TILE_K, TILE_R, BLOCK_C, FLUSH, SCALARS, PRECISION, INTERPRET,
         )  # fmt: skip
         m_wide = (j < rank)[:, None] & (k < length)[None, :]
-        tl.store(p + j[:, None] * length + k[None, :], rounded(b_wide, p_out.dtype.element_ty), mask=m_wide)
+        tl.store(p + j[:, None] * length + k[None, :], rounded(b_wide, p_out.dtype.element_ty, INTERPRET), mask=m_wide)
     else:
         b = combine(
             p_table, p_strides, p_clients, p_positions, p_c, first, n_columns, k, length, j, rank, transposed,
             TYPE, False, TALL, TILE_K, TILE_R, BLOCK_C, FLUSH, SCALARS, PRECISION, INTERPRET,
         )  # fmt: skip
         m = (k < length)[:, None] & (j < rank)[None, :]
-        tl.store(p + k[:, None] * rank + j[None, :], rounded(b, p_out.dtype.element_ty), mask=m)
+        tl.store(p + k[:, None] * rank + j[None, :], rounded(b, p_out.dtype.element_ty, INTERPRET), mask=m)
 
 
 def configuration(v: Variant) -> tuple[dict[str, Any], int, int]:

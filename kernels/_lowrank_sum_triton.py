@@ -76,7 +76,7 @@ def lowrank_sum_kernel(
         w = tl.load(p_w + rows[:, None] * w_rows + columns[None, :] * w_columns, mask=m_rows & m_columns, other=0.0)
         b += beta * w.to(SUM)
     p = p_out + rows[:, None] * out_rows + columns[None, :] * out_columns
-    tl.store(p, rounded(b, p_out.dtype.element_ty), mask=m_rows & m_columns)
+    tl.store(p, rounded(b, p_out.dtype.element_ty, INTERPRET), mask=m_rows & m_columns)
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,13 @@ def product(x, y, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def rounded(b, TYPE: tl.constexpr):
-    """``b`` as TYPE; 16-bit types are reached through float32, which is how Triton converts float64 to them."""
+def rounded(b, TYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """``b`` as TYPE, to nearest even; 16-bit types through float32, which is how Triton converts float64 to them."""
     if TYPE.primitive_bitwidth < 32:
         b = b.to(tl.float32)
+        if INTERPRET and TYPE.is_bf16():  # Triton's interpreter cuts the lower bits off: round before it does
+            bits = b.to(tl.int32, bitcast=True)
+            b = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return b.to(TYPE)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .dense import dense_sum
+
 
 def adamw_scalars(
     B: Sequence[Tensor], A: Sequence[Tensor], weights: Tensor, *, steps: int = 200, lr: float = 0.01
@@ -18,7 +20,7 @@ def adamw_scalars(
     """
     w = weights.to(B[0])
     Bs, As = torch.stack(list(B)), torch.stack(list(A))
-    dW = sum(c * b @ a for c, b, a in zip(w, B, A, strict=True))
+    dW = dense_sum(B, A, weights)
     energy = dW.square().sum()
     p, q = w.clone().requires_grad_(), w.clone().requires_grad_()
     optimizer = torch.optim.AdamW([p, q], lr=lr)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .operations import weighted_sum
+
 Pair = tuple[Tensor, Tensor]
 Tensors = Sequence[Tensor]
 
@@ -14,7 +16,7 @@ Tensors = Sequence[Tensor]
 def average(B: Tensors, A: Tensors, weights: Tensor) -> Pair:
     """FedIT: the averages of the factors, client by client."""
     w = weights.tolist()
-    return sum(c * b for c, b in zip(w, B, strict=True)), sum(c * a for c, a in zip(w, A, strict=True))
+    return weighted_sum(w, B), weighted_sum(w, A)
 
 
 def dense_sum(B: Tensors, A: Tensors, weights: Tensor) -> Tensor:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 Lists = Sequence[Sequence[Tensor]]
+
+
+def weighted_sum(values: Iterable[float], tensors: Iterable[Tensor]) -> Tensor:
+    """``sum_u c_u X_u``, one product and one sum after the other."""
+    return reduce(torch.add, (c * x for c, x in zip(values, tensors, strict=True)))
 
 
 def cat_gram(B: Lists, A: Lists) -> tuple[list[Tensor], list[Tensor]]:
@@ -64,7 +70,7 @@ def stack_centred_gram(lists: Lists) -> Tensor:
 
 def loop_combine(lists: Lists, coefficients: Sequence[float]) -> list[Tensor]:
     """``sum_k v_k g_k``, parameter by parameter."""
-    return [sum(v * t for v, t in zip(coefficients, tensors, strict=True)) for tensors in zip(*lists, strict=True)]
+    return [weighted_sum(coefficients, tensors) for tensors in zip(*lists, strict=True)]
 
 
 def stack_combine(lists: Lists, coefficients: Tensor) -> list[Tensor]:

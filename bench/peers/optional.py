@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -28,15 +29,17 @@ def need(peer: str, *modules: str) -> list[ModuleType]:
         raise MissingPeerError(peer, f"{error}; {PIP}") from None
 
 
-def compiled(peer: str, function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """``torch.compile`` of a plain function, for static shapes.
+def compiled(peer: str, function: Callable[..., Any], device: torch.device, *arguments: Any) -> Callable[[], Any]:
+    """``torch.compile`` of a plain function for these arguments, compiled already: only its runs are to be timed.
 
     Raises:
         MissingPeerError: nothing can be compiled for this device; the reason says what is missing.
     """
     if (reason := compile_missing(device.type)) is not None:
         raise MissingPeerError(peer, reason)
-    return torch.compile(function, dynamic=False)
+    run = partial(torch.compile(function, dynamic=False), *arguments)
+    run()
+    return run
 
 
 @functools.cache

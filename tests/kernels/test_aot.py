@@ -1,0 +1,127 @@
+"""The kernels compiled for GPUs that are not here: no spills, wide loads, tensor cores.
+
+A sample (the first configuration of each kernel) for every target; ``python -P -m fedgram.bench.aot`` compiles all.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fedgram.bench import aot
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The output of the gate on the sample; Triton compiles only in a process that does not interpret."""
+    return run_python("-m", "fedgram.bench.aot", "--sample")
+
+
+def run_python(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_without_a_fault(compiled):
+    assert compiled.returncode == 0, compiled.stderr
+    lines = compiled.stdout.splitlines()
+    kernels = {line[8:] for line in lines if line.startswith("sm90")}
+    assert len(lines) == len(kernels) * len(aot.TARGETS)
+    assert {"factor_gram", "factor_combine", "lowrank_sum", "grad_gram", "grad_combine"} <= {
+        k.split()[0] for k in kernels
+    }
+
+
+BREAK = """
+import dataclasses, json, sys
+from fedgram.bench import aot
+_, _, config = next(c for c in aot.shipped_configs("factor_gram bf16 tile 64") if c[2].name.endswith("tile 64"))
+narrow = dataclasses.replace(config, constexprs=config.constexprs | {"TALL_I": 1, "WIDE_I": 1})
+deep = dataclasses.replace(config, constexprs=config.constexprs | {"BLOCK_K": 256}, num_warps=1)
+print(json.dumps({n: aot.gate(c, "sm90", aot.measure(aot.compile_config(c, "sm90"), "sm90"), None)
+                  for n, c in (("as shipped", config), ("hint dropped", narrow), ("block too deep", deep))}))
+"""
+
+
+@pytest.mark.slow
+def test_real_breakages_are_caught(tmp_path, monkeypatch):
+    """The same kernel without its alignment hint, and with a contraction block that does not fit the registers."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    result = run_python("-c", BREAK)
+    assert result.returncode == 0, result.stderr
+    faults = json.loads(result.stdout)
+    assert faults["as shipped"] == []
+    assert faults["hint dropped"] == ["no wide_loads"]
+    assert any(f.startswith("stack = ") for f in faults["block too deep"])
+    assert any(f.startswith("spills = ") for f in faults["block too deep"])
+
+
+class Config:
+    tensor_cores, wide_loads = True, True
+
+
+GOOD = {"registers": 100, "stack": 0, "spills": 0, "wide_loads": 8, "tensor_cores": 16}
+
+
+@pytest.mark.parametrize(
+    ("change", "faults"),
+    [
+        ({}, []),
+        ({"registers": 108}, []),
+        ({"registers": 109}, ["registers: 109, committed 100"]),
+        ({"stack": 8}, ["stack = 8"]),
+        ({"spills": 3}, ["spills = 3"]),
+        ({"spilled": 2}, ["spilled = 2"]),
+        ({"tensor_cores": 0}, ["no tensor_cores", "tensor_cores: 0, committed 16"]),
+        ({"wide_loads": 0}, ["no wide_loads", "wide_loads: 0, committed 8"]),
+        ({"wide_loads": 7}, ["wide_loads: 7, committed 8"]),
+    ],
+)
+def test_gate(change, faults):
+    assert aot.gate(Config, "sm90", GOOD | change, GOOD) == faults
+
+
+def test_gate_without_committed_figures_and_on_amd():
+    assert aot.gate(Config, "sm90", GOOD | {"wide_loads": 7, "registers": 200}, None) == []
+    assert aot.gate(Config, "gfx942", GOOD | {"wide_loads": 0}, GOOD) == []
+    assert aot.gate(Config, "gfx942", GOOD | {"tensor_cores": 0}, None) == ["no tensor_cores"]
+
+
+def test_figures_of_this_triton_are_committed():
+    """All shipped configurations, on all targets; other versions are held to the rules alone."""
+    committed = aot.read_table().get(aot.triton_version())
+    if committed is None:
+        pytest.skip(f"no committed figures for Triton {aot.triton_version()}")
+    names = {config.name for _, _, config in aot.shipped_configs()}
+    for target in aot.TARGETS:
+        assert set(committed[target]) == names, f"renew with python -P -m fedgram.bench.aot --write ({target})"
+        for name, row in committed[target].items():
+            assert row["stack"] == row["spills"] == 0, f"{target} {name}"
+
+
+def test_the_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        aot.main([])
+    assert "nothing to compile in the interpreter" in capsys.readouterr().err
+
+
+def test_sass_and_amdgcn_are_counted():
+    """The patterns on lines as the tools print them."""
+    sass = """
+    /*0a50*/ LDGSTS.E.BYPASS.LTC128B.128.ZFILL [R5], [R2.64], P0 ;   /*0b*/ LDG.E.128 R4, [R2.64] ;
+    /*0c*/ @P0 LDG.E.64 R4, [R2.64] ;   /*0d*/ HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+    /*0e*/ HGMMA.64x64x16.F32.BF16 R24 ;
+    /*0f*/ UTCHMMA gdesc[UR4] ;  /*10*/ STL.64 [R1], R4 ;  /*11*/ LDL R4, [R1] ;  /*12*/ DMMA.8x8x4 R4 ;
+    """
+    assert aot.count(sass, aot.SASS) == {"wide_loads": 2, "loads": 3, "tensor_cores": 4, "spills": 2}
+    amd = "global_load_dwordx4 v[0:3]\n buffer_load_dwordx4 v[0:3]\n global_load_ushort v1\n v_mfma_f32_16x16x16_bf16\n"
+    counted = {"wide_loads": 2, "loads": 3, "tensor_cores": 1, "spills": 1}
+    assert aot.count(amd + "scratch_store_dword v0", aot.AMDGCN) == counted

@@ -1,0 +1,203 @@
+import importlib
+
+import pytest
+import torch
+
+from fedgram.kernels import lowrank_sum
+from fedgram_testing.factor_ops import BACKENDS, LAYOUTS, TYPES, draw, garbage, lay
+
+__all__ = ["garbage"]
+module = importlib.import_module("fedgram.kernels.lowrank_sum")
+EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+SHAPES = {
+    "odd ranks": ([1, 3, 5], 65, 33),
+    "ragged ranks": ([4, 8, 16, 65], 100, 104),
+    "one client": ([4], 300, 16),
+    "many clients": ([8] * 10, 130, 136),
+    "one row": ([2, 2], 1, 200),
+    "one column": ([2, 2], 90, 1),
+    "a client of rank 0": ([0, 2], 9, 9),
+    "nothing but rank 0": ([0], 5, 6),
+    "no rows": ([3], 0, 5),
+    "no columns": ([3], 5, 0),
+}
+
+
+def case(ranks, m, n, dtype, w_dtype=None, layout="contiguous"):
+    (B,), (A,) = draw(ranks, [(m, n)], dtype, layout=layout)
+    g = torch.Generator().manual_seed(3)
+    W = torch.randn(m, n, generator=g, dtype=torch.float64).to(w_dtype or dtype)
+    return lay(layout, W), B, A, torch.randn(len(ranks), generator=g, dtype=torch.float64)
+
+
+def check(got, W, B, A, c, beta, *, sum_type):
+    """One rounding of the output type, after a sum in ``sum_type``.
+
+    float64 sums lose R eps; 32-bit ones R 2^-24 at the worst, and tf32x3 products 2^-21; both relative to the terms.
+    """
+    terms = [w * (b.double() @ a.double()) for w, b, a in zip(c, B, A, strict=True)]
+    sizes = [w.abs() * (b.double().abs() @ a.double().abs()) for w, b, a in zip(c, B, A, strict=True)]
+    exact, size = sum(terms), sum(sizes)
+    if W is not None:
+        exact, size = exact + beta * W.double(), size + abs(beta) * W.double().abs()
+    ranks = sum(b.shape[1] for b in B) + 2
+    summing = {torch.float64: ranks * 2.0**-52, torch.float32: 2.0**-21 + ranks * 2.0**-24}[sum_type]
+    smallest = 2.0**-25 if got.dtype == torch.float16 else 0.0  # half the spacing of float16 near zero
+    allowed = EPS[got.dtype] / 2 * exact.abs() + summing * size + smallest
+    assert bool(((got.double() - exact).abs() <= allowed).all())
+
+
+def sum_type(backend, dtype, out):
+    """What the docstrings promise: the twin sums in float64 unless the output has 16 bits, Triton as the types ask."""
+    if torch.float64 in (dtype, out):
+        return torch.float64
+    return torch.float32 if backend == "triton" or out.itemsize == 2 else torch.float64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_round_once(backend, dtype, shape, garbage):
+    W, B, A, c = case(*SHAPES[shape], dtype)
+    for beta in (1.0, 0.3):
+        got = lowrank_sum(W, B, A, c, beta=beta, backend=backend)
+        assert got.dtype == dtype
+        assert got is not W
+        check(got, W, B, A, c, beta, sum_type=sum_type(backend, dtype, dtype))
+    check(lowrank_sum(None, B, A, c, backend=backend), None, B, A, c, 1.0, sum_type=sum_type(backend, dtype, dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("w_dtype", TYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_types_and_strides_may_differ(backend, dtype, w_dtype, layout, garbage):
+    W, B, A, c = case([8, 3], 70, 48, dtype, w_dtype, layout)
+    got = lowrank_sum(W, B, A, c, backend=backend)
+    assert got.dtype == w_dtype
+    check(got, W, B, A, c, 1.0, sum_type=sum_type(backend, dtype, w_dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_place_is_out_of_place(backend, layout, garbage):
+    W, B, A, c = case([8, 3], 70, 48, torch.float32, layout=layout)
+    expected = lowrank_sum(W, B, A, c, beta=0.5, backend=backend)
+    assert lowrank_sum(W, B, A, c, beta=0.5, out=W, backend=backend) is W
+    assert torch.equal(W, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_of_another_type_and_its_neighbours(backend, garbage):
+    """What surrounds a strided output stays as it was."""
+    W, B, A, c = case([8, 3], 70, 48, torch.float32)
+    memory = torch.full((72, 60), 7.0, dtype=torch.bfloat16)
+    out = memory[1:71, 5:53]
+    assert lowrank_sum(W, B, A, c, out=out, backend=backend) is out
+    check(out, W, B, A, c, 1.0, sum_type=torch.float32)
+    memory[1:71, 5:53] = 7
+    assert bool((memory == 7).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_w_is_not_read_for_beta_zero(backend):
+    _, B, A, c = case([8, 3], 20, 30, torch.float32)
+    W = torch.full((20, 30), float("nan"))
+    got = lowrank_sum(W, B, A, c, beta=0.0, backend=backend)
+    assert torch.equal(got, lowrank_sum(None, B, A, c, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_beta_keeps_its_float64_digits(backend):
+    W, B, A, c = case([1], 4, 5, torch.float64)
+    got = lowrank_sum(W, B, A, 0 * c, beta=1 / 3, backend=backend)
+    assert bool(((got - W / 3).abs() <= 2.0**-52 * W.abs()).all())  # float32 digits of 1/3 would miss by 2^-26
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits_every_time(backend, garbage):
+    W, B, A, c = case([5, 16, 33], 130, 150, torch.bfloat16)
+    first, *others = (lowrank_sum(W, B, A, c, backend=backend) for _ in range(3))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_many_ranks_are_packed_in_chunks(monkeypatch, garbage):
+    """The torch twin with chunks that cut through clients and tiles that cut through W."""
+    monkeypatch.setattr(module, "CHUNK", 5)
+    monkeypatch.setattr(module, "TILE", (32, 48))
+    W, B, A, c = case([4, 3, 16, 0, 7], 70, 100, torch.float32)
+    check(lowrank_sum(W, B, A, c), W, B, A, c, 1.0, sum_type=torch.float64)
+
+
+def test_split_bfloat16_products_hold_float32(monkeypatch, garbage):
+    """The GPU's way for many ranks, with its one GPU-only call done on the CPU: two native terms lose 2^-16."""
+
+    def add_native(total, b, a):
+        assert b.dtype == a.dtype == torch.bfloat16
+        total += b.float() @ a.float()
+
+    monkeypatch.setattr(module, "_add_native", add_native)
+    _, B, A, c = case([16] * 4, 40, 50, torch.bfloat16)
+    b = torch.cat([w * t.double() for w, t in zip(c, B, strict=True)], 1)
+    total = torch.zeros(40, 50)
+    module._add_product(total, b.float(), torch.cat(A, 0))
+    exact, size = b @ torch.cat(A, 0).double(), b.abs() @ torch.cat(A, 0).double().abs()
+    assert bool(((total - exact).abs() <= 2.0**-16 * size).all())
+
+
+def test_cublas_takes_much_arithmetic_in_its_fast_types():
+    """The rule of ``auto`` on a GPU, as it is documented."""
+    for dtype, ranks, expected in (
+        (torch.bfloat16, [16] * 16, True),
+        (torch.float64, [256], True),
+        (torch.bfloat16, [16] * 15, False),
+        (torch.float32, [16] * 100, False),
+        (torch.float16, [16] * 100, False),
+    ):
+        assert module.cublas_wins([torch.empty(2, r, dtype=dtype) for r in ranks]) is expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clients_of_several_types(backend):
+    W, B, A, c = case([2, 2], 6, 7, torch.float32)
+    A[1] = A[1].bfloat16()
+    if backend == "triton":
+        with pytest.raises(ValueError, match="have several types"):
+            lowrank_sum(W, B, A, c, backend=backend)
+    else:
+        check(lowrank_sum(W, B, A, c, backend=backend), W, B, A, c, 1.0, sum_type=torch.float64)
+
+
+z, one = torch.zeros, torch.ones(1, dtype=torch.float64)
+shared = torch.zeros(40)
+BAD = {
+    "B: expected a sequence of at least one": (None, [], [], one, None),
+    r"coefficients: expected float64 \(1,\), got \(2,\)": (None, [z(3, 2)], [z(2, 4)], z(2).double(), None),
+    r"coefficients: expected float64 \(1,\), got \(1,\) torch.float32": (None, [z(3, 2)], [z(2, 4)], z(1), None),
+    r"W: expected a float matrix \(3, 4\), got \(4, 3\)": (z(4, 3), [z(3, 2)], [z(2, 4)], one, None),
+    r"out: expected a float matrix \(3, 4\), got \(3, 4\) torch.int32": (
+        None,
+        [z(3, 2)],
+        [z(2, 4)],
+        one,
+        z(3, 4).int(),
+    ),
+    r"A\[0\]\[0\]: rank 3, B\[0\]\[0\] has rank 2": (None, [z(3, 2)], [z(3, 4)], one, None),
+    r"out: shares memory with B\[0\]": (None, [shared[:6].view(3, 2)], [z(2, 4)], one, shared[20:32].view(3, 4)),
+    "out: shares memory with W without being W": (
+        shared[:12].view(3, 4),
+        [z(3, 2)],
+        [z(2, 4)],
+        one,
+        shared[1:13].view(3, 4),
+    ),
+    "out: its elements share memory": (None, [z(3, 2)], [z(2, 4)], one, z(1, 4).expand(3, 4)),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_input_is_named(backend, reason):
+    W, B, A, c, out = BAD[reason]
+    with pytest.raises(ValueError, match=reason):
+        lowrank_sum(W, B, A, c, out=out, backend=backend)
