@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from threading import Lock
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -90,15 +91,17 @@ class PlanCache(Generic[T]):
     def __init__(self, size: int = 32) -> None:
         self.size = size
         self.plans: OrderedDict[Hashable, T] = OrderedDict()
+        self.lock = Lock()
 
     def get(self, key: Hashable, build: Callable[[], T]) -> T:
         """The plan stored under ``key``, built where there is none."""
-        plan = self.plans.get(key)
-        if plan is None:
-            plan = self.plans[key] = build()
-            while len(self.plans) > self.size:
-                self.plans.popitem(last=False)
-        self.plans.move_to_end(key)
+        with self.lock:
+            plan = self.plans.get(key)
+            if plan is None:
+                plan = self.plans[key] = build()
+                while len(self.plans) > self.size:
+                    self.plans.popitem(last=False)
+            self.plans.move_to_end(key)
         return plan
 
 
@@ -107,14 +110,13 @@ class AddressTable:
 
     def __init__(self, source: np.ndarray, offset: np.ndarray, device: torch.device) -> None:
         self.source, self.offset, self.device = source, offset, device
-        self.pointers: bytes = b""
-        self.table: Tensor | None = None
+        self.latest: tuple[bytes, Tensor] | None = None
 
     def of(self, pointers: np.ndarray) -> Tensor:
         """The int64 table for tensors that now lie at ``pointers``."""
-        now = pointers.tobytes()
-        if self.table is None or now != self.pointers:
+        now, latest = pointers.tobytes(), self.latest
+        if latest is None or latest[0] != now:
             # a new table, never an overwritten one: a kernel still queued may be reading the old one
-            self.table = to_device(pointers[self.source] + self.offset, self.device)
-            self.pointers = now
-        return self.table
+            latest = (now, to_device(pointers[self.source] + self.offset, self.device))
+            self.latest = latest  # in one step: another thread finds either pair whole
+        return latest[1]

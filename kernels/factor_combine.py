@@ -42,6 +42,9 @@ def factor_combine(
 ) -> tuple[Combined, Combined]:
     """Combine the clients' factors of every module into one pair, accumulating wide and rounding once.
 
+    With scalars this is FLoRA-NA's estimate ``B = sum_u p_u B_u``, ``A = sum_u q_u A_u`` (arXiv:2509.26399), and with
+    the clients' weights the average of FedIT; with blocks any rank-r pair in the span of the clients' factors.
+
     Args:
         B: ``B[l][u]`` (m_l, r_lu) of module ``l`` and client ``u``, or None to skip the side.
         A: ``A[l][u]`` (r_lu, n_l), or None.
@@ -52,7 +55,9 @@ def factor_combine(
         backend: ``auto``, ``triton`` or ``torch``.
 
     Returns:
-        Two lists, of (m_l, r) and (r, n_l) tensors on the inputs' device; None for a skipped side.
+        Two lists, of (m_l, r) and (r, n_l) contiguous tensors on the inputs' device; None for a skipped side. They may
+        be views of one memory. Before the rounding, errors are 2e-6 of ``sum |c| |x|`` on Triton (float64 rounding where
+        a type is float64) and float64 rounding on torch.
 
     Raises:
         ValueError: shapes, types or devices do not fit together; the message names the tensor.

@@ -41,7 +41,8 @@ def factor_cross(
         backend: ``auto``, ``triton`` or ``torch``.
 
     Returns:
-        Two lists of (R_l, k_l) float64 matrices on the inputs' device; None for a skipped side.
+        Two lists of (R_l, k_l) float64 matrices on the inputs' device; None for a skipped side. They may be views of
+        one memory. Errors are those of ``factor_gram``.
 
     Raises:
         ValueError: shapes, types or devices do not fit together; the message names the tensor.

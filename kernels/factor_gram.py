@@ -23,17 +23,21 @@ def factor_gram(
     """Gram matrices of all modules of an adapter and all clients, from the factors where they lie.
 
     With ``Bs = [B_1 .. B_U]`` (m, R) and ``As = [A_1; ..; A_U]`` (R, n), ``R = sum of the ranks``, module by module:
-    ``G_B = Bs^T Bs`` and ``G_A = As As^T``. Every inner product between clients' updates follows from the two.
+    ``G_B = Bs^T Bs`` and ``G_A = As As^T``. Every inner product between clients' updates follows from the two:
+    ``<B_u A_u, B_v A_v> = tr(G_B[u, v] G_A[v, u])``, and so do the estimators of FLoRA-NA (arXiv:2509.26399).
 
     Args:
         B: ``B[l][u]`` (m_l, r_lu) of module ``l`` and client ``u``; any float type, any strides.
         A: ``A[l][u]`` (r_lu, n_l).
         precise: on Triton, float64 products throughout; without it float32 inputs are multiplied as tf32x3. The torch
             twin always works in float64.
-        backend: ``auto``, ``triton`` or ``torch``.
+        backend: ``auto``, ``triton`` or ``torch``. Clients of several types within one module and side are left to
+            the torch twin.
 
     Returns:
-        Two lists of (R_l, R_l) float64 matrices on the inputs' device, exactly symmetric.
+        Two lists of (R_l, R_l) float64 matrices on the inputs' device, exactly symmetric, the same bits on every run.
+        They may be views of one memory. Errors, relative to the norms of the two columns: 2e-6 on Triton, rounding of
+        float64 with ``precise`` or ``torch``.
 
     Raises:
         ValueError: shapes, types or devices do not fit together; the message names the tensor.

@@ -40,10 +40,14 @@ def lowrank_sum(
         coefficients: (U,) float64, on the factors' device.
         beta: factor of ``W``.
         out: (m, n) to write into, which may be ``W`` itself; by default a new tensor of the type of ``W``, or of the
-            factors where ``W`` is None. It must not share memory with the factors.
+            factors where ``W`` is None. It must not share memory with the factors, nor with a ``W`` that it is not.
         backend: ``auto``, ``triton`` or ``torch``. On a GPU ``auto`` takes Triton while the ranks sum to less than
             ``CUBLAS_RANK``, where the sum is bound by memory; from there on cuBLAS for bfloat16 and float64 factors.
             float32 and float16 stay on Triton, whose tf32x3 products are faster than cuBLAS's float32.
+
+    The sum is kept in float64 where a factor or the output is float64, on the torch path also for float32 outputs;
+    else in float32, with the coefficients applied to finished products, never to stored numbers. Clients of several
+    types are left to the torch path.
 
     Returns:
         (m, n), ``out`` where it is given.
@@ -99,14 +103,27 @@ def _check_memory(out: Tensor, W: Tensor | None, B: Sequence[Tensor], A: Sequenc
         return
     if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
         raise ValueError("out: its elements share memory")
-    memory = out.untyped_storage().data_ptr()
     for name, t in [(f"B[{u}]", t) for u, t in enumerate(B)] + [(f"A[{u}]", t) for u, t in enumerate(A)]:
-        if t.untyped_storage().data_ptr() == memory:
+        if _overlap(out, t):
             raise ValueError(f"out: shares memory with {name}")
-    if W is not None and W.untyped_storage().data_ptr() == memory:
+    if W is not None and _overlap(out, W):
         same = (W.data_ptr(), W.stride(), W.dtype) == (out.data_ptr(), out.stride(), out.dtype)
         if not same:
             raise ValueError("out: shares memory with W without being W")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the ranges of memory that two tensors span meet."""
+    if not b.numel():
+        return False
+    (a0, a1), (b0, b1) = (
+        (
+            t.data_ptr(),
+            t.data_ptr() + t.itemsize * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))),
+        )
+        for t in (a, b)
+    )
+    return a0 < b1 and b0 < a1
 
 
 def new_output(W: Tensor | None, B: Sequence[Tensor], A: Sequence[Tensor]) -> Tensor:
@@ -218,7 +235,9 @@ def _on_triton(
         return SumPlan(pieces[: len(B)], pieces[len(B) :], out.dtype, out.device)
 
     plan = PLANS.get((place(out.device), out.dtype, len(B), layout), build)
-    return lowrank_sum_triton(plan, pointers, W, coefficients.contiguous(), beta, out)
+    lowrank_sum_triton(plan, pointers, W, coefficients.contiguous(), beta, out)
+    torch.autograd.graph.increment_version(out)  # as every write of torch does: autograd must see it
+    return out
 
 
 @torch.library.custom_op("fedgram::lowrank_sum", mutates_args=())
