@@ -25,7 +25,7 @@ wheel: $(VENV)/.ready
 	rm -rf build dist
 	$(BIN)/python -P -m build --wheel
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt $(wildcard kernels/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -P -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@

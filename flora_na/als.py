@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Pair, balance, orthonormaliser
-from .group import Group, Side, target_energy
+from .group import Group, Side
 
 CANCELLED = 2.0**-24
 """A combination of factors this small beside its terms is rounding: the square root of what float64 Grams resolve."""
@@ -37,7 +37,7 @@ class AlternatingLeastSquares:
         """
         rank = start.P.shape[-1] if rank is None else rank
         Q = self._start(group, start, rank)
-        energy = target_energy(group) if group.gram is not None else None
+        energy = group.gram_energy if group.gram is not None else None
         P, captured = Q, torch.zeros(len(group.targets), dtype=torch.float64, device=group.device)
         status, sweep = "max-sweeps", 0
         for sweep in range(1, self.max_sweeps + 1):
@@ -67,7 +67,7 @@ def _cancellation(group: Group, side: Side, Y: Tensor) -> Tensor | None:
     """(L, r) norms below which a combination ``Y`` of the factors is rounding; unknown without Grams."""
     if group.gram is None:
         return None
-    return CANCELLED * (group.row_norms(side).unsqueeze(-1) * Y.abs()).sum(1)
+    return CANCELLED * (group.row_norms[side].unsqueeze(-1) * Y.abs()).sum(1)
 
 
 def half_step(group: Group, side: Side, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

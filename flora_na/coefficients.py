@@ -15,6 +15,9 @@ from .group import Group
 RELATIVE_CUTOFF = 1e-13
 """Directions of a unit-diagonal float64 Gram below this eigenvalue are rounding, not data."""
 
+SAFE_PIVOT = 1e-4
+"""Above it for every pivot of a unit-diagonal Cholesky factor, no direction comes near ``RELATIVE_CUTOFF``."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -57,10 +60,24 @@ def _inverse_or_zero(x: Tensor) -> Tensor:
 
 
 def solve_psd(H: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares solution of ``H x = g`` for (..., U, U) positive semidefinite H, and the gain ``g^T x >= 0``."""
+    """Least-squares solution of ``H x = g`` for (..., U, U) positive semidefinite H, and the gain ``g^T x >= 0``.
+
+    On the CPU by Cholesky where H is safely definite, which costs a third of the eigenvalues'.
+    """
+    if H.device.type == "cpu" and (x := _solve_definite(H, g)) is not None:
+        return x, (g * x).sum(-1).clamp_min(0.0)
     T = orthonormaliser(H)
     y = T.mT @ g.unsqueeze(-1)
     return (T @ y).squeeze(-1), (y * y).sum((-2, -1))
+
+
+def _solve_definite(H: Tensor, g: Tensor) -> Tensor | None:
+    """By Cholesky on the unit-diagonal matrix, or None unless every pivot is far from rounding."""
+    scale = H.diagonal(dim1=-2, dim2=-1).rsqrt()
+    L, info = torch.linalg.cholesky_ex(H * (scale.unsqueeze(-1) * scale.unsqueeze(-2)))
+    if bool(info.any()) or not bool((L.diagonal(dim1=-2, dim2=-1) > SAFE_PIVOT).all()):
+        return None
+    return torch.cholesky_solve((g * scale).unsqueeze(-1), L).squeeze(-1) * scale
 
 
 def trace_product(X: Tensor, Y: Tensor) -> Tensor:

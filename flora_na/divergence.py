@@ -16,7 +16,7 @@ from torch import Tensor
 from fedgram import kernels
 
 from .coefficients import Pair, trace_product
-from .group import Group, target_energy
+from .group import Group
 from .target import Target
 
 Factors = tuple[list[Tensor], list[Tensor]]
@@ -46,8 +46,8 @@ def combine(
 ) -> list[Factors]:
     """The factors of all modules in one read of the clients' factors: (list of B, list of A) per group."""
     targets = [t for group, _ in groups for t in group.targets]
-    P = [t_scale * x for group, pair in groups for t_scale, x in zip(group.row_scale("B"), pair.P, strict=True)]
-    Q = [(t_scale * x).mT for group, pair in groups for t_scale, x in zip(group.row_scale("A"), pair.Q, strict=True)]
+    P = [t_scale * x for group, pair in groups for t_scale, x in zip(group.row_scale["B"], pair.P, strict=True)]
+    Q = [(t_scale * x).mT for group, pair in groups for t_scale, x in zip(group.row_scale["A"], pair.Q, strict=True)]
     B, A = kernels.factor_combine([t.B for t in targets], [t.A for t in targets], P, Q, dtype=dtype, backend=backend)
     sizes = [len(group.targets) for group, _ in groups]
     return list(zip(_split(B, sizes), _split(A, sizes), strict=True))
@@ -70,7 +70,7 @@ def pair_errors(group: Group, pair: Pair) -> Errors:
     if group.gram is None:
         return _exact(group.targets, factors(list(range(len(group.targets)))))
     C_B, C_A = group.apply("B", pair.P), group.apply("A", pair.Q)
-    norms_B, norms_A = group.row_norms("B").unsqueeze(-1), group.row_norms("A").unsqueeze(-1)
+    norms_B, norms_A = group.row_norms["B"].unsqueeze(-1), group.row_norms["A"].unsqueeze(-1)
     mass = ((norms_B * pair.P.abs()).sum(1) * (norms_A * pair.Q.abs()).sum(1)).sum(-1)
     inner = (group.D * C_A * C_B).sum((-2, -1))
     square = trace_product(pair.P.mT @ C_B, pair.Q.mT @ C_A)
@@ -103,7 +103,7 @@ def measured_errors(groups: Sequence[Group], results: Sequence[Factors], backend
 def _measured(group: Group, factors: Factors, rows: list[tuple[Tensor, ...]]) -> Errors:
     R = group.total_rank
     (X_B, S_B), (X_A, S_A) = ((X[:, :R], X[:, R:]) for X in (torch.stack([row[i] for row in rows]) for i in range(2)))
-    inner = (group.D * group.row_scale("B") * group.row_scale("A") * X_B * X_A).sum((-2, -1))
+    inner = (group.D * group.row_scale["B"] * group.row_scale["A"] * X_B * X_A).sum((-2, -1))
     norms_B, norms_A = (S.diagonal(dim1=-2, dim2=-1).sqrt() for S in (S_B, S_A))
 
     def pick(ids: list[int]) -> Factors:
@@ -116,7 +116,7 @@ def _certified(
     group: Group, inner: Tensor, square: Tensor, mass: Tensor, factors: Callable[[list[int]], Factors]
 ) -> Errors:
     """Put the three terms together; redo exactly what is not safely above its rounding error."""
-    energy, target_mass = energies(group), mass_of_target(group)
+    energy, target_mass = energies(group), group.mass
     error = energy - 2 * inner + square
     ids = (error < MARGIN * rounding(group) * (target_mass + mass) ** 2).nonzero().flatten().tolist()
     if ids:
@@ -129,16 +129,15 @@ def rounding(group: Group) -> float:
     return ROUNDING.get(group.device.type, ROUNDING["cuda"])
 
 
-def mass_of_target(group: Group) -> Tensor:
-    """(L,) the sum of the norms of the rank-one terms of dW: what may cancel within it."""
-    return (group.D.squeeze(-1) * group.row_norms("B") * group.row_norms("A")).sum(-1)
-
-
 def energies(group: Group) -> Tensor:
     """(L,) ``||dW||^2``, certified; exactly 0 where the terms cancel to rounding."""
-    if group.gram is None:
-        return _squares(group.targets)
-    energy, mass = target_energy(group), mass_of_target(group)
+    if "energies" not in group.memo:
+        group.memo["energies"] = _squares(group.targets) if group.gram is None else _certified_energies(group)
+    return group.memo["energies"]
+
+
+def _certified_energies(group: Group) -> Tensor:
+    energy, mass = group.gram_energy.clone(), group.mass
     ids = (energy < MARGIN * rounding(group) * mass**2).nonzero().flatten().tolist()
     if ids:
         exact = _squares([group.targets[i] for i in ids])

@@ -8,7 +8,7 @@ products with ``G_B = Bs^T Bs`` and ``G_A = As As^T``. A group batches L modules
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -41,12 +41,14 @@ class Group:
         targets: the modules.
         gram: G_B and G_A, each (L, R, R) float64, of the scaled factors; None in the implicit regime.
         apply: products with G_B and G_A.
+        memo: what was computed once for the group.
     """
 
     targets: tuple[Target, ...]
     gram: dict[Side, Tensor] | None
     apply: Operator
     backend: str = "auto"
+    memo: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -103,15 +105,29 @@ class Group:
         """(L, R, 1) float64: the weight of each stacked row, the diagonal of D."""
         return self.weights[:, self.member].unsqueeze(-1)
 
-    def row_scale(self, side: Side) -> Tensor:
-        """(L, R, 1) float64: what every stacked row is multiplied by for its member's scaling."""
-        scales = [t.scale_B if side == "B" else t.scale_A for t in self.targets]
-        return torch.stack(scales).to(self.device)[:, self.member].unsqueeze(-1)
+    @cached_property
+    def row_scale(self) -> dict[Side, Tensor]:
+        """(L, R, 1) float64 per side: what every stacked row is multiplied by for its member's scaling."""
+        s = torch.stack([t.scalings for t in self.targets]).to(self.device)[:, self.member].unsqueeze(-1)
+        root = s.abs().sqrt()
+        return {"B": s.sign() * root, "A": root}
 
-    def row_norms(self, side: Side) -> Tensor:
-        """(L, R) float64: the norms of the scaled columns of Bs, or rows of As."""
+    @cached_property
+    def row_norms(self) -> dict[Side, Tensor]:
+        """(L, R) float64 per side: the norms of the scaled columns of Bs, or rows of As."""
         assert self.gram is not None
-        return self.gram[side].diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+        return {side: g.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt() for side, g in self.gram.items()}
+
+    @cached_property
+    def gram_energy(self) -> Tensor:
+        """(L,) ``||dW||^2 = tr(G_B D G_A D)`` from the Grams, whatever their rounding makes of it."""
+        assert self.gram is not None
+        return ((self.gram["B"] * self.gram["A"]) @ self.D * self.D).sum((-2, -1))
+
+    @cached_property
+    def mass(self) -> Tensor:
+        """(L,) the sum of the norms of the rank-one terms of dW: what may cancel within it."""
+        return (self.D.squeeze(-1) * self.row_norms["B"] * self.row_norms["A"]).sum(-1)
 
     def subset(self, ids: list[int]) -> Group:
         """The group of some of its modules."""
@@ -172,12 +188,6 @@ class ImplicitOperator:
         return self.scale[side] * torch.stack(Y)
 
 
-def target_energy(group: Group) -> Tensor:
-    """``||dW||^2`` of every module from its Grams, (L,): ``tr(G_B D G_A D)``."""
-    assert group.gram is not None
-    return ((group.gram["B"] * group.gram["A"]) @ group.D * group.D).sum((-2, -1))
-
-
 def make_groups(targets: Sequence[Target], backend: str = "auto") -> list[tuple[Group, list[int]]]:
     """Batch the modules by member ranks and take their Grams in one launch; with each group, its modules' positions.
 
@@ -213,14 +223,15 @@ def _scaled_grams(targets: list[Target], backend: str) -> list[tuple[Tensor, Ten
     for target, b, a in zip(targets, G_B, G_A, strict=True):
         if not bool(torch.isfinite(b.diagonal().sum() + a.diagonal().sum())):
             check_finite(target)
-    return [(_scale(b, t.scale_B, t), _scale(a, t.scale_A, t)) for b, a, t in zip(G_B, G_A, targets, strict=True)]
+    return [_scale(b, a, t) for b, a, t in zip(G_B, G_A, targets, strict=True)]
 
 
-def _scale(gram: Tensor, scale: Tensor, target: Target) -> Tensor:
-    if bool((scale == 1).all()):
-        return gram
-    s = torch.repeat_interleave(scale, torch.tensor(target.ranks)).to(gram.device)
-    return gram * s.unsqueeze(1) * s
+def _scale(G_B: Tensor, G_A: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    if bool((target.scalings == 1).all()):
+        return G_B, G_A
+    rows = torch.tensor(target.ranks)
+    b, a = (torch.repeat_interleave(s, rows).to(G_B.device) for s in (target.scale_B, target.scale_A))
+    return G_B * b.unsqueeze(1) * b, G_A * a.unsqueeze(1) * a
 
 
 def check_finite(target: Target) -> None:

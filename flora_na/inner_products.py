@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fedgram import kernels
 
-from .aggregation import chunks
 from .cohort import Cohort, make_cohort
-from .group import Group, make_groups
+from .group import Group, check_finite, make_groups
 from .layer import AdapterLike
+from .portions import chunks
+from .screening import Clip, Screening, check_screening, screen, screened
 from .weights import Weights, normalise_weights
 
 
@@ -52,6 +53,21 @@ def client_gramian(
     return total * w * w.unsqueeze(1)
 
 
+def screen_cohort(
+    cohort: Cohort, clip: Clip, min_cosine: float | None, backend: str = "auto"
+) -> tuple[Cohort, Screening | None]:
+    """Clip and filter the clients by their whole updates (see ``screening``); reads every factor once.
+
+    Returns:
+        The cohort to aggregate and what was done; the cohort itself and None where neither is asked for.
+    """
+    if not check_screening(clip, min_cosine):
+        return cohort, None
+    gramian = torch.stack([g.cpu() for g in module_gramians(cohort, backend)]).sum(0)
+    found = screen(gramian, cohort.weights, cohort.names, clip, min_cosine)
+    return screened(cohort, found), found
+
+
 def module_gramians(cohort: Cohort, backend: str) -> list[Tensor]:
     """(U, U) inner products of the unweighted updates, one matrix per module."""
     out: list[Tensor] = []
@@ -68,8 +84,10 @@ def group_gramians(group: Group, backend: str = "auto") -> Tensor:
     """(L, U, U) inner products of the clients' unweighted updates in every module of a group."""
     if group.gram is not None:
         return group.member_blocks(group.gram["B"] * group.gram["A"])
+    for target in group.targets:
+        check_finite(target)
     B, A = kernels.factor_gram([t.B for t in group.targets], [t.A for t in group.targets], backend=backend)
-    scale = group.row_scale("B") * group.row_scale("A")
+    scale = group.row_scale["B"] * group.row_scale["A"]
     return group.member_blocks(scale * torch.stack(B) * torch.stack(A) * scale.mT)
 
 

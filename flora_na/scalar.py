@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .coefficients import solve_psd, trace_product
-from .group import Group, Side, target_energy
+from .group import Group, Side
+from .pair_products import PairProducts
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +68,14 @@ class ScalarLeastSquares:
         return [Scalars(problem.spread(p, g), problem.spread(q, g), status, sweep) for g in groups]
 
 
-@dataclass(frozen=True)
 class _Problem:
     """The two least-squares problems, per module or (``shared``) summed over all modules of all groups."""
 
-    groups: Sequence[Group]
-    shared: bool
-    cg_steps: int
+    def __init__(self, groups: Sequence[Group], shared: bool, cg_steps: int) -> None:
+        self.groups, self.shared, self.cg_steps = groups, shared, cg_steps
+        self.formed = all(g.gram is not None for g in groups)
+        few = self.formed and all(PairProducts.fits(g) for g in groups)
+        self.products = PairProducts.of(groups, self.collect) if few else None
 
     def start(self) -> Tensor:
         return self.groups[0].weights[:1] if self.shared else self.groups[0].weights
@@ -87,20 +89,17 @@ class _Problem:
 
     def energy(self) -> Tensor | None:
         """``||dW||^2`` where the Grams are formed."""
-        if any(g.gram is None for g in self.groups):
-            return None
-        return self.collect([target_energy(g) for g in self.groups])
+        return self.collect([g.gram_energy for g in self.groups]) if self.formed else None
 
     def improve(self, side: Side, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The exact step in p with q fixed; the drop of the squared error, and ``<dW, BA>`` after it."""
-        other: Side = "A" if side == "B" else "B"
-        normal = [_Normal(g, side, other, self.spread(q, g)) for g in self.groups]
-        h = self.collect([n.h for n in normal])
         free, lift = (_free, _lift) if self.groups[0].anchored else (_same, _same)
-        if all(g.gram is not None for g in self.groups):
-            H = self.collect([n.matrix() for n in normal])
+        if self.formed:
+            H, h = self._equations(side, q)
             step, gain = solve_psd(free(free(H).mT).mT, free(h - (H @ p.unsqueeze(-1)).squeeze(-1)))
         else:
+            normal = self._normal(side, q)
+            h = self.collect([n.h for n in normal])
 
             def product(x: Tensor) -> Tensor:
                 return self.collect([n.product(self.spread(x, n.group)) for n in normal])
@@ -109,12 +108,25 @@ class _Problem:
         p = p + lift(step)
         return p, gain, (h * p).sum(-1)
 
+    def _equations(self, side: Side, q: Tensor) -> tuple[Tensor, Tensor]:
+        if self.products is not None:
+            return self.products.equations(side, q)
+        normal = self._normal(side, q)
+        return self.collect([n.matrix() for n in normal]), self.collect([n.h for n in normal])
+
+    def _normal(self, side: Side, q: Tensor) -> list[_Normal]:
+        other: Side = "A" if side == "B" else "B"
+        return [_Normal(g, side, other, self.spread(q, g)) for g in self.groups]
+
     def normalise_gauge(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """Equal norms of B and A; an anchor fixes the gauge, so then nothing is changed."""
         if self.groups[0].anchored:
             return p, q
-        b = self.collect([_square(g, "B", self.spread(p, g)) for g in self.groups])
-        a = self.collect([_square(g, "A", self.spread(q, g)) for g in self.groups])
+        if self.products is not None:
+            b, a = self.products.square("B", p), self.products.square("A", q)
+        else:
+            b = self.collect([_square(g, "B", self.spread(p, g)) for g in self.groups])
+            a = self.collect([_square(g, "A", self.spread(q, g)) for g in self.groups])
         ratio = torch.where((a > 0) & (b > 0), (a / b.clamp_min(1e-300)) ** 0.25, 1.0).unsqueeze(-1)
         return p * ratio, q / ratio
 

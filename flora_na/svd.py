@@ -11,7 +11,7 @@ from fedgram import kernels
 
 from .als import AlternatingLeastSquares
 from .coefficients import Pair, balance, eigh_psd, fit_rank
-from .divergence import MARGIN, mass_of_target, rounding
+from .divergence import MARGIN, rounding
 from .fedavg import solve_fedavg
 from .group import Group
 
@@ -78,14 +78,14 @@ def solve_svd(group: Group, rank: int) -> Pair:
 
 def unresolved(group: Group, s: Spectrum, rank: int) -> Tensor:
     """(L,) where the squared error of the optimum is not safely above the rounding of the Grams."""
-    return s.energies[:, rank:].sum(-1) < MARGIN * rounding(group) * mass_of_target(group) ** 2
+    return s.energies[:, rank:].sum(-1) < MARGIN * rounding(group) * group.mass**2
 
 
 def _from_triangles(group: Group, i: int, rank: int) -> tuple[Tensor, Tensor]:
     """Coefficients (R, rank) of module ``i`` from the SVD of ``R_B D R_A^T``, whose entries are not squared."""
     target = group.targets[i]
     [R_B], [R_A] = kernels.factor_triangle([target.B], [target.A])
-    R_B, R_A = R_B * group.row_scale("B")[i].mT, R_A * group.row_scale("A")[i].mT
+    R_B, R_A = R_B * group.row_scale["B"][i].mT, R_A * group.row_scale["A"][i].mT
     U, sigma, Vt = torch.linalg.svd((R_B * group.D[i].mT) @ R_A.mT, full_matrices=False)
     inverse = torch.where(sigma > RESOLVED * sigma[:1], sigma, torch.inf).rsqrt()
     P = group.D[i] * (R_A.mT @ (Vt.mT * inverse))

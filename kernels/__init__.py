@@ -1,5 +1,6 @@
 """Operations on the big tensors: each a public function with a torch twin and, where it pays, a Triton kernel."""
 
+from ._prepared import FactorSlab, PreparedFactors, PreparedSide, prepare
 from .factor_combine import factor_combine
 from .factor_cross import factor_cross
 from .factor_gram import factor_gram
@@ -12,7 +13,10 @@ from .lowrank_sum import lowrank_sum
 from .subset_select import SubsetSelection, subset_select
 
 __all__ = [
+    "FactorSlab",
     "GradGram",
+    "PreparedFactors",
+    "PreparedSide",
     "SubsetSelection",
     "factor_combine",
     "factor_cross",
@@ -23,5 +27,6 @@ __all__ = [
     "grad_gram",
     "lowrank_norm",
     "lowrank_sum",
+    "prepare",
     "subset_select",
 ]

@@ -1,4 +1,4 @@
-"""One place decides which implementation of an operation runs: ``auto``, ``triton`` or ``torch``."""
+"""One place decides which implementation of an operation runs: ``auto``, ``triton``, ``native`` or ``torch``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Literal
 
 from torch import Tensor
 
-Backend = Literal["auto", "triton", "torch"]
-BACKENDS = ("auto", "triton", "torch")
+from . import _native
+
+Backend = Literal["auto", "triton", "native", "torch"]
+Chosen = Literal["triton", "native", "torch"]
+BACKENDS = ("auto", "triton", "native", "torch")
 
 
 def interpreting() -> bool:
@@ -29,28 +32,40 @@ def triton_missing() -> str | None:
     return None
 
 
-def resolve(backend: str, tensors: Iterable[Tensor]) -> Literal["triton", "torch"]:
-    """Return the implementation to run on ``tensors``.
+def resolve(backend: str, tensors: Iterable[Tensor], *, native: bool = False) -> Chosen:
+    """Return the implementation to run on ``tensors``; ``native`` says whether the operation has compiled CPU loops.
 
-    ``auto`` takes Triton on GPUs where it is installed and the torch twin everywhere else. ``triton`` and
-    ``torch`` are orders.
+    ``auto`` takes Triton on GPUs where it is installed, the compiled loops on CPUs where the extension is built and the
+    operation has them, and the torch twin everywhere else. The three others are orders.
 
     Raises:
         ValueError: ``backend`` is not one of ``BACKENDS``, or the tensors lie on more than one device.
-        RuntimeError: ``triton`` is ordered and cannot run; the message says why.
+        RuntimeError: ``triton`` or ``native`` is ordered and cannot run; the message says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     devices = {t.device for t in tensors}
     if len(devices) > 1:
         raise ValueError(f"tensors lie on several devices: {', '.join(sorted(map(str, devices)))}")
-    on_gpu = bool(devices) and next(iter(devices)).type == "cuda"
+    device = next(iter(devices)).type if devices else "cpu"
     if backend == "auto":
-        return "triton" if on_gpu and triton_missing() is None else "torch"
+        if device == "cuda" and triton_missing() is None:
+            return "triton"
+        return "native" if native and device == "cpu" and _native.missing() is None else "torch"
+    if (reason := _unable(backend, device, native)) is not None:
+        raise RuntimeError(f"backend={backend!r}: {reason}")
+    return backend  # type: ignore[return-value]
+
+
+def _unable(backend: str, device: str, native: bool) -> str | None:
+    """Why the ordered backend cannot run, or None where it can."""
     if backend == "triton":
         if (reason := triton_missing()) is not None:
-            raise RuntimeError(f"backend='triton': {reason}")
-        if not on_gpu and not interpreting():
-            where = next(iter(devices)).type if devices else "cpu"
-            raise RuntimeError(f"backend='triton': tensors are on {where}; use a GPU, or set TRITON_INTERPRET=1")
-    return backend  # type: ignore[return-value]
+            return reason
+        if device != "cuda" and not interpreting():
+            return f"tensors are on {device}; use a GPU, or set TRITON_INTERPRET=1"
+    if backend == "native":
+        if not native:
+            return "this operation has no compiled CPU loops"
+        return _native.missing() or (None if device == "cpu" else f"tensors are on {device}; the loops run on a CPU")
+    return None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
+from operator import attrgetter
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -19,33 +21,49 @@ from ._dispatch import interpreting, resolve
 
 WIDEST = 16  # bytes of the widest load of a GPU thread
 T = TypeVar("T")
+_TYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
-def describe(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
-    """Shape, strides and type of every tensor: equal for two lists of tensors of one layout."""
-    return tuple([(t.shape, t.stride(), t.dtype) for t in tensors])
+class Layout:
+    """Everything a plan depends on, as a key: equal for lists of tensors that one plan serves.
+
+    Its hash is computed once: with tens of thousands of tensors that takes longer than a lookup may.
+    """
+
+    __slots__ = ("hash", "items")
+
+    def __init__(self, *items: Hashable) -> None:
+        self.items = items
+        self.hash = hash(items)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Layout) and self.hash == other.hash and self.items == other.items
+
+
+def describe(tensors: Sequence[Tensor]) -> Layout:
+    """Shape, strides, type and devices of the tensors: equal for two lists of tensors of one layout.
+
+    Passes in C over flat numbers: with tens of thousands of tensors the time goes into reaching them in memory.
+    """
+    sizes, strides = (np.fromiter(chain.from_iterable(map(f, tensors)), np.int64) for f in (Tensor.size, Tensor.stride))
+    dimensions, types = np.fromiter(map(Tensor.dim, tensors), np.int64), tuple(map(_TYPE, tensors))
+    return Layout(sizes.tobytes(), strides.tobytes(), dimensions.tobytes(), types, frozenset(map(_DEVICE, tensors)))
 
 
 def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     """The tensors' addresses, int64."""
-    return np.fromiter((t.data_ptr() for t in tensors), np.int64, len(tensors))
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
-def survey(tensors: Sequence[Tensor]) -> tuple[tuple[Hashable, ...], np.ndarray]:
-    """Everything a plan depends on, hashable, and the tensors' addresses, int64.
-
-    One pass and flat numbers: with tens of thousands of tensors the time goes into reaching them in memory.
-    """
-    layout: list[Hashable] = [len(tensors)]
-    pointers: list[int] = []
-    for t in tensors:
-        layout += t.shape
-        layout += t.stride()
-        layout += (t.ndim, t.dtype, t.device)
-        pointers.append(t.data_ptr())
-    where = np.array(pointers, np.int64)
-    layout.append(alignments(where))
-    return tuple(layout), where
+def survey(tensors: Sequence[Tensor]) -> tuple[Layout, np.ndarray]:
+    """Everything a plan depends on, hashable, and the tensors' addresses, int64."""
+    pointers = addresses(tensors)
+    return Layout(describe(tensors), alignments(pointers)), pointers
 
 
 def check_one_device(tensors: Sequence[Tensor]) -> None:

@@ -11,7 +11,7 @@ from ._plan import check_runnable
 from ._subset_swaps import MemberRows, Starts, descend, most_swaps, taken_rows, tolerance
 from ._triton_common import AotConfig, interpret_flag, options, trips
 
-SLOTS, ROWS = 16, 128  # tile of the search for the best swap
+SLOTS, ROWS = 8, 64  # tile of the search for the best swap: larger ones spill on one target or another
 WARPS, STAGES = 8, 2
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import _native
 from ._dispatch import resolve
 from ._factor_inputs import (
     CACHE_BYTES,
@@ -23,7 +24,8 @@ from ._factor_inputs import (
     tall_A,
     tall_B,
 )
-from ._plan import PlanCache, addresses, check_one_device, place, survey
+from ._plan import PlanCache, addresses, check_one_device, describe, place
+from ._prepared import first, inventory
 
 if TYPE_CHECKING:
     from ._factor_combine_plan import CombinePlan
@@ -52,7 +54,7 @@ def factor_combine(
             ``B_out = sum_u p_u B_u`` with every ``B_u`` padded by zero columns to the largest rank. None with ``B``.
         Q: ``Q[l]`` float64, either blocks (r, R_l), ``A_out = sum_u Q_u A_u``, or scalars (U_l,). None with ``A``.
         dtype: type of the outputs; by default that of the inputs.
-        backend: ``auto``, ``triton`` or ``torch``.
+        backend: ``auto``, ``triton``, ``native`` or ``torch``.
 
     Returns:
         Two lists, of (m_l, r) and (r, n_l) contiguous tensors on the inputs' device; None for a skipped side. They may
@@ -63,19 +65,18 @@ def factor_combine(
         ValueError: shapes, types or devices do not fit together; the message names the tensor.
         RuntimeError: ``backend="triton"`` cannot run here.
     """
+    chosen, outputs = "torch", None
     if torch.compiler.is_compiling():
         check_combine(B, A, P, Q, dtype)
         outputs = _compiled(B, A, P, Q, dtype, backend)
-    elif resolve(backend, flat(B, A)[:1]) == "torch":
-        outputs = None
-    else:
+    elif (chosen := resolve(backend, first(B, A), native=True)) == "triton":
         outputs = _on_triton(B, A, P, Q, dtype, backend)
     if outputs is not None:
         modules = 0 if B is None else len(B)
         return None if B is None else outputs[:modules], None if A is None else outputs[modules:]
     check_combine(B, A, P, Q, dtype)
     resolve("torch", flat(B, A, P, Q))
-    return factor_combine_torch(B, A, P, Q, dtype=dtype)
+    return _on_cpu(B, A, P, Q, dtype, native=chosen == "native")
 
 
 def check_combine(
@@ -117,12 +118,24 @@ def factor_combine_torch(
     dtype: torch.dtype | None = None,
 ) -> tuple[Combined, Combined]:
     """The torch twin of ``factor_combine``: float64 throughout, in blocks that fit the cache."""
+    return _on_cpu(B, A, P, Q, dtype, native=False)
+
+
+def _on_cpu(
+    B: Factors | None,
+    A: Factors | None,
+    P: Sequence[Tensor] | None,
+    Q: Sequence[Tensor] | None,
+    dtype: torch.dtype | None,
+    *,
+    native: bool,
+) -> tuple[Combined, Combined]:
     left = right = None
     if B is not None and P is not None:
-        left = [_combine(tall_B(bs), p, dtype, transposed=False) for bs, p in zip(B, P, strict=True)]
+        left = [_combine(tall_B(bs), p, dtype, transposed=False, native=native) for bs, p in zip(B, P, strict=True)]
     if A is not None and Q is not None:
         right = [
-            _combine(tall_A(as_), q.T if q.ndim == 2 else q, dtype, transposed=True).T
+            _combine(tall_A(as_), q.T if q.ndim == 2 else q, dtype, transposed=True, native=native).T
             for as_, q in zip(A, Q, strict=True)
         ]
     return left, right
@@ -136,15 +149,29 @@ def output_dtype(columns: Sequence[Tensor], dtype: torch.dtype | None) -> torch.
     return dtype
 
 
-def _combine(stack: Stack, coefficients: Tensor, dtype: torch.dtype | None, *, transposed: bool) -> Tensor:
+def _combine(
+    stack: Stack, coefficients: Tensor, dtype: torch.dtype | None, *, transposed: bool, native: bool
+) -> Tensor:
     scalars = coefficients.ndim == 1
     rank = max(t.shape[1] for t in stack.columns) if scalars else coefficients.shape[1]
     shape = (rank, stack.length) if transposed else (stack.length, rank)
     out = torch.zeros(shape, dtype=output_dtype(stack.columns, dtype), device=stack.device)
     tall = out.T if transposed else out
     if out.numel() and stack.width:
-        (_combine_scalars if scalars else _combine_blocks)(stack, coefficients, tall)
+        if native:
+            _native.factor_combine(stack.columns, _blocks(stack, coefficients, rank), tall)
+        else:
+            (_combine_scalars if scalars else _combine_blocks)(stack, coefficients, tall)
     return tall
+
+
+def _blocks(stack: Stack, coefficients: Tensor, rank: int) -> Tensor:
+    """Scalars (U,) as the blocks (R, rank) that they stand for; blocks as they are."""
+    if coefficients.ndim == 2:
+        return coefficients
+    return torch.cat(
+        [p * torch.eye(t.shape[1], rank, dtype=p.dtype) for p, t in zip(coefficients, stack.columns, strict=True)]
+    )
 
 
 def _combine_blocks(stack: Stack, P: Tensor, out: Tensor) -> None:
@@ -188,16 +215,13 @@ def _on_triton(
     backend: str,
 ) -> list[Tensor] | None:
     """The outputs of B's side, then of A's; None where the kernels cannot take them and nobody ordered them to."""
-    tensors = flat(B, A)
-    if not tensors:
+    if not (one := first(B, A)):
         return None
     from ._factor_combine_triton import factor_combine_triton
 
     coefficients = [c.contiguous() for c in flat(P, Q)]
-    layout, pointers = survey(tensors)
-    sides = (B is None, A is None, P is None, Q is None, *counts(B), -1, *counts(A))
-    shapes = tuple([(c.shape, c.dtype, c.device) for c in coefficients])
-    key = (place(tensors[0].device), dtype, sides, layout, shapes)
+    layout, pointers = inventory(B, A)
+    key = (place(one[0].device), dtype, P is None, Q is None, layout, describe(coefficients))
     plan = PLANS.get(key, lambda: _plan(B, A, P, Q, dtype))
     if isinstance(plan, str):
         if backend == "triton":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from . import _native
 from ._dispatch import resolve
 from ._factor_inputs import FLOATS, Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
-from ._plan import PlanCache, check_one_device, place, survey
+from ._plan import PlanCache, check_one_device, place
+from ._prepared import first, inventory
 
 if TYPE_CHECKING:
     from ._factor_gram_plan import GramPlan
@@ -38,7 +40,7 @@ def factor_cross(
         X_B: ``X_B[l]`` (m_l, k_l), or None.
         X_A: ``X_A[l]`` (k_l, n_l), or None.
         precise: as in ``factor_gram``.
-        backend: ``auto``, ``triton`` or ``torch``.
+        backend: ``auto``, ``triton``, ``native`` or ``torch``.
 
     Returns:
         Two lists of (R_l, k_l) float64 matrices on the inputs' device; None for a skipped side. They may be views of
@@ -48,19 +50,18 @@ def factor_cross(
         ValueError: shapes, types or devices do not fit together; the message names the tensor.
         RuntimeError: ``backend="triton"`` cannot run here.
     """
+    chosen, crosses = "torch", None
     if torch.compiler.is_compiling():
         check_cross(B, A, X_B, X_A)
         crosses = _compiled(B, A, X_B, X_A, precise, backend)
-    elif resolve(backend, flat(B, A, X_B, X_A)[:1]) == "torch":
-        crosses = None
-    else:
+    elif (chosen := resolve(backend, first(B, A, X_B, X_A), native=True)) == "triton":
         crosses = _on_triton(B, A, X_B, X_A, precise, backend)
     if crosses is not None:
         modules = 0 if B is None else len(B)
         return None if B is None else crosses[:modules], None if A is None else crosses[modules:]
     check_cross(B, A, X_B, X_A)
     resolve("torch", flat(B, A, X_B, X_A))
-    return factor_cross_torch(B, A, X_B, X_A, precise=precise)
+    return _on_cpu(B, A, X_B, X_A, _native_cross if chosen == "native" else _cross)
 
 
 def check_cross(
@@ -93,9 +94,23 @@ def factor_cross_torch(
     precise: bool = False,
 ) -> tuple[Crosses, Crosses]:
     """The torch twin of ``factor_cross``: float64 throughout, in blocks that fit the cache."""
-    left = None if B is None or X_B is None else [_cross(tall_B(bs), x) for bs, x in zip(B, X_B, strict=True)]
-    right = None if A is None or X_A is None else [_cross(tall_A(as_), x.T) for as_, x in zip(A, X_A, strict=True)]
+    return _on_cpu(B, A, X_B, X_A, _cross)
+
+
+def _on_cpu(
+    B: Factors | None,
+    A: Factors | None,
+    X_B: Sequence[Tensor] | None,
+    X_A: Sequence[Tensor] | None,
+    cross: Callable[[Stack, Tensor], Tensor],
+) -> tuple[Crosses, Crosses]:
+    left = None if B is None or X_B is None else [cross(tall_B(bs), x) for bs, x in zip(B, X_B, strict=True)]
+    right = None if A is None or X_A is None else [cross(tall_A(as_), x.T) for as_, x in zip(A, X_A, strict=True)]
     return left, right
+
+
+def _native_cross(stack: Stack, x: Tensor) -> Tensor:
+    return _native.factor_products(stack.columns, x)
 
 
 def _cross(stack: Stack, x: Tensor) -> Tensor:
@@ -117,20 +132,19 @@ def _on_triton(
     backend: str,
 ) -> list[Tensor] | None:
     """The products of B's side, then of A's; None where the kernels cannot take them and nobody ordered them to."""
-    tensors = flat(B, A, X_B, X_A)
-    if not tensors:
+    if not (one := first(B, A, X_B, X_A)):
         return None
     from ._factor_gram_triton import factor_gram_triton
 
-    layout, pointers = survey(tensors)
-    sides = (B is None, A is None, X_B is None, X_A is None, *counts(B), -1, *counts(A))
-    plan = PLANS.get((place(tensors[0].device), precise, sides, layout), lambda: _plan(B, A, X_B, X_A, precise))
+    layout, pointers = inventory(B, A, X_B, X_A)
+    plan = PLANS.get((place(one[0].device), precise, layout), lambda: _plan(B, A, X_B, X_A, precise))
     if isinstance(plan, str):
         if backend == "triton":
             raise ValueError(plan)
         return None
     plan, turned = plan
-    copies = {i: _turned(tensors[i], transposed) for i, transposed in turned}
+    xs, factors = flat(X_B, X_A), len(pointers) - len(flat(X_B, X_A))
+    copies = {i: _turned(xs[i - factors], transposed) for i, transposed in turned}
     for i, copy in copies.items():
         pointers[i] = copy.data_ptr()
     return plan.split(factor_gram_triton(plan, pointers))

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import _native
 from ._dispatch import resolve
 from ._factor_inputs import Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
-from ._plan import PlanCache, check_one_device, place, survey
+from ._plan import PlanCache, check_one_device, place
+from ._prepared import first, inventory
 
 if TYPE_CHECKING:
     from ._factor_gram_plan import GramPlan
@@ -29,10 +31,10 @@ def factor_gram(
     Args:
         B: ``B[l][u]`` (m_l, r_lu) of module ``l`` and client ``u``; any float type, any strides.
         A: ``A[l][u]`` (r_lu, n_l).
-        precise: on Triton, float64 products throughout; without it float32 inputs are multiplied as tf32x3. The torch
-            twin always works in float64.
-        backend: ``auto``, ``triton`` or ``torch``. Clients of several types within one module and side are left to
-            the torch twin.
+        precise: on Triton, float64 products throughout; without it float32 inputs are multiplied as tf32x3. On the CPU
+            everything is float64 always.
+        backend: ``auto``, ``triton``, ``native`` or ``torch``. Triton leaves clients of several types within one
+            module and side to the torch twin.
 
     Returns:
         Two lists of (R_l, R_l) float64 matrices on the inputs' device, exactly symmetric, the same bits on every run.
@@ -47,15 +49,21 @@ def factor_gram(
         check_factors(B, A)
         grams = gram_split(_factor_gram_op(flat(B), flat(A), counts(B), precise, backend), B, A) if len(B) else []
         return grams[: len(B)], grams[len(B) :]
-    tensors = flat(B, A)
     # the first tensor decides: whether all lie on its device is checked with the rest, once per layout
-    if resolve(backend, tensors[:1]) == "triton":
-        grams = _on_triton(B, A, tensors, precise, backend)
+    chosen = resolve(backend, first(B, A), native=True)
+    if chosen == "triton":
+        grams = _on_triton(B, A, precise, backend)
         if grams is not None:
             return grams[: len(B)], grams[len(B) :]
     check_factors(B, A)
-    resolve("torch", tensors)
+    resolve("torch", flat(B, A))
+    if chosen == "native":
+        return [_native_gram(tall_B(bs)) for bs in B], [_native_gram(tall_A(as_)) for as_ in A]
     return factor_gram_torch(B, A, precise=precise)
+
+
+def _native_gram(stack: Stack) -> Tensor:
+    return _native.factor_products(stack.columns)
 
 
 @torch.no_grad()
@@ -76,15 +84,14 @@ def _gram(stack: Stack) -> Tensor:
 PLANS: PlanCache[GramPlan | str] = PlanCache()
 
 
-def _on_triton(B: Factors, A: Factors, tensors: list[Tensor], precise: bool, backend: str) -> list[Tensor] | None:
+def _on_triton(B: Factors, A: Factors, precise: bool, backend: str) -> list[Tensor] | None:
     """The Grams of B, then of A; None where the kernels cannot take the factors and nobody ordered them to."""
-    if not tensors:
+    if not (one := first(B, A)):
         return None
     from ._factor_gram_triton import factor_gram_triton
 
-    layout, pointers = survey(tensors)
-    key = (place(tensors[0].device), precise, *counts(B), -1, *counts(A), layout)
-    plan = PLANS.get(key, lambda: _plan(B, A, precise))
+    layout, pointers = inventory(B, A)
+    plan = PLANS.get((place(one[0].device), precise, layout), lambda: _plan(B, A, precise))
     if isinstance(plan, str):
         if backend == "triton":
             raise ValueError(plan)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _native
 from ._dispatch import resolve
 from ._grad_plan import (
     FLOAT_TYPES,
@@ -38,7 +39,7 @@ def grad_combine(
         out: P tensors to write to (the parameters' ``.grad``), of the gradients' shapes, of any float type and
             strides. ``out[p]`` may be one of the ``gradients[k][p]`` itself; it may overlap no other gradient and no
             other output.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton", "native" or "torch".
 
     Returns:
         ``out``, or P new tensors of the gradients' types, as a list.
@@ -54,13 +55,14 @@ def grad_combine(
         _grad_combine_out_op(flatten(gradients), v, list(out), backend)
         return list(out)
     tensors = flatten(gradients)
-    if tensors and resolve(backend, tensors) == "triton":
+    chosen = resolve(backend, tensors, native=True)
+    if tensors and chosen == "triton":
         from ._grad_combine_launch import combine_triton
 
         return combine_triton(gradients, coefficients, out)
     v = _checked(check_gradients(gradients), coefficients, out)
     targets = outputs(gradients, out)
-    _combine_torch(gradients, v, targets)
+    (_combine_native if chosen == "native" else _combine_torch)(gradients, v, targets)
     return targets
 
 
@@ -98,6 +100,24 @@ def _grad_combine_out_op(
 @_grad_combine_out_op.register_fake
 def _(gradients: Sequence[Tensor], coefficients: Tensor, out: Sequence[Tensor], backend: str) -> None:
     return None
+
+
+@torch.no_grad()
+def _combine_native(gradients: Gradients, v: Tensor, out: Sequence[Tensor]) -> None:
+    """The compiled loops on what lies flat in memory, the torch twin on the rest."""
+    flat: dict[torch.dtype, list[list[Tensor]]] = {}
+    rest = []
+    for p, target in enumerate(out):
+        tensors = [*(g[p] for g in gradients), target]
+        columns = memory_order(tensors)
+        if columns is None:
+            rest.append(p)
+        elif target.numel():
+            flat.setdefault(_wide_type(tensors[0]), []).append(columns)
+    for wide, columns in flat.items():
+        _native.grad_combine([c[:-1] for c in columns], v, [c[-1] for c in columns], wide == torch.float64)
+    if rest:
+        _combine_torch([[g[p] for p in rest] for g in gradients], v, [out[p] for p in rest])
 
 
 @torch.no_grad()

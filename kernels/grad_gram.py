@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _native
 from ._dispatch import resolve
 from ._grad_plan import (
     Gradients,
@@ -28,6 +29,8 @@ BLOCK_BYTES = {"cpu": 4 << 20}
 BLOCK_BYTES_DEVICE = 64 << 20
 # Columns of one product: within it the accumulator has the products' type, beyond it float64.
 PRODUCT_COLUMNS = 1024
+# Up to this many tasks the compiled loops are faster than a matrix product; above, the product decides.
+NATIVE_TASKS = 256
 
 
 class GradGram(NamedTuple):
@@ -60,7 +63,7 @@ def grad_gram(
         weights: (K,) u >= 0, taken relative to their sum; default uniform. On a GPU only their shape is checked.
         precise: multiply in float64. Otherwise float32 within ``PRODUCT_COLUMNS`` columns (float64 inputs are always
             multiplied in float64) and float64 beyond; error 2e-6 of ``sqrt(H_kk H_ll)``, 1e-7 when precise.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton", "native" or "torch".
 
     Returns:
         ``GradGram(n0, h, H)`` in float64 on the gradients' device.
@@ -73,13 +76,16 @@ def grad_gram(
         u = check_weights(weights, len(gradients), check_gradients(gradients).device)
         return GradGram(*_grad_gram_op(flatten(gradients), u, precise, backend))
     tensors = flatten(gradients)
-    if tensors and resolve(backend, tensors) == "triton":
+    chosen = resolve(backend, tensors, native=True)
+    if tensors and chosen == "triton":
         from ._grad_gram_launch import grad_gram_triton
 
         return GradGram(*grad_gram_triton(gradients, weights, precise))
     layout = check_gradients(gradients)
     u = check_weights(weights, layout.tasks, layout.device)
-    return recentred(*_gram_about_centre(gradients, layout, u, precise), u)
+    if chosen == "native" and (backend == "native" or layout.tasks <= NATIVE_TASKS):
+        return recentred(*_gram_native(gradients, layout, u, precise), u)
+    return recentred(*_gram_about_centre(transposed(gradients), layout, u, precise), u)
 
 
 @torch.library.custom_op("fedgram::grad_gram", mutates_args=())
@@ -110,15 +116,31 @@ def recentred(n: Tensor, h: Tensor, H: Tensor, u: Tensor) -> GradGram:
     return GradGram(n + 2 * cm + mm, h - cm + Hu - mm, H - (Hu[:, None] + Hu[None, :]) + mm)
 
 
+def _gram_native(gradients: Gradients, layout: Layout, u: Tensor, precise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The compiled loops on what lies flat in memory, the torch twin on the rest: the triple is a sum over columns."""
+    columns = transposed(gradients)
+    flat = [ts for ts in columns if ts[0].numel() and ts[0].ndim == 1 and ts[0].is_contiguous()]
+    rest = [ts for ts in columns if ts[0].numel() and not (ts[0].ndim == 1 and ts[0].is_contiguous())]
+    wide = precise or torch.float64 in layout.dtypes
+    parts = [_native.grad_gram(flat, u, wide)] if flat else []
+    if rest or not parts:
+        shapes, dtypes = tuple(ts[0].shape for ts in rest), tuple(ts[0].dtype for ts in rest)
+        parts.append(_gram_about_centre(rest, layout._replace(shapes=shapes, dtypes=dtypes), u, wide))
+    n, h, H = (sum(terms[1:], start=terms[0]) for terms in zip(*parts, strict=True))
+    return n, h, H
+
+
 @torch.no_grad()
-def _gram_about_centre(gradients: Gradients, layout: Layout, u: Tensor, precise: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gram_about_centre(
+    columns: list[list[Tensor]], layout: Layout, u: Tensor, precise: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The torch twin: blocks of columns are gathered, centred in place and multiplied while they are in the cache."""
     K, device = layout.tasks, layout.device
     dtype = torch.float64 if precise or torch.float64 in layout.dtypes else exact_product_type(device)
     rows = -(-(K + 1) // 8) * 8  # row K holds the centre; matrix products are slow off multiples of 8
     G = torch.zeros((rows, rows), dtype=torch.float64, device=device)
     with torch.autocast(device.type, enabled=False):
-        for block in _centred_blocks(transposed(gradients), layout, u.to(dtype), rows):
+        for block in _centred_blocks(columns, layout, u.to(dtype), rows):
             # A single product would be split over its columns in as many parts as there are threads, and the bits
             # would follow; of a batch of two or more every member is computed the same way whoever computes it.
             G += torch.bmm(block, block.transpose(1, 2)).sum(0, dtype=torch.float64)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fedgram.kernels import factor_combine
-from fedgram_testing.factor_ops import BACKENDS, LAYOUTS, SHAPES, TYPES, draw, garbage, padded, stack_A, stack_B
+from fedgram_testing.factor_ops import ALL_BACKENDS, LAYOUTS, SHAPES, TYPES, draw, garbage, padded, stack_A, stack_B
 
 __all__ = ["garbage"]
 # One rounding to the output type, after sums that are float64 in the torch twin and hold 2e-6 of |x| |c| on Triton.
-SUM = {"torch": 1e-14, "triton": 2e-6}
+SUM = {"native": 1e-14, "torch": 1e-14, "triton": 2e-6}
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 SMALLEST = {torch.float16: 2.0**-24}  # below this spacing float16 has no relative precision left
 
@@ -47,7 +47,7 @@ def check(factors, coefficients, outputs, dim, dtype, backend):
         assert bool(((got.double() - exact).abs() <= allowed).all())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("case", SHAPES)
 def test_blocks_and_scalars(backend, dtype, case, garbage):
@@ -59,7 +59,7 @@ def test_blocks_and_scalars(backend, dtype, case, garbage):
         check(A, Q, right, 0, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("r", [0, 1, 16, 33, 70])
 def test_output_ranks(backend, r, garbage):
     ranks, modules = [3, 8], [(70, 40), (131, 8)]
@@ -71,7 +71,7 @@ def test_output_ranks(backend, r, garbage):
         check(A, Q, right, 0, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_any_strides(backend, layout, dtype, garbage):
@@ -86,7 +86,7 @@ def test_any_strides(backend, layout, dtype, garbage):
     check(A, Q, right, 0, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("out", TYPES)
 def test_the_output_type_is_asked_for(backend, dtype, out, garbage):
@@ -98,7 +98,7 @@ def test_the_output_type_is_asked_for(backend, dtype, out, garbage):
     check(A, Q, right, 0, out, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_one_client_of_weight_one_comes_back_bit_for_bit(backend):
     for dtype in TYPES:
         B, A = draw([5], [(50, 70)], dtype)
@@ -108,7 +108,7 @@ def test_one_client_of_weight_one_comes_back_bit_for_bit(backend):
         assert torch.equal(a, A[0][0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_a_side_is_skipped(backend):
     B, A = draw([2, 3], [(20, 30)], torch.float32)
     P, Q = blocks([2, 3], [0], 4)
@@ -167,14 +167,14 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("reason", BAD)
 def test_bad_input_is_named(backend, reason):
     with pytest.raises(ValueError, match=reason):
         factor_combine(*BAD[reason], backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_the_output_type_must_be_a_float_type(backend):
     with pytest.raises(ValueError, match=r"dtype: expected a float type, got torch\.int32"):
         factor_combine(B1, A1, P1, Q1, dtype=torch.int32, backend=backend)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fedgram.kernels import factor_cross
-from fedgram_testing.factor_ops import BACKENDS, LAYOUTS, SHAPES, TYPES, draw, garbage, lay, stack_A, stack_B
+from fedgram_testing.factor_ops import ALL_BACKENDS, LAYOUTS, SHAPES, TYPES, draw, garbage, lay, stack_A, stack_B
 
 __all__ = ["garbage"]
 EPS64 = 2.0**-52
@@ -27,7 +27,7 @@ def check(B, A, X_B, X_A, tolerance, **options):
         assert not errors.numel() or float(errors.max()) <= tolerance
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("case", SHAPES)
 def test_products_are_those_of_the_stored_values(backend, dtype, case, garbage):
@@ -37,7 +37,7 @@ def test_products_are_those_of_the_stored_values(backend, dtype, case, garbage):
         check(*draw(ranks, modules, dtype), *others(modules, k, dtype), tolerance, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("x_layout", LAYOUTS)
 def test_any_strides_of_either_operand(backend, layout, x_layout, garbage):
@@ -46,7 +46,7 @@ def test_any_strides_of_either_operand(backend, layout, x_layout, garbage):
     check(*draw([8, 16], modules, torch.bfloat16, layout=layout), *x, PROMISE, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("x_dtype", TYPES)
 def test_types_of_the_operands_may_differ(backend, dtype, x_dtype, garbage):
@@ -62,7 +62,7 @@ def test_precise_multiplies_in_float64(garbage):
     check(*draw([4, 8], modules, torch.float32), *x, 100 * EPS64, precise=True, backend="triton")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_a_side_is_skipped(backend):
     modules = [(20, 30)]
     B, A = draw([2, 3], modules, torch.float32)
@@ -97,7 +97,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("reason", BAD)
 def test_bad_input_is_named(backend, reason):
     with pytest.raises(ValueError, match=reason):

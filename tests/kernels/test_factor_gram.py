@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedgram.kernels import _factor_gram_plan, factor_gram
-from fedgram_testing.factor_ops import BACKENDS, LAYOUTS, SHAPES, TYPES, draw, garbage, stack_A, stack_B
+from fedgram_testing.factor_ops import ALL_BACKENDS, LAYOUTS, SHAPES, TYPES, draw, garbage, stack_A, stack_B
 
 __all__ = ["garbage"]
 EPS64 = 2.0**-52
@@ -38,7 +38,7 @@ def check(B, A, tolerance, **options):
     return G_B + G_A
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("case", SHAPES)
 def test_grams_are_those_of_the_stored_values(backend, dtype, case, garbage):
@@ -46,7 +46,7 @@ def test_grams_are_those_of_the_stored_values(backend, dtype, case, garbage):
     check(B, A, PROMISE if backend == "triton" and dtype != torch.float64 else 300 * EPS64, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_any_strides(backend, layout, dtype, garbage):
@@ -90,14 +90,14 @@ def test_batches_do_not_change_the_bits(monkeypatch, garbage):
     assert all(torch.equal(a, b) for a, b in zip(whole, check(B, A, PROMISE, backend="triton"), strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_the_same_bits_every_time(backend, garbage):
     B, A = draw([5, 16, 64], [(700, 300)], torch.bfloat16)
     first, *others = ([g for side in factor_gram(B, A, backend=backend) for g in side] for _ in range(3))
     assert all(torch.equal(a, b) for again in others for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_a_client_that_is_not_a_number_spoils_only_its_own_products(backend):
     B, A = draw([3, 4], [(20, 30)], torch.float32)
     B[0][1][3, 2] = float("nan")
@@ -128,7 +128,7 @@ def test_no_modules():
     assert factor_gram([], [], backend="triton") == ([], [])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_results_need_no_gradient(backend):
     B, A = draw([2], [(5, 6)], torch.float32)
     G_B, _ = factor_gram([[B[0][0].requires_grad_()]], A, backend=backend)
@@ -157,7 +157,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("reason", BAD)
 def test_bad_input_is_named(backend, reason):
     with pytest.raises(ValueError, match=reason):
@@ -166,7 +166,7 @@ def test_bad_input_is_named(backend, reason):
 
 def test_orders_that_cannot_be_followed(monkeypatch):
     B, A = draw([2], [(5, 6)], torch.float32)
-    with pytest.raises(ValueError, match="backend: expected one of auto, triton, torch, got 'cuda'"):
+    with pytest.raises(ValueError, match="backend: expected one of auto, triton, native, torch, got 'cuda'"):
         factor_gram(B, A, backend="cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match=r"backend='triton': tensors are on cpu"):

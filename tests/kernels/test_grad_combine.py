@@ -3,7 +3,7 @@ import torch
 
 from fedgram.kernels import grad_combine
 from fedgram.kernels.grad_combine import _span
-from fedgram_testing.gradients import BACKENDS, TYPES, garbage, gradients
+from fedgram_testing.gradients import ALL_BACKENDS, TYPES, garbage, gradients
 
 __all__ = ["garbage"]
 
@@ -30,7 +30,7 @@ def ulp_error(got, exact, dtype):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("K", [1, 2, 7, 20])
 def test_sum_is_wide_and_rounded_once(backend, dtype, K, garbage):
@@ -49,7 +49,7 @@ def test_sum_is_wide_and_rounded_once(backend, dtype, K, garbage):
         assert ulp_error(got, close, dtype) < limit
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_sixteen_bit_gradients_can_be_combined_into_wider_ones(backend, garbage):
     G, v = gradients(5, SHAPES, torch.bfloat16), coefficients(5)
     out = [torch.empty(s) for s in SHAPES]
@@ -59,7 +59,7 @@ def test_sixteen_bit_gradients_can_be_combined_into_wider_ones(backend, garbage)
         assert torch.allclose(a.double(), e, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_any_strides_in_and_out(backend, garbage):
     base = [torch.randn(30, 40, generator=torch.Generator().manual_seed(k)) for k in range(3)]
     v = coefficients(3)
@@ -82,7 +82,7 @@ def test_long_tensors_are_summed_block_by_block():
     assert torch.allclose(grad_combine(G, v)[0].double(), reference(G, v)[0], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_output_may_be_a_gradient_of_the_same_parameter(backend):
     G, v = gradients(4, SHAPES), coefficients(4)
     expected = grad_combine(G, v, backend=backend)
@@ -91,7 +91,7 @@ def test_output_may_be_a_gradient_of_the_same_parameter(backend):
     assert out[0] is G[2][0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_outputs_beside_the_gradients_in_one_buffer(backend):
     flat = torch.randn(300, generator=torch.Generator().manual_seed(0))
     G, out = [[flat[:100]], [flat[100:200]]], [flat[200:]]
@@ -99,7 +99,7 @@ def test_outputs_beside_the_gradients_in_one_buffer(backend):
     assert torch.equal(grad_combine(G, torch.ones(2), out=out, backend=backend)[0], expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_other_overlaps_are_refused(backend):
     flat = torch.zeros(300)
     a, b, c = flat[:100], flat[100:200], flat[200:]
@@ -126,7 +126,7 @@ def test_span_is_the_bytes_a_view_can_touch():
     assert (first, end) == (min(touched), max(touched) + 4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_zero_coefficients_and_repeatability(backend):
     G = gradients(3, SHAPES)
     zeros = grad_combine(G, torch.zeros(3), backend=backend)
@@ -136,7 +136,7 @@ def test_zero_coefficients_and_repeatability(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_operations_are_registered(backend):
     G, v = gradients(2, [(5, 3), (4,)]), coefficients(2)
     flat = [t for g in G for t in g]
@@ -155,7 +155,7 @@ def test_operations_are_registered(backend):
     assert all(torch.equal(a, e + 1) for a, e in zip(plus, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize(
     ("v", "out", "words"),
     [

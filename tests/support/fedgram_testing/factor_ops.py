@@ -2,9 +2,21 @@
 
 import torch
 
-from .gradients import BACKENDS, TYPES, garbage
+from .gradients import ALL_BACKENDS, BACKENDS, TYPES, garbage
 
-__all__ = ["BACKENDS", "LAYOUTS", "SHAPES", "TYPES", "draw", "garbage", "lay", "padded", "stack_A", "stack_B"]
+__all__ = [
+    "ALL_BACKENDS",
+    "BACKENDS",
+    "LAYOUTS",
+    "SHAPES",
+    "TYPES",
+    "draw",
+    "garbage",
+    "lay",
+    "padded",
+    "stack_A",
+    "stack_B",
+]
 
 # (ranks of the clients, (m, n) of the modules): odd, ragged, one client, empty, off every block multiple
 SHAPES = {

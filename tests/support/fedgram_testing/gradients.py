@@ -5,9 +5,13 @@ import contextlib
 import pytest
 import torch
 
+from fedgram.kernels import _native
+
 SHAPES = [(9, 33), (64,), (17, 3), (0,), (1,), ()]
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("torch", "triton")
+CPU_BACKENDS = ("native", "torch") if _native.missing() is None else ("torch",)
+ALL_BACKENDS = (*CPU_BACKENDS, "triton")  # of the operations with compiled CPU loops
 
 
 def gradients(K, shapes=SHAPES, dtype=torch.float32, *, common=0.0, spread=1.0, seed=0):

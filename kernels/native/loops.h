@@ -1,0 +1,225 @@
+/* The loops of one number type T on vectors of LANES numbers. Included by native.c once per type and instruction set;
+ * FN(name) gives each copy a name of its own. */
+
+typedef T FN(vec) __attribute__((vector_size(LANES * sizeof(T)), aligned(sizeof(T)), may_alias));
+#define VEC FN(vec)
+
+/* Widen n values of type `code` that lie `step` elements apart. */
+static inline __attribute__((always_inline)) void FN(widen)(T *restrict to, const void *from, int code, int64_t at,
+                                                            int64_t step, int64_t n) {
+#define COPY(S, EXPRESSION)                                                                                            \
+    {                                                                                                                  \
+        const S *s = (const S *)from + at;                                                                             \
+        if (step == 1)                                                                                                 \
+            for (int64_t i = 0; i < n; i++) { S x = s[i]; to[i] = (T)(EXPRESSION); }                                   \
+        else                                                                                                           \
+            for (int64_t i = 0; i < n; i++) { S x = s[i * step]; to[i] = (T)(EXPRESSION); }                            \
+        break;                                                                                                         \
+    }
+    switch (code) {
+    case F64: COPY(double, x)
+    case F32: COPY(float, x)
+    case BF16: COPY(uint16_t, from_bf16(x))
+    case F16: COPY(uint16_t, from_f16(x))
+    }
+#undef COPY
+}
+
+/* Round n numbers to type `code`, `step` elements apart. */
+static inline __attribute__((always_inline)) void FN(narrow)(void *to, int code, int64_t at, int64_t step, int64_t n,
+                                                             const T *restrict from) {
+#define COPY(S, EXPRESSION)                                                                                            \
+    {                                                                                                                  \
+        S *s = (S *)to + at;                                                                                           \
+        if (step == 1)                                                                                                 \
+            for (int64_t i = 0; i < n; i++) { T x = from[i]; s[i] = (S)(EXPRESSION); }                                 \
+        else                                                                                                           \
+            for (int64_t i = 0; i < n; i++) { T x = from[i]; s[i * step] = (S)(EXPRESSION); }                          \
+        break;                                                                                                         \
+    }
+    switch (code) {
+    case F64: COPY(double, x)
+    case F32: COPY(float, x)
+    case BF16: COPY(uint16_t, to_bf16((float)x))
+    case F16: COPY(uint16_t, to_f16((float)x))
+    }
+#undef COPY
+}
+
+/* out[i][j] += sum over n columns of a_i b_j, for four rows of each. */
+static inline __attribute__((always_inline)) void FN(tile)(const T *restrict a, const T *restrict b, int64_t ld,
+                                                           int64_t n, double *restrict out, int64_t ldo) {
+    VEC c[4][4] = {{{0}}};
+    for (int64_t k = 0; k < n; k += LANES) {
+        VEC x0 = *(const VEC *)(a + k), x1 = *(const VEC *)(a + ld + k);
+        VEC x2 = *(const VEC *)(a + 2 * ld + k), x3 = *(const VEC *)(a + 3 * ld + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            VEC y = *(const VEC *)(b + j * ld + k);
+            c[0][j] += x0 * y;
+            c[1][j] += x1 * y;
+            c[2][j] += x2 * y;
+            c[3][j] += x3 * y;
+        }
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) {
+            double sum = 0;
+            for (int l = 0; l < LANES; l++) sum += (double)c[i][j][l];
+            out[i * ldo + j] += sum;
+        }
+}
+
+/* out[j] += <a, b_j> for four rows b_j. */
+static inline __attribute__((always_inline)) void FN(dots)(const T *restrict a, const T *restrict b, int64_t ld,
+                                                           int64_t n, double *restrict out) {
+    VEC c[4] = {{0}};
+    for (int64_t k = 0; k < n; k += LANES) {
+        VEC x = *(const VEC *)(a + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) c[j] += x * *(const VEC *)(b + j * ld + k);
+    }
+    for (int j = 0; j < 4; j++) {
+        double sum = 0;
+        for (int l = 0; l < LANES; l++) sum += (double)c[j][l];
+        out[j] += sum;
+    }
+}
+
+/* out (rows x ldo) += E E^T, tiles on and above the diagonal; rows are a multiple of 4, n of LANES. */
+static void FN(gram_block)(const T *E, int64_t rows, int64_t ld, int64_t n, double *out, int64_t ldo) {
+    for (int64_t i = 0; i < rows; i += 4)
+        for (int64_t j = i; j < rows; j += 4) FN(tile)(E + i * ld, E + j * ld, ld, n, out + i * ldo + j, ldo);
+}
+
+/* Subtract c = sum_k u_k e_k from the K rows of E. */
+static void FN(centre)(T *restrict E, int64_t K, int64_t ld, int64_t n, const double *u, T *restrict c) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        VEC sum = {0};
+        for (int64_t k = 0; k < K; k++) sum += (T)u[k] * *(const VEC *)(E + k * ld + i);
+        *(VEC *)(c + i) = sum;
+        for (int64_t k = 0; k < K; k++) *(VEC *)(E + k * ld + i) -= sum;
+    }
+}
+
+/* Columns [first, last) of K gradients: out (rows x rows) += e_k e_l^T, h[k] += <c, e_k>, *n0 += <c, c>. */
+static void FN(grad_gram)(const struct table *t, int64_t K, const double *u, int64_t first, int64_t last,
+                          double *work, double *out, double *h, double *n0) {
+    int64_t rows = (K + 3) / 4 * 4, ld = BLOCK + PAD;
+    T *E = (T *)work, *c = E + rows * ld;
+    memset(E + K * ld, 0, (rows - K) * ld * sizeof(T));
+    int64_t p = find(t, first);
+    while (first < last) {
+        int64_t used = 0;
+        while (used < BLOCK && first < last) {
+            while (first >= t->start[p + 1]) p++;
+            int64_t n = least3(BLOCK - used, last - first, t->start[p + 1] - first);
+            for (int64_t k = 0; k < K; k++)
+                FN(widen)(E + k * ld + used, (const void *)t->address[p * K + k], t->type[p], first - t->start[p], 1, n);
+            used += n;
+            first += n;
+        }
+        int64_t padded = (used + LANES - 1) / LANES * LANES;
+        for (int64_t k = 0; k < K && padded > used; k++) memset(E + k * ld + used, 0, (padded - used) * sizeof(T));
+        FN(centre)(E, K, ld, padded, u, c);
+        FN(gram_block)(E, rows, ld, padded, out, rows);
+        for (int64_t k = 0; k < rows; k += 4) FN(dots)(c, E + k * ld, ld, padded, h + k);
+        double sum = 0;
+        for (int64_t i = 0; i < padded; i++) sum += (double)c[i] * (double)c[i];
+        *n0 += sum;
+    }
+}
+
+/* Columns [first, last) of out = sum_k v_k g_k, rounded once; parameter p's output is to[p]. */
+static void FN(grad_combine)(const struct table *t, int64_t K, const double *v, const int64_t *to,
+                             const int64_t *to_type, int64_t first, int64_t last, double *work) {
+    T *sum = (T *)work, *row = sum + BLOCK;
+    for (int64_t p = find(t, first); first < last;) {
+        while (first >= t->start[p + 1]) p++;
+        int64_t n = least3(BLOCK, last - first, t->start[p + 1] - first), at = first - t->start[p];
+        memset(sum, 0, n * sizeof(T));
+        for (int64_t k = 0; k < K; k++) {
+            T scale = (T)v[k];
+            FN(widen)(row, (const void *)t->address[p * K + k], t->type[p], at, 1, n);
+            for (int64_t i = 0; i < n; i++) sum[i] += scale * row[i];
+        }
+        FN(narrow)((void *)to[p], (int)to_type[p], at, 1, n, sum);
+        first += n;
+    }
+}
+
+/* Rows of E: columns [first, first + n) of the stacked members, each member's rows one after the other. */
+static void FN(pack)(T *E, int64_t ld, const struct member *m, int64_t count, int64_t first, int64_t n) {
+    for (int64_t u = 0; u < count; u++)
+        for (int64_t i = 0; i < m[u].rank; i++, E += ld)
+            FN(widen)(E, (const void *)m[u].address, m[u].type, first * m[u].along + i * m[u].across, m[u].along, n);
+}
+
+static void FN(zero_tail)(T *E, int64_t rows, int64_t ld, int64_t used, int64_t padded) {
+    for (int64_t i = 0; i < rows && padded > used; i++) memset(E + i * ld + used, 0, (padded - used) * sizeof(T));
+}
+
+/* out (rows x columns, both padded to multiples of 4) += E X^T over columns [first, last); X is E where `other` is 0. */
+static void FN(factor_products)(const struct member *m, int64_t count, int64_t R, const struct member *other, int64_t k,
+                                int64_t first, int64_t last, int64_t block, double *work, double *out) {
+    int64_t rows = (R + 3) / 4 * 4, columns = other ? (k + 3) / 4 * 4 : rows, ld = block + PAD;
+    T *E = (T *)work, *X = E + rows * ld;
+    memset(E + R * ld, 0, (rows - R) * ld * sizeof(T));
+    if (other) memset(X + k * ld, 0, (columns - k) * ld * sizeof(T));
+    for (; first < last; first += block) {
+        int64_t n = last - first < block ? last - first : block, padded = (n + LANES - 1) / LANES * LANES;
+        FN(pack)(E, ld, m, count, first, n);
+        FN(zero_tail)(E, R, ld, n, padded);
+        if (!other) {
+            FN(gram_block)(E, rows, ld, padded, out, rows);
+            continue;
+        }
+        FN(pack)(X, ld, other, 1, first, n);
+        FN(zero_tail)(X, k, ld, n, padded);
+        for (int64_t i = 0; i < rows; i += 4)
+            for (int64_t j = 0; j < columns; j += 4)
+                FN(tile)(E + i * ld, X + j * ld, ld, padded, out + i * columns + j, columns);
+    }
+}
+
+/* Four rows of Y: y_j = sum_i P_ij e_i. P is (R x ldp). */
+static inline __attribute__((always_inline)) void FN(mix)(const T *restrict E, int64_t R, int64_t ld, int64_t n,
+                                                          const double *P, int64_t ldp, T *restrict Y) {
+    for (int64_t c = 0; c < n; c += 2 * LANES) {
+        VEC y[4][2] = {{{0}}};
+        for (int64_t i = 0; i < R; i++) {
+            VEC x0 = *(const VEC *)(E + i * ld + c), x1 = *(const VEC *)(E + i * ld + c + LANES);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                T p = (T)P[i * ldp + j];
+                y[j][0] += p * x0;
+                y[j][1] += p * x1;
+            }
+        }
+        for (int j = 0; j < 4; j++) {
+            *(VEC *)(Y + j * ld + c) = y[j][0];
+            *(VEC *)(Y + j * ld + c + LANES) = y[j][1];
+        }
+    }
+}
+
+/* Columns [first, last) of the output: row j of it is sum_i P_ij e_i; P is (R x columns), columns a multiple of 4. */
+static void FN(factor_combine)(const struct member *m, int64_t count, int64_t R, const double *P, int64_t columns,
+                               const struct member *to, int64_t first, int64_t last, int64_t block, double *work) {
+    int64_t ld = block + PAD;
+    T *E = (T *)work, *Y = E + R * ld;
+    for (; first < last; first += block) {
+        int64_t n = last - first < block ? last - first : block;
+        int64_t padded = (n + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
+        FN(pack)(E, ld, m, count, first, n);
+        FN(zero_tail)(E, R, ld, n, padded);
+        for (int64_t j = 0; j < columns; j += 4) {
+            FN(mix)(E, R, ld, padded, P + j, columns, Y);
+            for (int64_t i = 0; i < 4 && j + i < to->rank; i++)
+                FN(narrow)((void *)to->address, to->type, first * to->along + (j + i) * to->across, to->along, n,
+                           Y + i * ld);
+        }
+    }
+}
+
+#undef VEC

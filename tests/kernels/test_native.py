@@ -1,0 +1,129 @@
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fedgram.kernels import _native, factor_combine, factor_cross, factor_gram, ghost_gram, grad_combine, grad_gram
+from fedgram.kernels._dispatch import resolve
+from fedgram_testing.factor_ops import draw
+from fedgram_testing.gradients import TYPES, errors, gradients, threads
+
+built = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
+SWITCHED_OFF = os.environ.get("FEDGRAM_NATIVE") == "0"
+
+
+def test_it_is_built_where_there_is_a_compiler():
+    if SWITCHED_OFF or shutil.which("cc") is None:
+        pytest.skip("switched off, or no compiler here")
+    assert _native.missing() is None
+
+
+@built
+def test_auto_takes_it_on_a_cpu_for_operations_that_have_loops():
+    t = [torch.ones(2)]
+    assert resolve("auto", t, native=True) == "native"
+    assert resolve("auto", t) == "torch"
+    assert resolve("torch", t, native=True) == "torch"
+
+
+@built
+def test_an_order_that_cannot_be_followed():
+    with pytest.raises(RuntimeError, match="backend='native': this operation has no compiled CPU loops"):
+        ghost_gram(torch.ones(4, 2), torch.ones(4, 2), torch.tensor([0, 2, 4]), backend="native")
+    with pytest.raises(RuntimeError, match="backend='native': tensors are on meta"):
+        grad_gram([[torch.ones(2, device="meta")]], backend="native")
+
+
+def test_switched_off_it_is_not_used():
+    code = (
+        "import torch; from fedgram.kernels import grad_gram, _native; g = [[torch.ones(3)]]\n"
+        "assert float(grad_gram(g).n0) == 3 and 'FEDGRAM_NATIVE' in _native.missing()\n"
+        "try: grad_gram(g, backend='native')\n"
+        "except RuntimeError as e: print(e)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=os.environ | {"FEDGRAM_NATIVE": "0"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "backend='native': switched off by FEDGRAM_NATIVE=0"
+
+
+@built
+@pytest.mark.parametrize("level", range(3))
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_instruction_set_gives_the_same_products(level, dtype, monkeypatch):
+    if level > _native.level():
+        pytest.skip("this CPU has no such instructions")
+    monkeypatch.setattr(_native, "level", lambda: level)
+    G = gradients(7, dtype=dtype)
+    assert max(errors(grad_gram(G, precise=True, backend="native"), G)) < 1e-12
+    assert max(errors(grad_gram(G, backend="native"), G)) < 2e-6
+    v = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    for got, want in zip(grad_combine(G, v, backend="native"), grad_combine(G, v, backend="torch"), strict=True):
+        # both round sums of seven terms once: at most one unit of the type apart
+        assert torch.allclose(got.double(), want.double(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    B, A = draw([3, 5, 8], [(70, 33), (9, 600)], dtype)
+    P = [torch.randn(16, 6, dtype=torch.float64) for _ in B]
+    for op in (
+        lambda b: factor_gram(B, A, backend=b),
+        lambda b: factor_cross(B, A, [bs[0] for bs in B], [as_[1] for as_ in A], backend=b),
+        lambda b: factor_combine(B, A, P, [p.T for p in P], dtype=torch.float64, backend=b),
+    ):
+        for got, want in zip([x for s in op("native") for x in s], [x for s in op("torch") for x in s], strict=True):
+            assert torch.allclose(got, want, rtol=1e-12, atol=1e-10)
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_conversions_round_to_even_and_keep_what_is_special(dtype):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    one = torch.ones(1, dtype=torch.float64)
+    [back] = grad_combine([[bits]], one, backend="native")
+    assert torch.equal(back.isnan(), bits.isnan())
+    numbers = ~bits.isnan()
+    assert torch.equal(back[numbers] + 0, bits[numbers] + 0)
+    finite = bits[bits.isfinite()].double().sort().values
+    between = torch.cat([(finite[1:] + finite[:-1]) / 2, finite * 1.0001]).float()
+    narrow = [torch.empty(len(between), dtype=dtype)]
+    grad_combine([[between]], one, out=narrow, backend="native")
+    assert torch.equal(narrow[0], between.to(dtype))
+
+
+@built
+def test_bits_do_not_follow_the_number_of_threads():
+    B, A = draw([8] * 10, [(2048, 3000), (40, 9000)], torch.float32)
+    P = [torch.randn(80, 8, dtype=torch.float64) for _ in B]
+    G = gradients(9, [(700_001,), (33,)])
+
+    def everything():
+        out = [x for side in factor_gram(B, A) for x in side]
+        out += [x for side in factor_cross(B, A, [b[0] for b in B], [a[0] for a in A]) for x in side]
+        out += [x for side in factor_combine(B, A, P, [p.T for p in P]) for x in side]
+        return out + list(grad_gram(G)) + grad_combine(G, torch.linspace(0, 1, 9, dtype=torch.float64))
+
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
+            results.append(everything())
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@built
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 says what this test is about
+def test_threads_survive_a_fork():
+    G = gradients(9, [(700_001,)])
+    fork = multiprocessing.get_context("fork")
+    with threads(2):
+        want = grad_gram(G).n0
+        with fork.Pool(1) as pool:
+            assert pool.apply(_norm, (G,)) == float(want)
+
+
+def _norm(G):
+    torch.set_num_threads(2)
+    return float(grad_gram(G).n0)
