@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ _SIGNATURES = {
     "fedgram_grad_gram": "ii ppp ii p ii pppp",
     "fedgram_grad_combine": "ii ppp ii ppp ii p",
     "fedgram_factor_products": "i pii pi iii pp",
+    "fedgram_collect": "p iiiiii p",
     "fedgram_factor_combine": "i pii pi p iii p",
 }
 
@@ -79,21 +81,21 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
 
 
-def _each(function: Callable[[int, int], None], ranges: Sequence[tuple[int, int]]) -> None:
-    """Call ``function(slot, thread's part)`` for every range, over as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), len(ranges))
+def _each(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
+    """Call ``function(*job)`` for every job, over as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), len(jobs))
     if threads <= 1:
-        for first, last in ranges:
-            function(first, last)
+        for job in jobs:
+            function(*job)
         return
     pool = _pools.get(threads)
     if pool is None:
         pool = _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="fedgram")
-    rest = iter(list(ranges))  # next() on a list iterator is atomic: every range is taken once
+    rest = iter(list(jobs))  # next() on a list iterator is atomic: every job is taken once
 
     def work() -> None:
-        for first, last in rest:
-            function(first, last)
+        for job in rest:
+            function(*job)
 
     others = [pool.submit(work) for _ in range(threads - 1)]
     work()
@@ -190,11 +192,34 @@ def grad_combine(columns: Sequence[Sequence[Tensor]], v: Tensor, out: Sequence[T
     _each(run, _ranges(table.length, block, table.tasks))
 
 
-def members(columns: Sequence[Tensor]) -> np.ndarray:
-    """The description of tall factors (length, r_u) that the loops read: address, rank, type, strides."""
-    return np.array(
-        [(t.data_ptr(), t.shape[1], TYPES[t.dtype], t.stride(0), t.stride(1)) for t in columns], dtype=np.int64
-    )
+class Stacks:
+    """Modules' factors of one side as stacks of tall factors (length, r_u), described for the loops.
+
+    Attributes:
+        table: (tensors, 5) int64, for every factor its address, rank, type, and strides along and across its length.
+    """
+
+    def __init__(self, factors: Sequence[Sequence[Tensor]], *, transposed: bool) -> None:
+        self.factors = factors  # keeps the memory
+        tensors = list(chain.from_iterable(factors))
+        count, long = len(tensors), int(transposed)
+        sizes, strides = (
+            np.fromiter(chain.from_iterable(map(f, tensors)), np.int64, 2 * count).reshape(count, 2)
+            for f in (Tensor.size, Tensor.stride)
+        )
+        address = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, count)
+        types = np.fromiter((TYPES[t.dtype] for t in tensors), np.int64, count)
+        columns = (address, sizes[:, 1 - long], types, strides[:, long], strides[:, 1 - long])
+        self.table = np.ascontiguousarray(np.stack(columns, 1))
+        self.counts = [len(clients) for clients in factors]
+        starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
+        ranks = np.concatenate([[0], np.cumsum(self.table[:, 1])])
+        self.ranks: list[int] = (ranks[starts[1:]] - ranks[starts[:-1]]).tolist()
+        self.lengths: list[int] = sizes[starts[:-1], long].tolist()
+        self.at: list[int] = (_at(self.table) + self.table.itemsize * 5 * starts[:-1]).tolist()
+
+    def __len__(self) -> int:
+        return len(self.counts)
 
 
 def _columns_per_block(rows: int) -> int:
@@ -202,42 +227,56 @@ def _columns_per_block(rows: int) -> int:
     return max(64, min(512, CACHE_BYTES // (8 * max(rows, 1)) // 32 * 32))
 
 
-def factor_products(columns: Sequence[Tensor], other: Tensor | None = None) -> Tensor:
-    """``S^T S``, or ``S^T X`` for one more tall matrix X, of the stack S of tall factors; float64."""
-    table, length = members(columns), columns[0].shape[0]
-    R = int(table[:, 1].sum())
-    beside = None if other is None else members([other])
-    k = R if other is None else other.shape[1]
-    shape = (_padded(R), _padded(k))
-    rows = shape[0] + (0 if other is None else shape[1])
-    block, pad = _columns_per_block(rows), _block()[1]
-    ranges = _ranges(length, block, R * k // 8, shape[0] * shape[1])
-    slot = {first: i for i, (first, _) in enumerate(ranges)}
-    parts = np.zeros((max(len(ranges), 1), *shape))
-    call = _library().fedgram_factor_products
-    x = None if beside is None else _at(beside)
+def factor_products(sides: Sequence[tuple[Stacks, Stacks | None]]) -> list[list[Tensor]]:
+    """Per side and module ``S^T S``, or ``S^T X`` for the other stacks X; float64. All of them in one go."""
+    library, pad, use = _library(), _block()[1], level()
+    call, collect = library.fedgram_factor_products, library.fedgram_collect
+    jobs: list[tuple[Any, ...]] = []
+    results: list[list[Tensor]] = []
+    finish: list[tuple[Any, ...]] = []
+    for S, X in sides:
+        results.append([])
+        for l in range(len(S)):
+            R, length = S.ranks[l], S.lengths[l]
+            k, x = (R, None) if X is None else (X.ranks[l], X.at[l])
+            shape = (_padded(R), _padded(k))
+            rows = shape[0] + (0 if X is None else shape[1])
+            block = _columns_per_block(rows)
+            ranges = _ranges(length, block, R * k // 8, shape[0] * shape[1])
+            parts = np.zeros((max(len(ranges), 1), *shape))
+            for i, (first, last) in enumerate(ranges):
+                jobs.append((rows * (block + pad), S.at[l], S.counts[l], R, x, k, first, last, block, _at(parts[i])))
+            out = torch.empty(R, k, dtype=torch.float64)
+            results[-1].append(out)
+            finish.append((parts, len(parts), *shape, R, k, X is None, out.data_ptr()))
 
-    def run(first: int, last: int) -> None:
-        work = np.empty(rows * (block + pad))
-        call(level(), _at(table), len(columns), R, x, k, first, last, block, _at(work), _at(parts[slot[first]]))
+    def run(size: int, *job: Any) -> None:
+        work = np.empty(size)
+        call(use, *job[:-1], _at(work), job[-1])
 
-    _each(run, ranges)
-    total = (parts[0] if len(parts) == 1 else _ordered_sum(parts))[:R, :k]
-    return torch.from_numpy(_mirrored(total) if other is None else np.ascontiguousarray(total))
+    _each(run, jobs)
+    for parts, *rest in finish:
+        collect(_at(parts), *rest)
+    return results
 
 
-def factor_combine(columns: Sequence[Tensor], P: Tensor, out: Tensor) -> None:
-    """Write the tall ``S P`` of the stack S of tall factors and (R, r) float64 blocks P to ``out`` (length, r)."""
-    table, target = members(columns), members([out])
-    R, rank = P.shape
-    coefficients = np.zeros((R, _padded(rank)))
-    coefficients[:, :rank] = P.detach().numpy()
-    block, pad = _columns_per_block(R), _block()[1]
-    call = _library().fedgram_factor_combine
+def factor_combine(sides: Sequence[tuple[Stacks, Sequence[Tensor], Stacks]]) -> None:
+    """Write ``S P`` per side and module, for stacks S and (R, r) float64 blocks P, to the third's tall (length, r)."""
+    call, pad, use = _library().fedgram_factor_combine, _block()[1], level()
+    jobs: list[tuple[Any, ...]] = []
+    blocks: list[np.ndarray] = []
+    for S, P, to in sides:
+        for l, p in enumerate(P):
+            R, rank = p.shape
+            coefficients = np.zeros((R, _padded(rank)))
+            coefficients[:, :rank] = p.detach().numpy()
+            blocks.append(coefficients)  # keeps the memory
+            block = _columns_per_block(R)
+            job = ((R + 4) * (block + pad), S.at[l], S.counts[l], R, _at(coefficients), coefficients.shape[1], to.at[l])
+            jobs += [(*job, first, last, block) for first, last in _ranges(S.lengths[l], block, R * rank // 8)]
 
-    def run(first: int, last: int) -> None:
-        work = np.empty((R + 4) * (block + pad))
-        call(level(), _at(table), len(columns), R, _at(coefficients), coefficients.shape[1], _at(target), first, last,
-             block, _at(work))  # fmt: skip
+    def run(size: int, *job: Any) -> None:
+        work = np.empty(size)
+        call(use, *job, _at(work))
 
-    _each(run, _ranges(out.shape[0], block, R * rank // 8))
+    _each(run, jobs)

@@ -76,7 +76,7 @@ def factor_combine(
         return None if B is None else outputs[:modules], None if A is None else outputs[modules:]
     check_combine(B, A, P, Q, dtype)
     resolve("torch", flat(B, A, P, Q))
-    return _on_cpu(B, A, P, Q, dtype, native=chosen == "native")
+    return (_combine_native if chosen == "native" else factor_combine_torch)(B, A, P, Q, dtype=dtype)
 
 
 def check_combine(
@@ -118,27 +118,49 @@ def factor_combine_torch(
     dtype: torch.dtype | None = None,
 ) -> tuple[Combined, Combined]:
     """The torch twin of ``factor_combine``: float64 throughout, in blocks that fit the cache."""
-    return _on_cpu(B, A, P, Q, dtype, native=False)
+    left = right = None
+    if B is not None and P is not None:
+        left = [_combine(tall_B(bs), p, dtype, transposed=False) for bs, p in zip(B, P, strict=True)]
+    if A is not None and Q is not None:
+        right = [
+            _combine(tall_A(as_), q.T if q.ndim == 2 else q, dtype, transposed=True).T
+            for as_, q in zip(A, Q, strict=True)
+        ]
+    return left, right
 
 
-def _on_cpu(
+def _combine_native(
     B: Factors | None,
     A: Factors | None,
     P: Sequence[Tensor] | None,
     Q: Sequence[Tensor] | None,
-    dtype: torch.dtype | None,
     *,
-    native: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Combined, Combined]:
-    left = right = None
-    if B is not None and P is not None:
-        left = [_combine(tall_B(bs), p, dtype, transposed=False, native=native) for bs, p in zip(B, P, strict=True)]
-    if A is not None and Q is not None:
-        right = [
-            _combine(tall_A(as_), q.T if q.ndim == 2 else q, dtype, transposed=True, native=native).T
-            for as_, q in zip(A, Q, strict=True)
-        ]
-    return left, right
+    """The compiled loops, over all modules and both sides in one go."""
+    sides, outputs = [], []
+    for factors, coefficients, turned in ((B, P, False), (A, Q, True)):
+        if factors is None or coefficients is None:
+            outputs.append(None)
+            continue
+        pairs = list(zip(factors, coefficients, strict=True))
+        blocks = [_blocks(clients, c, turned) for clients, c in pairs]
+        lengths = [clients[0].shape[int(turned)] for clients in factors]
+        shapes = [(b.shape[1], n) if turned else (n, b.shape[1]) for b, n in zip(blocks, lengths, strict=True)]
+        out = [torch.empty(s, dtype=output_dtype(c, dtype)) for s, (c, _) in zip(shapes, pairs, strict=True)]
+        to = _native.Stacks([[t] for t in out], transposed=turned)
+        sides.append((_native.Stacks(factors, transposed=turned), blocks, to))
+        outputs.append(out)
+    _native.factor_combine(sides)
+    return outputs[0], outputs[1]
+
+
+def _blocks(clients: Sequence[Tensor], coefficients: Tensor, turned: bool) -> Tensor:
+    """Coefficients as blocks (R, r): scalars (U,) as the blocks that they stand for."""
+    if coefficients.ndim == 2:
+        return coefficients.T if turned else coefficients
+    ranks = [t.shape[int(not turned)] for t in clients]
+    return torch.cat([p * torch.eye(r, max(ranks), dtype=p.dtype) for p, r in zip(coefficients, ranks, strict=True)])
 
 
 def output_dtype(columns: Sequence[Tensor], dtype: torch.dtype | None) -> torch.dtype:
@@ -149,29 +171,15 @@ def output_dtype(columns: Sequence[Tensor], dtype: torch.dtype | None) -> torch.
     return dtype
 
 
-def _combine(
-    stack: Stack, coefficients: Tensor, dtype: torch.dtype | None, *, transposed: bool, native: bool
-) -> Tensor:
+def _combine(stack: Stack, coefficients: Tensor, dtype: torch.dtype | None, *, transposed: bool) -> Tensor:
     scalars = coefficients.ndim == 1
     rank = max(t.shape[1] for t in stack.columns) if scalars else coefficients.shape[1]
     shape = (rank, stack.length) if transposed else (stack.length, rank)
     out = torch.zeros(shape, dtype=output_dtype(stack.columns, dtype), device=stack.device)
     tall = out.T if transposed else out
     if out.numel() and stack.width:
-        if native:
-            _native.factor_combine(stack.columns, _blocks(stack, coefficients, rank), tall)
-        else:
-            (_combine_scalars if scalars else _combine_blocks)(stack, coefficients, tall)
+        (_combine_scalars if scalars else _combine_blocks)(stack, coefficients, tall)
     return tall
-
-
-def _blocks(stack: Stack, coefficients: Tensor, rank: int) -> Tensor:
-    """Scalars (U,) as the blocks (R, rank) that they stand for; blocks as they are."""
-    if coefficients.ndim == 2:
-        return coefficients
-    return torch.cat(
-        [p * torch.eye(t.shape[1], rank, dtype=p.dtype) for p, t in zip(coefficients, stack.columns, strict=True)]
-    )
 
 
 def _combine_blocks(stack: Stack, P: Tensor, out: Tensor) -> None:

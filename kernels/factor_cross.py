@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,7 +61,7 @@ def factor_cross(
         return None if B is None else crosses[:modules], None if A is None else crosses[modules:]
     check_cross(B, A, X_B, X_A)
     resolve("torch", flat(B, A, X_B, X_A))
-    return _on_cpu(B, A, X_B, X_A, _native_cross if chosen == "native" else _cross)
+    return (_native_cross if chosen == "native" else factor_cross_torch)(B, A, X_B, X_A)
 
 
 def check_cross(
@@ -94,23 +94,21 @@ def factor_cross_torch(
     precise: bool = False,
 ) -> tuple[Crosses, Crosses]:
     """The torch twin of ``factor_cross``: float64 throughout, in blocks that fit the cache."""
-    return _on_cpu(B, A, X_B, X_A, _cross)
-
-
-def _on_cpu(
-    B: Factors | None,
-    A: Factors | None,
-    X_B: Sequence[Tensor] | None,
-    X_A: Sequence[Tensor] | None,
-    cross: Callable[[Stack, Tensor], Tensor],
-) -> tuple[Crosses, Crosses]:
-    left = None if B is None or X_B is None else [cross(tall_B(bs), x) for bs, x in zip(B, X_B, strict=True)]
-    right = None if A is None or X_A is None else [cross(tall_A(as_), x.T) for as_, x in zip(A, X_A, strict=True)]
+    left = None if B is None or X_B is None else [_cross(tall_B(bs), x) for bs, x in zip(B, X_B, strict=True)]
+    right = None if A is None or X_A is None else [_cross(tall_A(as_), x.T) for as_, x in zip(A, X_A, strict=True)]
     return left, right
 
 
-def _native_cross(stack: Stack, x: Tensor) -> Tensor:
-    return _native.factor_products(stack.columns, x)
+def _native_cross(
+    B: Factors | None, A: Factors | None, X_B: Sequence[Tensor] | None, X_A: Sequence[Tensor] | None
+) -> tuple[Crosses, Crosses]:
+    sides = [
+        (_native.Stacks(factors, transposed=turned), _native.Stacks([[x] for x in X], transposed=turned))
+        for factors, X, turned in ((B, X_B, False), (A, X_A, True))
+        if factors is not None and X is not None
+    ]
+    products = iter(_native.factor_products(sides))
+    return None if B is None else next(products), None if A is None else next(products)
 
 
 def _cross(stack: Stack, x: Tensor) -> Tensor:

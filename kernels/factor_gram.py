@@ -58,12 +58,10 @@ def factor_gram(
     check_factors(B, A)
     resolve("torch", flat(B, A))
     if chosen == "native":
-        return [_native_gram(tall_B(bs)) for bs in B], [_native_gram(tall_A(as_)) for as_ in A]
+        sides = [(_native.Stacks(B, transposed=False), None), (_native.Stacks(A, transposed=True), None)]
+        left, right = _native.factor_products(sides)
+        return left, right
     return factor_gram_torch(B, A, precise=precise)
-
-
-def _native_gram(stack: Stack) -> Tensor:
-    return _native.factor_products(stack.columns)
 
 
 @torch.no_grad()

@@ -46,6 +46,17 @@ static inline __attribute__((always_inline)) void FN(narrow)(void *to, int code,
 #undef COPY
 }
 
+/* The sum of a vector's numbers, by halves. */
+static inline __attribute__((always_inline)) T FN(sum)(VEC x) {
+    T t[LANES];
+    *(VEC *)t = x;
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int l = 0; l < half; l++) t[l] += t[l + half];
+    return t[0];
+}
+
 /* out[i][j] += sum over n columns of a_i b_j, for four rows of each. */
 static inline __attribute__((always_inline)) void FN(tile)(const T *restrict a, const T *restrict b, int64_t ld,
                                                            int64_t n, double *restrict out, int64_t ldo) {
@@ -63,11 +74,7 @@ static inline __attribute__((always_inline)) void FN(tile)(const T *restrict a, 
         }
     }
     for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) {
-            double sum = 0;
-            for (int l = 0; l < LANES; l++) sum += (double)c[i][j][l];
-            out[i * ldo + j] += sum;
-        }
+        for (int j = 0; j < 4; j++) out[i * ldo + j] += (double)FN(sum)(c[i][j]);
 }
 
 /* out[j] += <a, b_j> for four rows b_j. */
@@ -79,11 +86,7 @@ static inline __attribute__((always_inline)) void FN(dots)(const T *restrict a, 
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) c[j] += x * *(const VEC *)(b + j * ld + k);
     }
-    for (int j = 0; j < 4; j++) {
-        double sum = 0;
-        for (int l = 0; l < LANES; l++) sum += (double)c[j][l];
-        out[j] += sum;
-    }
+    for (int j = 0; j < 4; j++) out[j] += (double)FN(sum)(c[j]);
 }
 
 /* out (rows x ldo) += E E^T, tiles on and above the diagonal; rows are a multiple of 4, n of LANES. */

@@ -135,6 +135,18 @@ void fedgram_factor_products(int64_t level, const struct member *m, int64_t coun
     CALL(factor_products, double, m, count, R, other, k, first, last, block, work, out);
 }
 
+/* out (R x k) = the sum of `count` parts (padded, rows x columns each), in order; mirrored if only one triangle is there. */
+void fedgram_collect(const double *parts, int64_t count, int64_t rows, int64_t columns, int64_t R, int64_t k,
+                     int64_t mirror, double *out) {
+    for (int64_t i = 0; i < R; i++)
+        for (int64_t j = mirror ? i : 0; j < k; j++) {
+            double sum = 0;
+            for (int64_t p = 0; p < count; p++) sum += parts[(p * rows + i) * columns + j];
+            out[i * k + j] = sum;
+            if (mirror) out[j * k + i] = sum;
+        }
+}
+
 void fedgram_factor_combine(int64_t level, const struct member *m, int64_t count, int64_t R, const double *P,
                             int64_t columns, const struct member *to, int64_t first, int64_t last, int64_t block,
                             double *work) {
