@@ -49,13 +49,14 @@ def orthonormaliser(S: Tensor, floor: Tensor | None = None) -> Tensor:
     norm is below ``floor`` (..., r) has cancelled to rounding: it carries no direction and is left out.
     """
     norms = S.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-    scale = _inverse_or_zero(norms if floor is None else torch.where(norms > floor, norms, 0.0))
+    scale = inverse_or_zero(norms if floor is None else torch.where(norms > floor, norms, 0.0))
     values, vectors = eigh_psd(S * scale.unsqueeze(-1) * scale.unsqueeze(-2))
     keep = values > RELATIVE_CUTOFF * S.shape[-1]
     return scale.unsqueeze(-1) * vectors * torch.where(keep, values, torch.inf).rsqrt().unsqueeze(-2)
 
 
-def _inverse_or_zero(x: Tensor) -> Tensor:
+def inverse_or_zero(x: Tensor) -> Tensor:
+    """``1 / x`` where x is positive, else 0."""
     return torch.where(x > 0, x, torch.inf).reciprocal()
 
 
@@ -96,7 +97,7 @@ def balance(group: Group, pair: Pair, rank: int) -> Pair:
     core = (V_B * b.sqrt().unsqueeze(-2)).mT @ (V_A * a.sqrt().unsqueeze(-2))
     U, sigma, Vt = torch.linalg.svd(core, full_matrices=False)
     # B = Bs P and the product Bs P Q^T As: map its singular vectors back without inverting S_A or S_B twice
-    root = _inverse_or_zero(torch.where(sigma > 1e-150, sigma, 0.0).sqrt()).unsqueeze(-2)
+    root = inverse_or_zero(torch.where(sigma > 1e-150, sigma, 0.0).sqrt()).unsqueeze(-2)
     P = pair.P @ ((V_A * a.sqrt().unsqueeze(-2)) @ Vt.mT * root)
     Q = pair.Q @ ((V_B * b.sqrt().unsqueeze(-2)) @ U * root)
     return Pair(fit_rank(P, rank), fit_rank(Q, rank), pair.status, pair.sweeps)

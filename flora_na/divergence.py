@@ -68,7 +68,7 @@ def pair_errors(group: Group, pair: Pair) -> Errors:
         return combine([(group.subset(ids), Pair(pair.P[ids], pair.Q[ids], pair.status))], torch.float64)[0]
 
     if group.gram is None:
-        return _exact(group.targets, factors(list(range(len(group.targets)))))
+        return Errors(energies(group), _residual_squares(group.targets, factors(list(range(len(group.targets))))))
     C_B, C_A = group.apply("B", pair.P), group.apply("A", pair.Q)
     norms_B, norms_A = group.row_norms["B"].unsqueeze(-1), group.row_norms["A"].unsqueeze(-1)
     mass = ((norms_B * pair.P.abs()).sum(1) * (norms_A * pair.Q.abs()).sum(1)).sum(-1)
@@ -92,7 +92,7 @@ def measured_errors(groups: Sequence[Group], results: Sequence[Factors], backend
     out, start = [], 0
     for group, factors in zip(groups, results, strict=True):
         if group.gram is None:
-            out.append(_exact(group.targets, factors))
+            out.append(Errors(energies(group), _residual_squares(group.targets, factors)))
             continue
         rows = crosses[start : start + len(group.targets)]
         out.append(_measured(group, factors, rows))
@@ -132,7 +132,7 @@ def rounding(group: Group) -> float:
 def energies(group: Group) -> Tensor:
     """(L,) ``||dW||^2``, certified; exactly 0 where the terms cancel to rounding."""
     if "energies" not in group.memo:
-        group.memo["energies"] = _squares(group.targets) if group.gram is None else _certified_energies(group)
+        group.memo["energies"] = _exact_energies(group) if group.gram is None else _certified_energies(group)
     return group.memo["energies"]
 
 
@@ -145,8 +145,17 @@ def _certified_energies(group: Group) -> Tensor:
     return energy
 
 
-def _exact(targets: Sequence[Target], factors: Factors) -> Errors:
-    return Errors(_squares(targets), _residual_squares(targets, factors))
+def _exact_energies(group: Group) -> Tensor:
+    """Without Grams: from the factors, and exactly 0 where the terms cancel to rounding, as with Grams."""
+    exact = _squares(group.targets)
+    mass = torch.tensor([_mass(target) for target in group.targets], dtype=torch.float64, device=exact.device)
+    return torch.where(exact <= (ZERO * mass) ** 2, 0.0, exact)
+
+
+def _mass(target: Target) -> float:
+    """``sum |w_u s_u| ||B_u|| ||A_u||``: at least the sum of the norms of the rank-one terms of dW."""
+    sizes = (b.double().norm() * a.double().norm() for b, a in zip(target.B, target.A, strict=True))
+    return float(sum(c * size for c, size in zip(target.coefficients.abs().tolist(), sizes, strict=True)))
 
 
 def _squares(targets: Sequence[Target]) -> Tensor:

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .coefficients import solve_psd, trace_product
+from fedgram import kernels
+
+from .coefficients import inverse_or_zero, solve_psd, trace_product
+from .divergence import energies
 from .group import Group, Side
 from .pair_products import PairProducts
+
+DIRECT_MEMBERS = 64
+"""Without Grams, up to this many members per rank their U x U normal matrix is formed in every half-step; above, it
+would cost more than the products of some conjugate-gradient steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +43,7 @@ class ScalarLeastSquares:
         tolerance: stop once a sweep lowers the squared error by less than this fraction of it, or all sweeps to come
             by less than a tenth of that, if they go on shrinking as the last two did.
         max_sweeps: an upper bound on the sweeps.
-        cg_steps: in the implicit regime a half-step is this many conjugate-gradient steps at most.
+        cg_steps: with very many members in the implicit regime a half-step is this many conjugate-gradient steps.
     """
 
     tolerance: float = 1e-6
@@ -57,7 +64,7 @@ class ScalarLeastSquares:
         for sweep in range(1, self.max_sweeps + 1):
             p, gain_p, _ = problem.improve("B", p, q)
             q, gain_q, captured = problem.improve("A", q, p)
-            left = (energy - captured).clamp_min(1e-13 * energy) if energy is not None else 1e-2 * captured
+            left = (energy - captured).clamp_min(1e-13 * energy)
             gain = gain_p + gain_q
             rest = gain * gain / (before - gain).clamp_min(1e-300)
             if bool(((gain <= self.tolerance * left) | (rest <= 0.1 * self.tolerance * left)).all()):
@@ -76,6 +83,7 @@ class _Problem:
         self.formed = all(g.gram is not None for g in groups)
         few = self.formed and all(PairProducts.fits(g) for g in groups)
         self.products = PairProducts.of(groups, self.collect) if few else None
+        self.direct = self.formed or all(len(g.ranks) <= DIRECT_MEMBERS * g.rank for g in groups)
 
     def start(self) -> Tensor:
         return self.groups[0].weights[:1] if self.shared else self.groups[0].weights
@@ -87,14 +95,14 @@ class _Problem:
         """Per-module quantities (L, ...) as they are, or summed to (1, ...) where one p serves all modules."""
         return torch.cat(parts).sum(0, keepdim=True) if self.shared else parts[0]
 
-    def energy(self) -> Tensor | None:
-        """``||dW||^2`` where the Grams are formed."""
-        return self.collect([g.gram_energy for g in self.groups]) if self.formed else None
+    def energy(self) -> Tensor:
+        """``||dW||^2`` where it is there for nothing, or will be needed for rho anyway."""
+        return self.collect([g.gram_energy if g.gram is not None else energies(g) for g in self.groups])
 
     def improve(self, side: Side, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The exact step in p with q fixed; the drop of the squared error, and ``<dW, BA>`` after it."""
         free, lift = (_free, _lift) if self.groups[0].anchored else (_same, _same)
-        if self.formed:
+        if self.direct:
             H, h = self._equations(side, q)
             step, gain = solve_psd(free(free(H).mT).mT, free(h - (H @ p.unsqueeze(-1)).squeeze(-1)))
         else:
@@ -143,9 +151,19 @@ class _Normal:
 
     def matrix(self) -> Tensor:
         """``H_ik = tr(B_i^T B_k S)``, (L, M, M)."""
-        assert self.group.gram is not None
+        if self.group.gram is None:
+            return self._matrix_from_factors()
         tiled = self.group.selector @ self.S @ self.group.selector.mT
         return self.group.member_blocks(self.group.gram[self.side] * tiled)
+
+    def _matrix_from_factors(self) -> Tensor:
+        targets = self.group.targets
+        if self.side == "B":
+            H, _ = kernels.factor_traces([t.B for t in targets], None, list(self.S), None)
+        else:
+            _, H = kernels.factor_traces(None, [t.A for t in targets], None, list(self.S))
+        scale = torch.stack([t.scale_B if self.side == "B" else t.scale_A for t in targets]).to(self.group.device)
+        return torch.stack(H or []) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
 
     def traces(self, Z: Tensor) -> Tensor:
         """``tr(Z_i)`` of every member's block of Z (L, R, r): (L, M)."""
@@ -176,11 +194,12 @@ def _lift(x: Tensor) -> Tensor:
 
 def _conjugate_gradients(matvec: Callable[[Tensor], Tensor], g: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """A few steps on ``H x = g`` from 0, batched over the leading axis; every step lowers the error."""
-    x, r, d = torch.zeros_like(g), g, g
+    scale = inverse_or_zero(g.abs().amax(-1, keepdim=True))  # so that no square leaves float64's range
+    x, r, d = torch.zeros_like(g), g * scale, g * scale
     rr = (r * r).sum(-1, keepdim=True)
     gain, floor = torch.zeros_like(rr), 1e-12 * rr
     for _ in range(steps):
-        Hd = matvec(d)
+        Hd = matvec(d) * scale
         dHd = (d * Hd).sum(-1, keepdim=True)
         alpha = torch.where((dHd > 0) & (rr > floor), rr / dHd.clamp_min(1e-300), 0.0)
         x, r = x + alpha * d, r - alpha * Hd
@@ -188,4 +207,4 @@ def _conjugate_gradients(matvec: Callable[[Tensor], Tensor], g: Tensor, steps: i
         new = (r * r).sum(-1, keepdim=True)
         d = r + torch.where(rr > 0, new / rr.clamp_min(1e-300), 0.0) * d
         rr = new
-    return x, gain.squeeze(-1)
+    return x, (gain * inverse_or_zero(scale)).squeeze(-1)

@@ -10,12 +10,14 @@ from torch import Tensor
 from fedgram import kernels
 
 from .als import AlternatingLeastSquares
-from .coefficients import Pair, balance, eigh_psd, fit_rank
-from .divergence import MARGIN, rounding
+from .coefficients import Pair, balance, eigh_psd, fit_rank, inverse_or_zero
+from .divergence import MARGIN, energies, rounding
 from .fedavg import solve_fedavg
 from .group import Group
 
 OVERSAMPLING = 8
+IMPLICIT_FLOOR = 1e-11
+"""Squared errors below this part of ``||dW||^2`` are lost in the orthonormalisations of the implicit regime."""
 RESOLVED = 1e-15
 """Singular values below this part of the largest are rounding of the float64 QR."""
 
@@ -47,13 +49,19 @@ def spectrum(group: Group) -> Spectrum:
 
 
 def square_root(G: Tensor) -> Tensor:
-    """L with ``L L^T = G``: Cholesky where it exists, else from the eigenvectors."""
-    L, info = torch.linalg.cholesky_ex(G)
+    """L with ``L L^T = G``: Cholesky where it exists, else from the eigenvectors.
+
+    On the unit-diagonal matrix: how a client's update is split over its two factors (``cB, A / c``) leaves no trace.
+    """
+    norms = G.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    inverse = inverse_or_zero(norms)
+    unit = G * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    L, info = torch.linalg.cholesky_ex(unit)
     failed = info != 0
     if bool(failed.any()):
-        values, vectors = eigh_psd(G[failed])
+        values, vectors = eigh_psd(unit[failed])
         L[failed] = vectors * values.sqrt().unsqueeze(-2)
-    return L
+    return norms.unsqueeze(-1) * L
 
 
 def solve_svd(group: Group, rank: int) -> Pair:
@@ -64,11 +72,12 @@ def solve_svd(group: Group, rank: int) -> Pair:
     oversampling, run to a tight tolerance.
     """
     if group.gram is None:
-        return _subspace_iteration(group, rank)
+        return settle(group, _subspace_iteration(group, rank))
     s = spectrum(group)
     V = group.D * (s.L @ s.vectors[..., :rank])
     # A = V^T dW^T dW spans the right singular vectors without a division; one sweep normalises and polishes it
     Q = group.D * (group.gram["B"] @ V)
+    Q = Q * inverse_or_zero(Q.abs().amax((-2, -1), keepdim=True))  # so that its squares stay within float64's range
     pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(Q, Q, ""), V.shape[-1])
     P, Q = fit_rank(pair.P, rank), fit_rank(pair.Q, rank)
     for i in unresolved(group, s, rank).nonzero().flatten().tolist():
@@ -79,6 +88,31 @@ def solve_svd(group: Group, rank: int) -> Pair:
 def unresolved(group: Group, s: Spectrum, rank: int) -> Tensor:
     """(L,) where the squared error of the optimum is not safely above the rounding of the Grams."""
     return s.energies[:, rank:].sum(-1) < MARGIN * rounding(group) * group.mass**2
+
+
+def settle(group: Group, pair: Pair) -> Pair:
+    """A balanced pair of an iteration, with the modules solved again from QR factors whose error it cannot resolve.
+
+    The limit of the iteration is the optimum, which is what QR factors give directly.
+    """
+    rank = pair.P.shape[-1]
+    P, Q = pair.P.clone(), pair.Q.clone()
+    for i in _blurred(group, pair).nonzero().flatten().tolist():
+        P[i], Q[i] = _from_triangles(group, i, rank)
+    return Pair(P, Q, pair.status, pair.sweeps)
+
+
+def _blurred(group: Group, pair: Pair) -> Tensor:
+    """(L,) where what the pair leaves out is lost in rounding, and more so than in the rounding of the dtype."""
+    energy = energies(group)
+    captured = (pair.P * group.apply("B", pair.P)).sum(-2).square().sum(-1)  # of a balanced pair, B^T B = A A^T
+    if group.gram is None:
+        floor, coarse = IMPLICIT_FLOOR * energy, torch.full_like(energy, IMPLICIT_FLOOR)
+    else:
+        floor = MARGIN * rounding(group) * group.mass**2
+        coarse = rounding(group) * group.mass**2 / energy
+    own = max(torch.finfo(t.dtype).eps for t in group.targets) ** 2
+    return (energy > 0) & (energy - captured < floor) & (coarse > own)
 
 
 def _from_triangles(group: Group, i: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from ._prepared import FactorSlab, PreparedFactors, PreparedSide, prepare
 from .factor_combine import factor_combine
 from .factor_cross import factor_cross
 from .factor_gram import factor_gram
+from .factor_traces import factor_traces
 from .factor_triangle import factor_triangle
 from .ghost_gram import ghost_gram
 from .grad_combine import grad_combine
@@ -21,6 +22,7 @@ __all__ = [
     "factor_combine",
     "factor_cross",
     "factor_gram",
+    "factor_traces",
     "factor_triangle",
     "ghost_gram",
     "grad_combine",
