@@ -12,11 +12,9 @@ import importlib
 import json
 import os
 import pkgutil
-import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import resources
 from multiprocessing import get_context
@@ -25,6 +23,8 @@ from typing import Any
 
 import fedgram.kernels
 
+from .aot_machine_code import amd_figures, nvidia_figures
+
 TARGETS = {
     "sm80": ("cuda", 80, 32),
     "sm90": ("cuda", 90, 32),
@@ -32,18 +32,6 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 TABLE = resources.files("fedgram.bench") / "aot_table.json"
-SASS = {
-    "wide_loads": r"\b(?:LDG\.E|LDGSTS\.E)[\w.]*\.128",
-    "loads": r"\b(?:LDG|LDGSTS)\.E",
-    "tensor_cores": r"\b(?:HMMA|HGMMA|DMMA|UTC\w*MMA)\b",
-    "spills": r"\b(?:LDL|STL)\b",
-}
-AMDGCN = {
-    "wide_loads": r"(?:global|buffer)_load_dwordx4",
-    "loads": r"(?:global|buffer)_load_",
-    "tensor_cores": r"v_mfma",
-    "spills": r"scratch_(?:load|store)",
-}
 REGISTER_SLACK = 8  # ptxas rounds registers to eights: one step is no regression
 
 
@@ -81,36 +69,24 @@ def compile_config(config: Any, target: str) -> Any:
     )
 
 
-def measure(compiled: Any, target: str) -> dict[str, int]:
-    """Registers, stack and instruction counts of a compiled kernel."""
-    if TARGETS[target][0] == "hip":
-        text = compiled.asm["amdgcn"]
-        fields = {"registers": "vgpr_count", "stack": "private_segment_fixed_size", "spilled": "vgpr_spill_count"}
-        numbers = {k: int(re.search(rf"\.{v}:\s+(\d+)", text)[1]) for k, v in fields.items()}
-        return numbers | count(text, AMDGCN)
-    usage, sass = _cuobjdump(compiled.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-    numbers = {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}
-    return numbers | count(sass, SASS)
+def measure(compiled: Sequence[Any], target: str) -> list[dict[str, int]]:
+    """Registers, stack and instruction counts of compiled kernels."""
+    return figures_of([machine_code(c, target) for c in compiled], target)
 
 
-def count(text: str, patterns: dict[str, str]) -> dict[str, int]:
-    """How often each pattern occurs in machine code."""
-    return {name: len(re.findall(pattern, text)) for name, pattern in patterns.items()}
+def machine_code(compiled: Any, target: str) -> tuple[str | bytes, int]:
+    """The assembly (AMD) or binary (NVIDIA) of a compiled kernel, and its shared memory in bytes."""
+    return compiled.asm["amdgcn" if TARGETS[target][0] == "hip" else "cubin"], compiled.metadata.shared
 
 
-def _cuobjdump(cubin: bytes) -> tuple[str, str]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        runs = [
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "-sass")
-        ]
-    return runs[0], runs[1]
+def figures_of(code: Sequence[tuple[str | bytes, int]], target: str) -> list[dict[str, int]]:
+    """The figures of machine code, ``shared`` among them."""
+    kind, architecture, _ = TARGETS[target]
+    if kind == "hip":
+        rows = [amd_figures(text) for text, _ in code]
+    else:
+        rows = nvidia_figures([binary for binary, _ in code], architecture)
+    return [row | {"shared": shared} for row, (_, shared) in zip(rows, code, strict=True)]
 
 
 def gate(config: Any, target: str, figures: dict[str, int], committed: dict[str, int] | None) -> list[str]:
@@ -126,14 +102,14 @@ def gate(config: Any, target: str, figures: dict[str, int], committed: dict[str,
     return faults
 
 
-def work(job: tuple[str, int, str]) -> tuple[str, str, dict[str, int] | str]:
-    """Compile and measure configuration ``index`` of a file; a failure to compile comes back as text."""
+def work(job: tuple[str, int, str]) -> tuple[str, tuple[str | bytes, int] | str]:
+    """Compile configuration ``index`` of a file; a failure to compile comes back as text."""
     file, index, target = job
     config = configs(file)[index]
     try:
-        return config.name, target, measure(compile_config(config, target), target)
+        return config.name, machine_code(compile_config(config, target), target)
     except Exception as error:  # whatever a compiler throws is a finding about this configuration
-        return config.name, target, f"{type(error).__name__}: {error}"
+        return config.name, f"{type(error).__name__}: {error}"
 
 
 def shipped_configs(only: str = "", sample: bool = False) -> list[tuple[str, int, Any]]:
@@ -152,21 +128,24 @@ def run(
     by_name = {c.name: c for _, _, c in shipped}
     if len(by_name) != len(shipped):
         raise ValueError("two shipped configurations have one name")
-    figures: dict[str, Any] = {t: {} for t in targets}
+    figures: dict[str, Any] = {}
     faults: dict[str, list[str]] = {}
     committed = read_table().get(triton_version(), {})
     with (
         tempfile.TemporaryDirectory() as cache,
         ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn"), _fresh_cache, (cache,)) as pool,
     ):
-        for name, target, result in pool.map(work, [(f, i, t) for t in targets for f, i, _ in shipped]):
-            if isinstance(result, str):
-                faults[f"{target} {name}"] = [result]
-                continue
-            figures[target][name] = result
-            found = gate(by_name[name], target, result, committed.get(target, {}).get(name))
-            if found:
-                faults[f"{target} {name}"] = found
+        compiling = {t: [pool.submit(work, (f, i, t)) for f, i, _ in shipped] for t in targets}
+        for target, futures in compiling.items():
+            results = dict(future.result() for future in futures)
+            broken = {name: result for name, result in results.items() if isinstance(result, str)}
+            faults |= {f"{target} {name}": [result] for name, result in broken.items()}
+            names = [name for name in results if name not in broken]
+            rows = figures_of([results[name] for name in names], target)
+            figures[target] = dict(zip(names, rows, strict=True))
+            for name, row in figures[target].items():
+                if found := gate(by_name[name], target, row, committed.get(target, {}).get(name)):
+                    faults[f"{target} {name}"] = found
     return figures, faults
 
 

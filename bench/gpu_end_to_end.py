@@ -158,6 +158,14 @@ def _resident(bench: Bench, model: Model, pinned: Pinned) -> None:
         bench.row(f"{name} aggregate({method})", partial(_aggregate, bench, run, clients, w, cost), 8)
     for op, run, its in _operations(clients, cost, bench.device):
         bench.row(f"{name} {op}", partial(bench.timed, run, its), 3)
+    B, A = _sides(clients)
+    f = kernels.prepare(B, A)
+    for method in flora_na.batched.METHODS:
+        run = partial(_held, f, w, method)
+        bench.row(f"{name} estimate_modules({method})", partial(_modules, bench, run, cost), 8)
+        if bench.device.type == "cuda":
+            bench.row(f"{name} estimate_modules({method}) replayed", partial(_replayed, bench, run, cost), 10)
+    bench.row(f"{name} slab filled from the host", partial(_filled, bench, model, pinned, sent), 10)
     away = [Arriving(client, bench.device) for client in pinned.layers(pinned.host)]
     stream = partial(flora_na.aggregate, away, w, method="flora-na")
     bench.row(f"{name} streamed from the host", partial(_stream, stream, sent, bench.device), 10)
@@ -174,9 +182,60 @@ def _aggregate(bench: Bench, run: Callable[[], Any], clients: Layers, w: Tensor,
     return row | {"ok": right, "rho": true, "claimed_rho": claim, "optimal_rho": best}
 
 
+def _sides(clients: Layers) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    B, A = ([[getattr(c[n], side) for c in clients] for n in clients[0]] for side in "BA")
+    return B, A
+
+
+def _held(f: kernels.PreparedFactors, w: Tensor, method: str) -> flora_na.BatchedEstimate:
+    with f.held():
+        return flora_na.estimate_modules(f.B, f.A, w.to(f.B.device), method=method)
+
+
+def _modules(bench: Bench, run: Callable[[], flora_na.BatchedEstimate], cost: Cost) -> dict[str, Any]:
+    """The device's way: rho where it calls it certain, held against ``||dW - BA||`` elsewhere (correctness)."""
+    found = run()
+    finite = all(bool(torch.isfinite(t).all()) for t in (*found.B, *found.A))
+    row = bench.timed(run, cost, most=5)
+    evidence = {
+        "rho": float(found.rho[0]), "certain": int(found.certain.sum()), "converged": int(found.converged.sum()),
+        "modules": len(found.B), "most_sweeps": int(found.sweeps.max()),
+    }  # fmt: skip
+    return row | evidence | {"ok": finite}
+
+
+def _replayed(bench: Bench, run: Callable[[], flora_na.BatchedEstimate], cost: Cost) -> dict[str, Any]:
+    """The same as one CUDA graph: what the host spends is one launch."""
+    side = torch.cuda.Stream(bench.device)
+    side.wait_stream(torch.cuda.current_stream(bench.device))
+    with torch.cuda.stream(side):
+        plain = run()
+    torch.cuda.current_stream(bench.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    torch.cuda.synchronize(bench.device)
+    same = all(torch.equal(x, y) for x, y in zip(plain.B + plain.A, captured.B + captured.A, strict=True))
+    return bench.timed(graph.replay, cost, most=5) | {"ok": same}
+
+
+def _filled(bench: Bench, model: Model, pinned: Pinned, sent: float) -> dict[str, Any]:
+    """Clients put into a slab one after the other as they arrive, then aggregated: from the host to one pair."""
+    slab = kernels.FactorSlab(model.shapes, [model.rank] * model.clients, dtype=model.dtype, device=bench.device)
+    clients, w = pinned.layers(pinned.host), sample_weights(model.clients)
+
+    def run() -> flora_na.BatchedEstimate:
+        for u, client in enumerate(clients):
+            slab.put(u, [layer.B for layer in client.values()], [layer.A for layer in client.values()])
+        return _held(slab.factors, w, "fedavg")
+
+    return _stream(run, sent, bench.device) | {"host_s": host_seconds(run, bench.device, 3)}
+
+
 def _operations(clients: Layers, cost: Cost, device: torch.device) -> Iterator[tuple[str, Callable[[], Any], Cost]]:
     names = list(clients[0])
-    B, A = ([[getattr(c[n], side) for c in clients] for n in names] for side in "BA")
+    B, A = _sides(clients)
     R, r = sum(b.shape[1] for b in B[0]), B[0][0].shape[1]
     P = [torch.randn(R, r, dtype=torch.float64, device=device) for _ in names]
     Q = [p.T.contiguous() for p in P]

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 ProgressCallback = Callable[[int, int, str], None]
+LONGEST = 1000
+"""Characters of a message before it is shortened."""
 
 
 @contextlib.contextmanager
@@ -30,6 +33,16 @@ def one_line_errors() -> Iterator[None]:
         if not str(error).startswith("backend="):  # a forced backend that cannot run is input; the rest are faults
             raise
         fail(describe(error))
+
+
+@contextlib.contextmanager
+def shown_warnings(shown: bool = True) -> Iterator[None]:
+    """Print each warning as one line on stderr, or none."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught if shown else ():
+        print(f"fedgram: warning: {one_line(str(warning.message))}", file=sys.stderr)
 
 
 def fail(message: str) -> None:
@@ -46,7 +59,12 @@ def describe(error: Exception) -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` on one line, its control characters escaped: names in adapter files are anybody's."""
+    """``text`` on one line, its control characters escaped, its middle left out if it is long.
+
+    Names and values in adapter files are anybody's.
+    """
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     joined = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
 

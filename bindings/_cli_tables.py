@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedgram.flora_na import Inspection, Report
+from fedgram.flora_na import Inspection, Report, Screening
 
 from ._cli_support import one_line
 
@@ -41,28 +41,65 @@ def aggregate_table(report: Report) -> Table:
     return table
 
 
+def per_client_table(reports: Sequence[Report], outputs: Sequence[object]) -> Table:
+    """Every client's output with its ranks and divergence."""
+    table = _table("written", "modules", "ranks", *(["rho " + reports[0].method] if reports else []), "rho optimum")
+    for report, path in zip(reports, outputs, strict=True):
+        ranks = sorted({m.rank for m in report.modules.values()})
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}" if ranks else "-"
+        _row(table, str(path), [str(len(report.modules)), shown, _rho(report.rho), _rho(report.rho_optimal)])
+    return table
+
+
 def ladder_table(inspection: Inspection) -> Table:
     """The divergence of every method, per module and in all."""
     ladder = inspection.ladder
     shown = _worst({name: m.rho["svd"] for name, m in inspection.modules.items()})
     stem = _stem(shown)
-    table = _table(_heading(stem), "rank", "‖dW‖", *(f"rho {method}" for method in ladder))
+    table = _table(_heading(stem), "rank", "effective", "‖dW‖", *(f"rho {method}" for method in ladder))
     for name in shown:
         m = inspection.modules[name]
-        _row(table, name[len(stem) :], [str(m.rank), _number(m.norm), *(_rho(m.rho[method]) for method in ladder)])
+        cells = [str(m.rank), "-" if math.isnan(m.effective_rank) else f"{m.effective_rank:.1f}", _number(m.norm)]
+        _row(table, name[len(stem) :], [*cells, *(_rho(m.rho[method]) for method in ladder)])
     _rest(table, len(inspection.modules) - len(shown))
-    norm = math.sqrt(sum(m.norm**2 for m in inspection.modules.values()))
-    _total(table, f"all {len(inspection.modules)}", ["", _number(norm), *(_rho(rho) for rho in ladder.values())])
+    norm = math.hypot(*(m.norm for m in inspection.modules.values()))
+    _total(table, f"all {len(inspection.modules)}", ["", "", _number(norm), *(_rho(rho) for rho in ladder.values())])
     return table
 
 
 def clients_table(inspection: Inspection) -> Table:
-    """Weight, norm, cosine to the mean update and outlier score of every client."""
-    table = _table("client", "weight", "‖update‖", "cosine to mean", "outlier score")
+    """Weight, norm, cosine to the mean update and outlier score of every client, and what screening makes of it."""
+    screening = inspection.screening
+    extra = () if screening is None else ("factor", "aggregated with")
+    table = _table("client", "weight", "‖update‖", "cosine to mean", "outlier score", *extra)
     columns = (inspection.weights, inspection.client_norms, inspection.cosines, inspection.outlier_scores)
-    for name, weight, norm, cosine, score in zip(inspection.names, *(c.tolist() for c in columns), strict=True):
-        _row(table, name, [f"{weight:.3f}", _number(norm), f"{cosine:.3f}", f"{score:.1f}"])
+    others = () if screening is None else (screening.factors, screening.weights)
+    rows = zip(inspection.names, *(c.tolist() for c in (*columns, *others)), strict=True)
+    for name, weight, norm, cosine, score, *screened in rows:
+        cells = [f"{x:.3f}" for x in screened]
+        _row(table, name, [f"{weight:.3f}", _number(norm), f"{cosine:.3f}", f"{score:.1f}", *cells])
     return table
+
+
+def screening_text(screening: Screening) -> Text:
+    """One line on what clipping and filtering did."""
+    parts = []
+    if screening.bound is not None:
+        parts.append(f"clipped to norm {_number(screening.bound)}: {_names(screening.clipped)}")
+    if screening.min_cosine is not None:
+        parts.append(f"dropped for a cosine below {screening.min_cosine:g}: {_names(screening.dropped)}")
+    if screening.doubtful:
+        parts.append(f"warning: that is {screening.dropped_weight:.0%} of the weight")
+    return Text("; ".join(parts))
+
+
+def warning_texts(inspection: Inspection) -> list[Text]:
+    """The warnings, one line each."""
+    return [Text(f"warning: {one_line(warning['message'])}", style="yellow") for warning in inspection.warnings]
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(one_line(name) for name in names) or "none"
 
 
 def curve_table(ranks: Sequence[int], rhos: Sequence[float]) -> Table:
@@ -73,21 +110,11 @@ def curve_table(ranks: Sequence[int], rhos: Sequence[float]) -> Table:
 
 
 def rank_curve(inspection: Inspection) -> tuple[list[int], list[float]]:
-    """rho over all modules at the ranks 1, 2, 4, .. and the last that still errs; empty without curves.
-
-    A module whose updates span fewer dimensions than a rank has no error at that rank.
-    """
-    modules = [m for m in inspection.modules.values() if m.norm > 0]
-    longest = max((len(m.rank_curve) for m in modules), default=0)
-    if not longest or not all(len(m.rank_curve) for m in modules):
-        return [], []
-    ranks = [rank for rank in (2**i for i in range(longest.bit_length())) if rank < longest] + [longest]
-    energy = sum(m.norm**2 for m in modules)
-    return ranks, [math.sqrt(sum(_error(m.rank_curve, r) ** 2 * m.norm**2 for m in modules) / energy) for r in ranks]
-
-
-def _error(curve: Sequence[float], rank: int) -> float:
-    return curve[rank - 1] if rank <= len(curve) else 0.0
+    """rho over all modules at the ranks 1, 2, 4, .. and the last; empty without curves."""
+    curve = inspection.rank_curve
+    ranks = [rank for rank in (2**i for i in range(len(curve).bit_length())) if rank < len(curve)]
+    ranks += [len(curve)] if curve else []
+    return ranks, [curve[rank - 1] for rank in ranks]
 
 
 def _table(first: str | Text, *others: str) -> Table:
@@ -130,7 +157,7 @@ def _worst(rhos: Mapping[str, float]) -> list[str]:
 
 
 def _norm(report: Report) -> float:
-    return math.sqrt(sum(m.norm**2 for m in report.modules.values()))
+    return math.hypot(*(m.norm for m in report.modules.values()))
 
 
 def _rho(value: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import glob
 import os
 import secrets
@@ -12,12 +11,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # not on Windows; runs into one output are then not told apart
-    fcntl = None  # type: ignore[assignment]
+from ._output_lock import beside, locked, reserved
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_HEX = frozenset("0123456789abcdef")
 
 
 @contextlib.contextmanager
@@ -25,7 +22,8 @@ def staged_directory(path: str | os.PathLike[str], owned: frozenset[str]) -> Ite
     """Yield an empty directory beside ``path`` that takes the place of ``path`` when the block ends without an error.
 
     On Linux the swap is one atomic exchange: whenever the process dies, ``path`` holds the previous files or the new
-    ones, never a mixture. What a killed run left behind is removed by the next run.
+    ones, never a mixture. What a killed run left behind is removed by the next run. Where the system cannot exchange,
+    there is a moment between two renames; the next run puts the previous files back if a run died in it.
 
     Args:
         path: the directory to make or to replace; missing parents are made.
@@ -35,17 +33,34 @@ def staged_directory(path: str | os.PathLike[str], owned: frozenset[str]) -> Ite
         ValueError: ``path`` is not a directory, or holds files of other names.
         OSError: the place cannot be written, or another run is writing it.
     """
-    target = check_replaceable(path, owned)
-    stage = _make_stage(target)
-    try:
-        with _locked(stage):
-            _remove_abandoned(target, stage)
+    with _writing(path, owned) as target:
+        _recover(target)
+        stage = _make_stage(target)
+        try:
             yield stage
-            _sync_directory(stage)
-            _swap(stage, target)
-            _sync_directory(target.parent)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)  # an attempt that failed, or the previous output
+            publish(stage, target, owned)
+        except OSError as error:
+            if str(error.filename).startswith(str(stage)):  # people know the output by its own name
+                error.filename = str(target) + str(error.filename).removeprefix(str(stage))
+            raise
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)  # an attempt that failed, or the previous output
+
+
+@contextlib.contextmanager
+def reserved_output(path: str | os.PathLike[str], owned: frozenset[str]) -> Iterator[None]:
+    """Keep other runs out of ``path`` until the block ends; in it, this thread may write ``path`` as often as it likes.
+
+    Before long work it shows, too, that the output can be written.
+
+    Raises:
+        ValueError, OSError: as ``staged_directory``.
+    """
+    with contextlib.ExitStack() as stack:
+        with _writing(path, owned) as target:
+            _make_stage(target).rmdir()
+        stack.enter_context(reserved(target))
+        yield
 
 
 def check_replaceable(path: str | os.PathLike[str], owned: frozenset[str]) -> Path:
@@ -57,7 +72,7 @@ def check_replaceable(path: str | os.PathLike[str], owned: frozenset[str]) -> Pa
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise ValueError(f"{path}: not a directory")
-    others = sorted({entry.name for entry in target.iterdir()} - owned) if target.exists() else []
+    others = sorted(_others(target, owned)) if target.exists() else []
     if others:
         raise ValueError(f"{path}: holds {others[0]!r}, which would be lost: choose another directory")
     return target
@@ -69,50 +84,64 @@ def check_writable(path: str | os.PathLike[str], owned: frozenset[str]) -> None:
     Raises:
         ValueError, OSError: as ``staged_directory``.
     """
-    _make_stage(check_replaceable(path, owned)).rmdir()
+    with _writing(path, owned) as target:
+        _make_stage(target).rmdir()
 
 
-def _make_stage(target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = target.parent / f"{_stage_prefix(target)}{secrets.token_hex(8)}.partial"
-    stage.mkdir()
-    return stage
+def publish(stage: Path, target: Path, owned: frozenset[str]) -> None:
+    """Put a finished directory in the place of ``target``, beside which it lies; the caller holds the lock of it.
 
+    Afterwards ``stage`` holds the previous files, or is gone.
 
-def _stage_prefix(target: Path) -> str:
-    return f".{target.name[:100]}."
+    Raises:
+        ValueError: ``target`` has come to hold files that are not ``owned``.
+        OSError: the swap failed; ``target`` is as it was.
+    """
+    _sync_directory(stage)
+    check_replaceable(target, owned)  # again: it may be hours since
+    _swap(stage, target)
+    _sync_directory(target.parent)
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock, so that others see that its writer lives."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
+def _writing(path: str | os.PathLike[str], owned: frozenset[str]) -> Iterator[Path]:
+    target = check_replaceable(path, owned)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target):
+        yield target
+
+
+def _others(target: Path, owned: frozenset[str]) -> list[str]:
+    with os.scandir(target) as entries:
+        return [entry.name for entry in entries if entry.name not in owned or entry.is_dir(follow_symlinks=False)]
+
+
+def _make_stage(target: Path) -> Path:
+    stage = beside(target, f"{secrets.token_hex(8)}.partial")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+        stage.mkdir()
+    except OSError as error:
+        error.filename = str(target)
+        raise
+    return stage
 
 
-def _remove_abandoned(target: Path, own: Path) -> None:
-    """Remove the stages of killed runs.
+def _recover(target: Path) -> None:
+    """Clear up after runs that were killed: the lock that the caller holds says that none of them lives."""
+    if not target.exists():
+        for previous in _left_behind(target, "previous")[-1:]:
+            os.rename(previous, target)
+    for ending in ("partial", "previous"):
+        for stage in _left_behind(target, ending):
+            shutil.rmtree(stage, ignore_errors=True)
 
-    Raises:
-        OSError: a stage's lock is held: another run is writing the same output.
-    """
-    for stage in target.parent.glob(f"{glob.escape(_stage_prefix(target))}*.partial"):
-        if stage == own:
-            continue
-        try:
-            with _locked(stage):
-                shutil.rmtree(stage, ignore_errors=True)
-        except BlockingIOError as error:
-            raise OSError(errno.EBUSY, "another run is writing this output", str(target)) from error
-        except FileNotFoundError:
-            continue
+
+def _left_behind(target: Path, ending: str) -> list[Path]:
+    """Stages of this output, the oldest first; of other names beside it (``.out.notes.partial``) none."""
+    head = beside(target, "").name
+    found = [path for path in target.parent.glob(f"{glob.escape(head)}*.{ending}") if path.is_dir()]
+    stages = [path for path in found if set(path.name.removeprefix(head).removesuffix(f".{ending}")) <= _HEX]
+    return sorted(stages, key=lambda path: path.stat().st_mtime_ns)
 
 
 def _swap(stage: Path, target: Path) -> None:

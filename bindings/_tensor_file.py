@@ -2,94 +2,55 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
+from ._buffers import empty_tensor
+from ._documents import filed_errors, open_regular
+from ._tensor_header import DTYPES, TensorSpec, read_header
+
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of a stored tensor, and for one in a file the bytes where it lies."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Size in the file, in bytes."""
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 class TensorFile:
     """The header of a safetensors file, and its tensors when asked for.
 
     Every read opens the file anew and copies: no mapping grows with the file, and a file cut short by someone else
-    is an error here instead of a bus error.
+    is an error here instead of a bus error. The header is checked as strictly as the format's own reader does it, and
+    further: no tensor twice, no name longer than 2,000 characters, nothing between tensors, and at most 24 MiB.
 
     Raises:
         ValueError: the file is not a whole safetensors file, or holds a dtype that is not read.
-        OSError: the file cannot be opened.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-        self._identity = _identity(path.stat())
-        _validate(path)
-        self.specs = self._read_header()
+        with open_regular(path) as file, filed_errors(path):
+            status = os.fstat(file.fileno())
+            self._identity = _identity(status)
+            self.specs = read_header(file, status.st_size, path)
 
-    def _read_header(self) -> dict[str, TensorSpec]:
-        with open(self.path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            size = os.fstat(file.fileno()).st_size
-        header.pop("__metadata__", None)
-        return {key: self._spec(key, entry, 8 + length, size) for key, entry in header.items()}
-
-    def _spec(self, key: str, entry: dict, base: int, size: int) -> TensorSpec:
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{self.path}: {key}: dtype {entry['dtype']} is not supported")
-        start, stop = entry["data_offsets"]
-        spec = TensorSpec(entry["dtype"], tuple(entry["shape"]), base + start)
-        # safe_open has checked all this; the check is repeated because the offsets come from a second parser.
-        if min(spec.shape, default=0) < 0 or not 0 <= start <= stop <= size - base or spec.nbytes != stop - start:
-            raise ValueError(f"{self.path}: {key}: offsets do not fit shape and dtype")
-        return spec
-
-    def read(self, key: str) -> Tensor:
-        """A fresh CPU tensor with the values of ``key``.
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A fresh CPU tensor with the values of ``key``; with ``stop``, its numbers ``start:stop`` in a row.
 
         Raises:
             ValueError: the file has changed since its header was read.
         """
         spec = self.specs[key]
-        with open(self.path, "rb") as file:
+        if stop is not None:
+            spec = TensorSpec(spec.dtype, (stop - start,), spec.start + start * DTYPES[spec.dtype].itemsize)
+        with open_regular(self.path) as file, filed_errors(self.path):
             if _identity(os.fstat(file.fileno())) != self._identity:
                 raise ValueError(f"{self.path}: changed while it was being read")
+            tensor = _empty(spec, f"{self.path}: {key}")
             file.seek(spec.start)
-            tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
             if file.readinto(_bytes_of(tensor)) != spec.nbytes:
                 raise ValueError(f"{self.path}: {key}: truncated while it was being read")
         return tensor
@@ -105,14 +66,17 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], read: Callable[[s
     # Widest dtypes first, as the format's own writer does: every tensor then starts at a multiple of its item size.
     order = sorted(specs, key=lambda key: (-DTYPES[specs[key].dtype].itemsize, key))
     with open(path, "wb") as file:
-        file.write(_header(specs, order))
+        with filed_errors(path):
+            file.write(_header(specs, order))
         for key in order:
             tensor = read(key).detach().cpu().contiguous()
             if spec_of(tensor, key) != TensorSpec(specs[key].dtype, specs[key].shape):
                 raise ValueError(f"{key}: {tuple(tensor.shape)} {tensor.dtype} is not what was announced: {specs[key]}")
-            file.write(_bytes_of(tensor))
-        file.flush()
-        os.fsync(file.fileno())
+            with filed_errors(path):
+                file.write(_bytes_of(tensor))
+        with filed_errors(path):
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def spec_of(tensor: Tensor, key: str) -> TensorSpec:
@@ -138,12 +102,11 @@ def _header(specs: Mapping[str, TensorSpec], order: list[str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _validate(path: Path) -> None:
+def _empty(spec: TensorSpec, where: str) -> Tensor:
     try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+        return empty_tensor(spec.shape, DTYPES[spec.dtype])
+    except (RuntimeError, OSError, OverflowError) as error:  # torch has no MemoryError
+        raise OSError(errno.ENOMEM, f"no memory for {spec.nbytes} bytes", where) from error
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -23,8 +23,24 @@ from fedgram import flora_na
 from fedgram.flora_na import Adapter, Aggregation
 
 from . import _cli_tables as tables
+from . import _inspect_plot as picture
+from ._cli_clients import (
+    AdapterNameOption,
+    AllowDoraOption,
+    InitOption,
+    RankPerClientOption,
+    aggregate_per_client,
+    check_per_client,
+    check_residual,
+    open_clients,
+    open_global,
+)
+from ._cli_options import ClipOption, MinCosineOption, RankOption, parse_rank
 from ._cli_support import one_line_errors, progress_bar, read_weights
-from .peft import check_output, load_adapter, load_adapters, merge_configs, save_adapter
+from ._distributed_launch import alone_or_on_ranks, refuse_launched
+from .distributed import aggregate_sharded
+from .peft import check_output, merge_configs, save_adapter
+from .streaming import aggregate_to_directory
 
 app = typer.Typer(
     name="fedgram",
@@ -43,16 +59,20 @@ WeightsFile = Annotated[
     Path | None,
     typer.Option("--weights", help="JSON: an object from directory name to sample count, or a list in order."),
 ]
-Rank = Annotated[int | None, typer.Option(min=1, help="Rank of the result; by default each module's largest rank.")]
 BackendName = Annotated[Backend, typer.Option(help="Which implementation of the operations runs.")]
 MissingPolicy = Annotated[Missing, typer.Option(help="What to do about a module that a client lacks.")]
+RankTimeout = Annotated[
+    float, typer.Option(min=1, help="Under torchrun: seconds without a sign of life until a rank is given up.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 @app.callback()
-def _root() -> None:
+def _root(context: typer.Context) -> None:
     """Federated aggregation of LoRA adapters, in Gram space."""
+    if context.invoked_subcommand != "aggregate":
+        refuse_launched(f"{context.invoked_subcommand}")
 
 
 @app.command()
@@ -61,7 +81,7 @@ def aggregate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the global adapter.")],
     method: Annotated[Method, typer.Option(help="How the pair of factors is estimated.")] = Method.als,
     weights: WeightsFile = None,
-    rank: Rank = None,
+    rank: RankOption = None,
     residual: Annotated[
         Path | None, typer.Option(help="Also write what the pair leaves out, as an adapter of its own.")
     ] = None,
@@ -69,64 +89,126 @@ def aggregate(
     anchor: Annotated[Path | None, typer.Option(help="Last global adapter: estimate the step from it.")] = None,
     align_to: Annotated[Path | None, typer.Option(help="Earlier global adapter to rotate the result to.")] = None,
     missing: MissingPolicy = Missing.error,
+    clip: ClipOption = None,
+    min_cosine: MinCosineOption = None,
+    rank_per_client: RankPerClientOption = False,
+    adapter_name: AdapterNameOption = None,
+    allow_dora: AllowDoraOption = False,
+    init: InitOption = None,
     backend: BackendName = Backend.auto,
+    resume: Annotated[bool, typer.Option(help="Go on where a run that was interrupted stopped.")] = True,
+    rank_timeout: RankTimeout = 30.0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Aggregate the clients' adapters into one adapter that PEFT loads."""
-    with one_line_errors():
-        outputs = [path for path in (output, residual) if path is not None]
-        _check_outputs(outputs, dirs)
-        adapters = load_adapters(dirs)
-        counts = read_weights(weights, dirs)
-        with progress_bar("aggregating", shown=not (quiet or as_json)) as progress:
-            result = flora_na.aggregate(
-                adapters,
-                counts,
+    if rank_per_client:
+        check_per_client({"--rank": rank, "--residual": residual, "--shared": shared, "--anchor": anchor,
+                          "--align-to": align_to})  # fmt: skip
+        refuse_launched("aggregate --rank-per-client")
+        with one_line_errors():
+            document, table = aggregate_per_client(
+                dirs,
+                output,
+                lambda: open_clients(dirs, adapter_name, allow_dora, init),
+                lambda: read_weights(weights, dirs),
+                shown=not (quiet or as_json),
                 method=method.value,
-                rank=rank,
-                shared=shared,
-                anchor=None if anchor is None else load_adapter(anchor),
-                align_to=None if align_to is None else load_adapter(align_to),
                 missing=missing.value,
-                residual=residual is not None,
+                clip=clip,
+                min_cosine=min_cosine,
                 backend=backend.value,
-                progress=progress,
-                names=[str(path) for path in dirs],
             )
-        _save(result, merge_configs(adapter.config for adapter in adapters), output, residual)
+            if as_json:
+                _print_json(document)
+            elif not quiet:
+                tables.console().print(table)
+        return
+    with alone_or_on_ranks(rank_timeout) as watch:
+        outputs = [path for path in (output, residual) if path is not None]
+        first = watch is None or watch.rank == 0
+        if first:
+            _check_outputs(outputs, dirs)
+        adapters = open_clients(dirs, adapter_name, allow_dora, init, warn=first)
+        if residual is not None:
+            check_residual(adapters)
+        counts = read_weights(weights, dirs)
+        options = {
+            "method": method.value,
+            "rank": parse_rank(rank),
+            "shared": shared,
+            "anchor": open_global(anchor, allow_dora),
+            "align_to": open_global(align_to, allow_dora),
+            "missing": missing.value,
+            "clip": clip,
+            "min_cosine": min_cosine,
+            "backend": backend.value,
+            "names": [str(path) for path in dirs],
+        }
+        with progress_bar("aggregating", shown=first and not (quiet or as_json)) as progress:
+            if watch is None:
+                sources = [*dirs, *(path for path in (anchor, align_to, init) if path is not None)]
+                streamed = aggregate_to_directory(
+                    adapters, output, counts, sources=sources, residual=residual, resume=resume, progress=progress,
+                    **options,
+                )  # fmt: skip
+                report = streamed.report
+            else:
+                keep = residual is not None
+                result = aggregate_sharded(adapters, counts, residual=keep, progress=progress, watch=watch, **options)
+                if first:
+                    _save(result, merge_configs(adapter.config for adapter in adapters), output, residual)
+                report = result.report
+        if not first:
+            return
         if as_json:
-            _print_json({"output": str(output), "residual": residual and str(residual), **result.report.to_dict()})
+            _print_json({"output": str(output), "residual": residual and str(residual), **report.to_dict()})
         elif not quiet:
             console = tables.console()
-            console.print(tables.aggregate_table(result.report))
+            if watch is None and streamed.resumed:
+                console.print(f"{streamed.resumed} of {len(report.modules)} modules were done by an interrupted run")
+            console.print(tables.aggregate_table(report))
+            if report.screening is not None:
+                console.print(tables.screening_text(report.screening))
             console.print(f"wrote {' and '.join(map(str, outputs))}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
 def inspect(
     dirs: Directories,
-    rank: Rank = None,
+    rank: RankOption = None,
     weights: WeightsFile = None,
     missing: MissingPolicy = Missing.error,
+    clip: ClipOption = None,
+    min_cosine: MinCosineOption = None,
+    adapter_name: AdapterNameOption = None,
+    allow_dora: AllowDoraOption = False,
+    init: InitOption = None,
     backend: BackendName = Backend.auto,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw it: a picture.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare every method's divergence, and the clients with each other, before aggregating."""
     with one_line_errors():
-        adapters = load_adapters(dirs)
+        if plot is not None:
+            picture.check(plot)
+        adapters = open_clients(dirs, adapter_name, allow_dora, init)
         counts = read_weights(weights, dirs)
         with progress_bar("inspecting", shown=not (quiet or as_json)) as progress:
             result = flora_na.inspect(
                 adapters,
                 counts,
-                rank=rank,
+                rank=parse_rank(rank),
                 missing=missing.value,
+                clip=clip,
+                min_cosine=min_cosine,
                 backend=backend.value,
                 progress=progress,
                 names=[str(path) for path in dirs],
             )
+        if plot is not None:
+            picture.draw(result, plot)
         if as_json:
             _print_json(result.to_dict())
         elif not quiet:
@@ -138,10 +220,14 @@ def _print_inspection(result: flora_na.Inspection) -> None:
     console.print(tables.ladder_table(result))
     console.print()
     console.print(tables.clients_table(result))
+    if result.screening is not None:
+        console.print(tables.screening_text(result.screening))
     ranks, rhos = tables.rank_curve(result)
     if ranks:
         console.print()
         console.print(tables.curve_table(ranks, rhos))
+    for warning in tables.warning_texts(result):
+        console.print(warning)
 
 
 def _save(result: Aggregation, config: dict[str, Any] | None, output: Path, residual: Path | None) -> None:

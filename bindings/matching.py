@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedgram import flora_na, stamp
 from fedgram.flora_na import Adapter, AdapterLike, LoraLayer, Report
-from fedgram.flora_na.cohort import average_extras, make_cohort
+from fedgram.flora_na.cohort import Cohort, average_extra, average_extras, extra_roles, make_cohort
 from fedgram.flora_na.layer import as_adapter
 from fedgram.stamp import Dual
 
@@ -70,7 +70,8 @@ def match_adapters(
 
     Returns:
         The adapter with its two certificates: the gap of the matching, and rho of the estimate. Full tensors trained
-        beside the factors are averaged with ``weights``: they are states, not updates.
+        beside the factors are averaged with ``weights``: they are states, not updates. LoRA biases are updates: they
+        are combined by ``v``, without a part in the matching.
 
     Raises:
         ValueError: as ``flora_na.aggregate`` and ``stamp.solve_dual``; ``missing="renormalize"`` has no meaning here.
@@ -94,7 +95,7 @@ def match_adapters(
         backend=backend,
         names=cohort.names,
     )
-    adapter = replace(_scaled(estimate.adapter, mass), extras=average_extras(cohort))
+    adapter = replace(_scaled(estimate.adapter, mass), extras=_extras(cohort, v), roles=extra_roles(cohort))
     rest = None if estimate.residual is None else _scaled(estimate.residual, mass)
     return MatchedAggregation(adapter, dual, gramian, estimate.report, rest)
 
@@ -123,6 +124,13 @@ def _signed(adapter: AdapterLike, coefficient: float) -> Adapter:
     """The adapter without its extras, negated where its coefficient is negative."""
     modules = as_adapter(adapter).modules
     return Adapter(_Negated(modules) if coefficient < 0 else modules, {}, as_adapter(adapter).config)
+
+
+def _extras(cohort: Cohort, v: Tensor) -> dict[str, Tensor]:
+    """Means of the full tensors, and sums by ``v`` of those that are updates."""
+    extras = average_extras(cohort)
+    updates = [name for name, role in extra_roles(cohort).items() if role == "update"]
+    return extras | {name: average_extra(cohort, name, v) for name in updates}
 
 
 def _scaled(adapter: Adapter, factor: float) -> Adapter:

@@ -1,14 +1,17 @@
-"""Thin ``nn.Module`` for another codebase's server loop: clients' adapters in, the global adapter out."""
+"""Thin ``nn.Module``s for another codebase's server loop: what the clients sent in, the global one out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedgram import flora_na
 from fedgram.flora_na import Adapter, AdapterLike, LoraLayer, Report
+from fedgram.stamp import Dual
+
+from .plain import aggregate_state_dicts, match_state_dicts
 
 ALIGNED = ("als", "svd")
 
@@ -51,10 +54,7 @@ class LoraAggregator(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if method not in flora_na.METHODS:
-            raise ValueError(f"method: expected one of {', '.join(flora_na.METHODS)}, got {method!r}")
-        if align_previous and method not in ALIGNED:
-            raise ValueError(f"align_previous: only {' and '.join(ALIGNED)} can be aligned, not {method!r}")
+        _check_options(method, align_previous)
         self.method, self.rank, self.shared, self.missing = method, rank, shared, missing
         self.keeps_residual, self.backend = residual, backend
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
@@ -115,3 +115,184 @@ class LoraAggregator(nn.Module):
         """The options, as ``print`` shows them."""
         options = ("method", "rank", "shared", "missing", "anchor_previous", "align_previous", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+
+
+class StateDictAggregator(nn.Module):
+    """``plain.aggregate_state_dicts`` round after round (arXiv:2509.26399), the last result remembered.
+
+    The last result is part of the ``state_dict``, so that a server's checkpoint holds it.
+
+    Args:
+        method, rank, shared, missing, clip, min_cosine, backend: as in ``flora_na.aggregate``.
+        output_scaling: as in ``plain.aggregate_state_dicts``.
+        anchor_previous: estimate the step from the last round's result (``anchor``), from the second round on.
+        align_previous: rotate the result to the last round's (``align_to``, als and svd only), from the second round
+            on, so that the clients' optimizer state stays meaningful.
+
+    Attributes:
+        report: of the last round, or None.
+        scalings: of the last round's result, module -> number.
+        previous: the last round's state dict, or None; set it to start from a given global adapter.
+
+    Raises:
+        ValueError: ``method`` is not one of these, or cannot be aligned.
+    """
+
+    def __init__(
+        self,
+        method: str = "als",
+        rank: int | str | None = None,
+        *,
+        shared: bool = False,
+        missing: str = "error",
+        clip: float | str | None = None,
+        min_cosine: float | None = None,
+        output_scaling: float | Mapping[str, float] | None = None,
+        anchor_previous: bool = False,
+        align_previous: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_options(method, align_previous)
+        self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
+        self.clip, self.min_cosine, self.output_scaling = clip, min_cosine, output_scaling
+        self.anchor_previous, self.align_previous = anchor_previous, align_previous
+        self.report: Report | None = None
+        self.scalings: dict[str, float] = {}
+        self.previous: dict[str, Tensor] | None = None
+
+    def forward(
+        self,
+        state_dicts: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[float] | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        **scaling: Any,
+    ) -> dict[str, Tensor]:
+        """Aggregate one round.
+
+        Args:
+            state_dicts: one LoRA state dict per client of this round.
+            weights: one per client (its sample count); uniform by default.
+            names: the clients' labels in errors and in the report.
+            scaling: at most one of ``lora_alpha``, ``scalings`` and ``config``, see ``plain.aggregate_state_dicts``.
+
+        Returns:
+            The global state dict.
+
+        Raises:
+            ValueError: as ``plain.aggregate_state_dicts``; the state is then as before.
+        """
+        result = aggregate_state_dicts(
+            state_dicts,
+            weights,
+            method=self.method,
+            rank=self.rank,
+            shared=self.shared,
+            missing=self.missing,
+            clip=self.clip,
+            min_cosine=self.min_cosine,
+            output_scaling=self.output_scaling,
+            anchor=self.previous if self.anchor_previous else None,
+            align_to=self.previous if self.align_previous else None,
+            backend=self.backend,
+            names=names,
+            **scaling,
+        )
+        self.report, self.scalings, self.previous = result.report, result.scalings, result.state_dict
+        return dict(result.state_dict)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The last round's state dict and scalings."""
+        return {"previous": self.previous, "scalings": self.scalings}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take up from a checkpoint."""
+        self.report, self.previous, self.scalings = None, state["previous"], state["scalings"]
+
+    def extra_repr(self) -> str:
+        """The options, as ``print`` shows them."""
+        options = ("method", "rank", "shared", "missing", "clip", "min_cosine", "anchor_previous", "align_previous")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+
+
+class StateDictMatcher(nn.Module):
+    """``stamp.SpatialMatcher`` (arXiv:2506.12031) as a module: clients' state dicts in, the new global one out.
+
+    The global state is part of the ``state_dict``, so that a server's checkpoint holds it.
+
+    Args:
+        state: the first global state, name -> tensor; None takes it from a checkpoint.
+        c, lr, rescale, precise, backend: as in ``plain.match_state_dicts``.
+
+    Attributes:
+        state: the global state.
+        dual: the last round's matching, with its certificate, or None.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Tensor] | None = None,
+        *,
+        c: float = 0.25,
+        lr: float = 1.0,
+        rescale: bool | str = "mean",
+        precise: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.c, self.lr, self.rescale, self.precise, self.backend = c, lr, rescale, precise, backend
+        self.state: dict[str, Tensor] | None = None if state is None else dict(state)
+        self.dual: Dual | None = None
+
+    def forward(
+        self,
+        client_states: Sequence[Mapping[str, Tensor]],
+        counts: Sequence[float] | None = None,
+        *,
+        deltas: bool = False,
+    ) -> dict[str, Tensor]:
+        """Move the global state by one round of the clients.
+
+        Args:
+            client_states: one state dict per client that answered.
+            counts: their numbers of samples; equal by default.
+            deltas: they are ``new state - global state``.
+
+        Raises:
+            ValueError: as ``plain.match_state_dicts``, or there is no global state yet; the state is then as before.
+        """
+        if self.state is None:
+            raise ValueError("state: no global state yet: pass one, or load a checkpoint")
+        result = match_state_dicts(
+            self.state,
+            client_states,
+            counts,
+            c=self.c,
+            lr=self.lr,
+            rescale=self.rescale,
+            deltas=deltas,
+            precise=self.precise,
+            backend=self.backend,
+        )
+        self.state, self.dual = result.state_dict, result.dual
+        return dict(result.state_dict)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The global state."""
+        return {"state": self.state}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take up from a checkpoint."""
+        self.state, self.dual = state["state"], None
+
+    def extra_repr(self) -> str:
+        """The options, as ``print`` shows them."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in ("c", "lr", "rescale", "precise", "backend"))
+
+
+def _check_options(method: str, align_previous: bool) -> None:
+    if method not in flora_na.METHODS:
+        raise ValueError(f"method: expected one of {', '.join(flora_na.METHODS)}, got {method!r}")
+    if align_previous and method not in ALIGNED:
+        raise ValueError(f"align_previous: only {' and '.join(ALIGNED)} can be aligned, not {method!r}")

@@ -1,26 +1,34 @@
 """Adapter directories of PEFT, read and written without PEFT and without the base model.
 
-A directory holds ``adapter_config.json`` and ``adapter_model.safetensors``. Linear LoRA layers are read, with
-alpha / r, rsLoRA, ``rank_pattern`` and ``alpha_pattern``, and the full tensors of ``modules_to_save`` and ``bias``.
-Every other kind of adapter is refused by name. Pickled files are never opened.
+A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` (or several such files and an index). Read
+exactly are LoRA of linear maps, embeddings, convolutions and the parameters of ``target_parameters`` (experts one by
+one), with alpha / r, rsLoRA and patterns; and beside them ``lora_bias``, ``modules_to_save``, ``bias``, trainable
+tokens and tied weights. DoRA, and initialisations that change the base weights, are read on demand; every other kind
+is refused by name. Pickled files are never opened. ``_peft_names`` says how layers are named.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from fedgram.flora_na import Adapter, LoraLayer
 
-from ._peft_config import PREFIX, LoraSettings, read_config, refuse_other_kinds
-from ._peft_keys import check_factors, check_others, sort_keys
+from ._lazy_tensors import LazyTensors
+from ._peft_config import IN_FILES, PREFIX, LoraSettings, read_config, refuse_other_kinds
+from ._peft_extras import extra_roles
+from ._peft_initial import check_same_start, since
+from ._peft_keys import sort_keys
+from ._peft_layers import LastPair, bias_scalings, read_update, stored_layers
+from ._peft_layout import FileLayout, LayerShape
 from ._peft_output import check_shared, merge_configs, output_config
+from ._peft_shards import ShardedTensors, TensorSource
 from ._staging import check_writable, staged_directory
 from ._tensor_file import TensorFile, TensorSpec, spec_of, write_tensors
 
@@ -28,6 +36,7 @@ __all__ = ["check_compatible", "check_output", "load_adapter", "load_adapters", 
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 OUTPUT_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME})
 
 T = TypeVar("T")
@@ -55,44 +64,51 @@ class LazyMapping(Mapping[str, T]):
         return len(self._names)
 
 
-def load_adapter(path: PathLike, adapter_name: str | None = None) -> Adapter:
+def load_adapter(
+    path: PathLike, adapter_name: str | None = None, *, allow_dora: bool = False, init: PathLike | None = None
+) -> Adapter:
     """Open an adapter directory of PEFT.
 
     Headers and configuration are read and checked now; a layer's tensors are read from the file each time the layer
-    is asked for, and not kept.
+    is asked for, and not kept (but of experts, the last module's).
 
     Args:
         path: the directory.
         adapter_name: for a directory of several adapters, the one to read (PEFT keeps ``default`` in the directory
             itself and every other one in a subdirectory of its name).
+        allow_dora: read DoRA: ``B A`` as LoRA, the magnitudes as full tensors to be averaged. Both together are not
+            the mean of the clients' weights, so this warns.
+        init: directory of the adapter as it was initialised, for PiSSA, OLoRA, CorDA and LoRA-GA: every layer is then
+            the update ``s (B A - B0 A0)`` of the original base weights, of twice the rank.
 
     Returns:
-        An Adapter: ``modules`` by the module's name in the base model, each with its own scaling; ``extras`` by the
-        tensor's name in the file; ``config`` as the file states it.
+        An Adapter: ``modules`` by the module's name in the base model, each with its own scaling (names of other kinds
+        than linear maps end in a bracket that says the kind); ``extras`` by the tensor's name in the file;
+        ``config`` as the file states it.
 
     Raises:
         ValueError: names file, module and reason: no such adapter, broken file, ranks that do not fit the
-            configuration, or a kind of adapter that is not supported (DoRA, embeddings, convolutions, ...).
+            configuration, or a kind of adapter that is not supported.
         OSError: a file cannot be read.
     """
-    folder = _adapter_folder(Path(path), adapter_name)
-    config = read_config(folder / CONFIG_NAME)
-    file = TensorFile(_weights_path(folder))
-    keys = sort_keys(file)
-    refuse_other_kinds(config, folder / CONFIG_NAME)
-    settings = LoraSettings.parse(config, folder / CONFIG_NAME)
-    check_factors(file, keys, settings)
-    check_others(file, keys, settings)
-
-    def layer(module: str) -> LoraLayer:
-        A, B = (file.read(keys.factors[module][side]) for side in "AB")
-        return LoraLayer(A=A, B=B, scaling=settings.scaling(module, A.shape[0]))
-
-    return Adapter(LazyMapping(list(keys.factors), layer), LazyMapping(keys.others, file.read), config)
+    start = None if init is None else _open(Path(init), None, allow_dora=allow_dora, initial=True)
+    adapter = _open(Path(path), adapter_name, allow_dora=allow_dora, initial=start is not None)
+    _warn_of_dora([adapter], [path])
+    return adapter if start is None else since(adapter, start, str(path))
 
 
-def load_adapters(paths: Sequence[PathLike]) -> list[Adapter]:
+def load_adapters(
+    paths: Sequence[PathLike],
+    *,
+    adapter_name: str | None = None,
+    allow_dora: bool = False,
+    init: PathLike | None = None,
+) -> list[Adapter]:
     """Open the clients' directories and check that they belong together.
+
+    Args:
+        paths: one directory per client.
+        adapter_name, allow_dora, init: as in ``load_adapter``, for every client.
 
     Raises:
         ValueError: as ``load_adapter`` and ``check_compatible``; or no directory, or one given twice.
@@ -103,16 +119,56 @@ def load_adapters(paths: Sequence[PathLike]) -> list[Adapter]:
     for path in paths:
         if (first := seen.setdefault(os.path.realpath(path), path)) is not path:
             raise ValueError(f"{path}: given twice ({first} is the same directory)")
-    adapters = [load_adapter(path) for path in paths]
-    check_compatible(adapters, [str(path) for path in paths])
-    return adapters
+    labels = [str(path) for path in paths]
+    start = None if init is None else _open(Path(init), None, allow_dora=allow_dora, initial=True)
+    adapters = [_open(Path(p), adapter_name, allow_dora=allow_dora, initial=start is not None) for p in paths]
+    check_compatible(adapters, labels)
+    _warn_of_dora(adapters, paths)
+    if start is None:
+        return adapters
+    check_same_start([adapter.config for adapter in adapters], labels)
+    return [since(adapter, start, label) for adapter, label in zip(adapters, labels, strict=True)]
+
+
+def _open(path: Path, adapter_name: str | None, *, allow_dora: bool = False, initial: bool = False) -> Adapter:
+    folder = _adapter_folder(path, adapter_name)
+    config = read_config(folder / CONFIG_NAME)
+    handled = IN_FILES | {"use_dora"} if allow_dora else IN_FILES
+    refuse_other_kinds(config, folder / CONFIG_NAME, handled=handled, initial=initial)
+    file = _open_tensors(folder)
+    keys = sort_keys(file.path, file.specs)
+    settings = LoraSettings.parse(config, folder / CONFIG_NAME)
+    layers = stored_layers(file, keys, settings)
+    roles = extra_roles(file, keys, settings)
+    scalings, kept = bias_scalings(keys, layers), LastPair(file)
+
+    def layer(name: str) -> LoraLayer:
+        stored = layers[name]
+        return kept.layer(stored) if stored.name.experts > 1 else stored.read(file.read)
+
+    def extra(key: str) -> Tensor:
+        return read_update(file, key, scalings[key]) if key in scalings else file.read(key)
+
+    special = {key: role for key, role in roles.items() if role != "mean"}
+    return Adapter(LazyMapping(list(layers), layer), LazyTensors(sorted(roles), extra, file, scalings), config, special)
+
+
+def _warn_of_dora(adapters: Sequence[Adapter], paths: Sequence[PathLike]) -> None:
+    found = [path for path, adapter in zip(paths, adapters, strict=True) if (adapter.config or {}).get("use_dora")]
+    if found:
+        warnings.warn(
+            f"{found[0]}: DoRA: the low-rank parts are aggregated and the magnitudes averaged by weight, which is not "
+            "the mean of the clients' weights",
+            stacklevel=3,
+        )
 
 
 def check_compatible(adapters: Sequence[Adapter], names: Sequence[str] | None = None) -> None:
     """Refuse adapters of different base models, task types or peft types (those without configuration pass).
 
     Raises:
-        ValueError: names the two clients and the field.
+        ValueError: names the two clients and the field. Also refused: different ``target_parameters``, token indices
+            or DoRA, and experts of PEFT before and after 0.19, which lays them out differently.
     """
     labels = [f"client {i}" for i in range(len(adapters))] if names is None else names
     check_shared([adapter.config for adapter in adapters], labels)
@@ -132,66 +188,52 @@ def save_adapter(adapter: Adapter, path: PathLike, *, config: Mapping[str, Any] 
     """Write an adapter directory that ``PeftModel.from_pretrained`` loads.
 
     Every layer is written with scaling 1: its own scaling is multiplied into lora_B (one rounding), ``lora_alpha``
-    is the rank, and ``rank_pattern`` with an equal ``alpha_pattern`` names the modules of other ranks. The directory
-    appears by one rename: an interrupted run leaves the previous output whole.
+    is the rank, and ``rank_pattern`` with an equal ``alpha_pattern`` names the modules of other ranks. Layers that
+    PEFT gives one rank (all experts and parameters of ``target_parameters``, the two maps of an attention module) are
+    padded with zeros to the largest among them. The directory appears by one rename: an interrupted run leaves the
+    previous output whole.
 
     Args:
-        adapter: the layers are asked for one at a time, twice if the mapping is lazy. Layers of rank 0 are written
-            as one row of zeros, since PEFT has no rank 0.
+        adapter: the layers are asked for one at a time, up to three times if the mapping is lazy. Layers of rank 0 are
+            written as one row of zeros, since PEFT has no rank 0.
         path: a new directory, or one that holds nothing but an earlier output.
         config: configuration to write in place of ``adapter.config``; ranks, scalings and initialisation in it are
             overruled, ``target_modules`` kept where it matches the layers.
 
     Raises:
-        ValueError: no layers, extras that the configuration does not declare, a layer that is not finite after
-            scaling, or an output directory that holds other files.
+        ValueError: no layers, layers of names that do not go together, extras that the configuration does not
+            declare, a layer that is not finite after scaling, or an output directory that holds other files.
         OSError: the output cannot be written.
     """
     if not adapter.modules:
         raise ValueError("adapter: holds no layers")
-    ranks, specs = _layer_specs(adapter)
-    extras = _extra_specs(adapter)
-    document = output_config(config or adapter.config, ranks, [key.removeprefix(PREFIX) for key in extras])
+    layout = FileLayout({name: layer_shape(name, layer) for name, layer in adapter.modules.items()})
+    extras = extra_specs(adapter)
+    document = output_config(config or adapter.config, layout, [key.removeprefix(PREFIX) for key in extras])
 
     def tensor(key: str) -> Tensor:
-        return adapter.extras[key] if key in extras else _unit_factor(adapter, key)
+        return adapter.extras[key] if key in extras else layout.tensor(key, adapter.modules.__getitem__)
 
     with staged_directory(path, OUTPUT_FILES) as stage:
-        write_tensors(stage / WEIGHTS_NAME, specs | extras, tensor)
+        write_tensors(stage / WEIGHTS_NAME, layout.specs | extras, tensor)
         _write_json(stage / CONFIG_NAME, document)
 
 
-def _layer_specs(adapter: Adapter) -> tuple[dict[str, int], dict[str, TensorSpec]]:
-    ranks, specs = {}, {}
-    for module, layer in adapter.modules.items():
-        ranks[module] = max(layer.rank, 1)
-        dtype, (m, n) = spec_of(layer.A, module).dtype, layer.shape
-        specs[f"{PREFIX}{module}.lora_A.weight"] = TensorSpec(dtype, (ranks[module], n))
-        specs[f"{PREFIX}{module}.lora_B.weight"] = TensorSpec(dtype, (m, ranks[module]))
-    return ranks, specs
+def layer_shape(name: str, layer: LoraLayer) -> LayerShape:
+    """What ``FileLayout`` must know of a layer."""
+    return LayerShape(spec_of(layer.A, name).dtype, *layer.shape, layer.rank)
 
 
-def _extra_specs(adapter: Adapter) -> dict[str, TensorSpec]:
+def extra_specs(adapter: Adapter) -> dict[str, TensorSpec]:
+    """Dtype and shape of every extra.
+
+    Raises:
+        ValueError: a name that PEFT does not have, or a dtype that cannot be stored.
+    """
     for key in adapter.extras:
         if not key.startswith(PREFIX):
             raise ValueError(f"extras: {key!r}: names of PEFT start with {PREFIX!r}")
     return {key: spec_of(tensor, key) for key, tensor in adapter.extras.items()}
-
-
-def _unit_factor(adapter: Adapter, key: str) -> Tensor:
-    """One factor of a layer of scaling 1."""
-    module, side = key.removeprefix(PREFIX).removesuffix(".weight").rsplit(".lora_", 1)
-    layer = adapter.modules[module]
-    factor = (layer.A if side == "A" else layer.B).detach().cpu()
-    if layer.rank == 0:
-        m, n = layer.shape
-        return torch.zeros((1, n) if side == "A" else (m, 1), dtype=factor.dtype)
-    if side == "B" and layer.scaling != 1:
-        # In float64, then one rounding: a float16 product with a large scaling must not pass through float16 twice.
-        factor = (factor.double() * layer.scaling).to(factor.dtype)
-    if not bool(torch.isfinite(factor).all()):
-        raise ValueError(f"{module}: lora_{side} holds NaN or Inf (scaling {layer.scaling:g} in {factor.dtype})")
-    return factor
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -218,12 +260,12 @@ def _adapter_folder(path: Path, adapter_name: str | None) -> Path:
     return path / adapter_name
 
 
-def _weights_path(folder: Path) -> Path:
+def _open_tensors(folder: Path) -> TensorSource:
     if (folder / WEIGHTS_NAME).exists():
-        return folder / WEIGHTS_NAME
+        return TensorFile(folder / WEIGHTS_NAME)
+    if (folder / INDEX_NAME).exists():
+        return ShardedTensors(folder / INDEX_NAME)
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
     if pickled:
         raise ValueError(f"{folder / pickled[0]}: a pickle, which is never opened: save it as {WEIGHTS_NAME}")
-    if (folder / f"{WEIGHTS_NAME}.index.json").exists():
-        raise ValueError(f"{folder}: sharded safetensors files are not supported")
     raise ValueError(f"{folder}: no {WEIGHTS_NAME}")

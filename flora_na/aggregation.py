@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .cohort import Cohort, average_extras, check_anchor, make_cohort
+from .cohort import average_extras, check_anchor, extra_roles, make_cohort
 from .estimation import Estimate, estimate_targets
+from .inner_products import screen_cohort
 from .layer import Adapter, AdapterLike, LoraLayer
 from .methods import check_method
+from .portions import chunks
+from .rank_choice import Rank
 from .report import ModuleReport, Report
+from .screening import Clip
 from .target import Target
 from .weights import Weights
 
 Progress = Callable[[int, int, str], None]
-CHUNK_BYTES = 64 << 20
-"""Factors read before they are worked on, on the CPU: bounds the memory of lazily read adapters."""
-CHUNK_BYTES_GPU = 8 << 30
 LAZY_RANK = 256
 """Up to this total rank a report keeps the Grams for its yardsticks; above it they are computed at once."""
 
@@ -39,11 +40,13 @@ def aggregate(
     weights: Weights = None,
     *,
     method: str = "als",
-    rank: int | None = None,
+    rank: Rank = None,
     shared: bool = False,
     anchor: AdapterLike | None = None,
     align_to: AdapterLike | None = None,
     missing: str = "error",
+    clip: Clip = None,
+    min_cosine: float | None = None,
     residual: bool = False,
     backend: str = "auto",
     progress: Progress | None = None,
@@ -55,26 +58,35 @@ def aggregate(
         adapters: one Adapter, or mapping module name -> LoraLayer, per client. Mappings may be lazy: modules are read
             a few at a time.
         weights: one per client (its sample count, say), normalised to sum 1; uniform by default.
-        method: ``fedavg``, ``flora-na``, ``als``, ``svd`` or ``stack``.
-        rank: of the result; None is, per module, the largest client rank.
+        method: ``fedavg``, ``flora-na``, ``als``, ``svd`` or ``stack``. The update of ``als``, ``svd`` and ``stack``
+            depends on the clients' products only; that of ``fedavg`` on their gauge too (rescaling ``c B, A / c`` or
+            rotating the factors), that of ``flora-na`` on rotations.
+        rank: of the result; None is, per module, the largest client rank; ``"auto:0.99"`` the smallest rank whose best
+            pair keeps that share of ``||dW||^2``, which may be above or below the clients'.
         shared: ``flora-na`` with one pair of coefficients for all modules, as the authors' code has it.
         anchor: last round's global adapter; see ``estimate``.
         align_to: an earlier global adapter to rotate the result towards (als and svd only).
         missing: a module that a client lacks is an ``error``; or the others' weights are scaled to sum 1
-            (``renormalize``); or its update counts as ``zero``.
+            (``renormalize``); or its update counts as ``zero``. ``cohort.MISSING`` defines the targets, and what
+            becomes of full tensors.
+        clip: scale down updates whose norm over all modules is above this, or above a multiple of the median norm
+            (``"2x"``); ``flora_na.screening`` defines it. The adapters are then read twice.
+        min_cosine: leave out clients whose (clipped) update has a smaller cosine to the mean of those that remain.
         residual: also return ``dW - BA`` as an adapter of rank R + r (float32 or wider).
         backend: ``auto``, ``triton`` or ``torch``.
         progress: called with (modules done, modules in all, module name).
         names: the clients' labels in errors and reports.
 
     Returns:
-        The adapter (every layer with scaling 1), the residual or None, and the report.
+        The adapter (every layer with scaling 1, in the dtype that all clients' dtypes promote to: float32 for float16
+        with bfloat16), the residual or None, and the report.
 
     Raises:
         ValueError: see ``estimate``; the message names the module and the client.
     """
     check_method(method, rank, shared)
     cohort = make_cohort(adapters, weights, names=names, missing=missing)
+    cohort, screening = screen_cohort(cohort, clip, min_cosine, backend)
     if shared and any(len(cohort.present(m)) < len(cohort.adapters) for m in cohort.modules):
         raise ValueError("shared: needs every module in every client")
     extras = average_extras(cohort)
@@ -92,18 +104,19 @@ def aggregate(
             if residual:
                 rest_B, rest_A = e.residual()
                 rests[target.name] = LoraLayer(A=rest_A, B=rest_B)
-            reports[target.name] = _report(e, target)
+            reports[target.name] = module_report(e, target)
             if progress is not None:
                 progress(len(layers), len(cohort.modules), target.name)
     config = cohort.adapters[0].config
     return Aggregation(
-        Adapter(layers, extras, config),
+        Adapter(layers, extras, config, extra_roles(cohort)),
         Adapter(rests, {}, config) if residual else None,
-        Report(method, dict(zip(cohort.names, cohort.weights.tolist(), strict=True)), reports),
+        Report(method, dict(zip(cohort.names, cohort.weights.tolist(), strict=True)), reports, screening),
     )
 
 
-def _report(estimate: Estimate, target: Target) -> ModuleReport:
+def module_report(estimate: Estimate, target: Target) -> ModuleReport:
+    """The report of one estimate; it keeps the Grams for its yardsticks unless they are large."""
     report = ModuleReport.of(estimate)
     return report if sum(target.ranks) <= LAZY_RANK else report.settled()
 
@@ -118,18 +131,3 @@ def _previous(targets: list[Target], adapter: Adapter | None) -> list[tuple[Tens
         (layer.B * (root if layer.scaling > 0 else -root), layer.A * root)
         for layer, root in zip(layers, roots, strict=True)
     ]
-
-
-def chunks(cohort: Cohort, anchor: Adapter | None, *, whole: bool) -> Iterator[list[Target]]:
-    """Modules in portions whose factors fit the budget; all at once where one solve spans them."""
-    chunk: list[Target] = []
-    size = 0
-    for module in cohort.modules:
-        target = cohort.target(module, anchor)
-        chunk.append(target)
-        size += sum(x.nbytes for x in (*target.B, *target.A))
-        if not whole and size >= (CHUNK_BYTES if target.device.type == "cpu" else CHUNK_BYTES_GPU):
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk

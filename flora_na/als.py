@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Pair, balance, orthonormaliser
+from .divergence import energies
 from .group import Group, Side
 
 CANCELLED = 2.0**-24
@@ -38,14 +39,19 @@ class AlternatingLeastSquares:
         rank = start.P.shape[-1] if rank is None else rank
         Q = self._start(group, start, rank)
         energy = group.gram_energy if group.gram is not None else None
+        zero = energies(group) == 0
         P, captured = Q, torch.zeros(len(group.targets), dtype=torch.float64, device=group.device)
         status, sweep = "max-sweeps", 0
         for sweep in range(1, self.max_sweeps + 1):
             before = captured
             P, Q_hat, _ = half_step(group, "A", Q)
+            if sweep == 1 and self.max_sweeps > 1 and bool((lost := (Q_hat == 0).all(-2, keepdim=True)).any()):
+                # A start of lower rank (zero rows, dependent averages) would stay there: no sweep adds a direction.
+                filled = torch.where(lost, _sketch(group, rank), Q_hat)
+                P, Q_hat, _ = half_step(group, "A", torch.where(lost.any(-1, keepdim=True), filled, Q))
             Q, _, captured = half_step(group, "B", P)
             left = (energy - captured).clamp_min(1e-13 * energy) if energy is not None else 1e-2 * captured
-            if bool((captured - before <= self.tolerance * left).all()):
+            if bool(((captured - before <= self.tolerance * left) | zero).all()):
                 status = "converged"
                 break
         P, Q_hat, _ = half_step(group, "A", Q)
@@ -58,9 +64,14 @@ class AlternatingLeastSquares:
         missing = rank - Q.shape[-1]
         if missing <= 0:
             return Q
-        generator = torch.Generator().manual_seed(0)
-        sketch = torch.randn(group.total_rank, missing, dtype=torch.float64, generator=generator).to(Q.device)
-        return torch.cat([Q, group.D.sqrt() * sketch], -1)
+        return torch.cat([Q, _sketch(group, missing)], -1)
+
+
+def _sketch(group: Group, columns: int) -> Tensor:
+    """(L, R, columns) fixed random combinations of the members."""
+    generator = torch.Generator().manual_seed(0)
+    sketch = torch.randn(group.total_rank, columns, dtype=torch.float64, generator=generator)
+    return group.D.sqrt() * sketch.to(group.device)
 
 
 def _cancellation(group: Group, side: Side, Y: Tensor) -> Tensor | None:

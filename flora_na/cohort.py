@@ -13,6 +13,19 @@ from .target import Target, make_target
 from .weights import Weights, normalise_weights
 
 MISSING = ("error", "renormalize", "zero")
+"""Policies for a module that some clients of positive weight lack; ``S`` are those that have it.
+
+==============  ========================================================  ============================================
+policy          target of the module                                      of a full tensor beside the factors
+==============  ========================================================  ============================================
+``error``       none: refused                                             none: refused
+``renormalize`` ``sum_{u in S} w_u s_u B_u A_u / sum_{u in S} w_u``       the mean over S, weights scaled to sum 1
+``zero``        ``sum_{u in S} w_u s_u B_u A_u``: the others' update is 0  refused, but an update (a LoRA bias) is 0
+==============  ========================================================  ============================================
+
+``renormalize`` says that a client which does not train a module has no opinion on it, ``zero`` that it wants it
+unchanged; the second shrinks the update by the weight of S.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,42 +123,76 @@ def _require_all(cohort: Cohort) -> None:
 
 
 def average_extras(cohort: Cohort) -> dict[str, Tensor]:
-    """Weighted means of the full tensors trained beside the factors, accumulated in float64.
+    """``average_extra`` of every tensor that a client has beside its factors."""
+    names = dict.fromkeys(name for adapter in cohort.adapters for name in adapter.extras)
+    return {name: average_extra(cohort, name) for name in names}
+
+
+def extra_roles(cohort: Cohort) -> dict[str, str]:
+    """The roles of all extras that are not plain means (see ``Adapter.roles``)."""
+    return {name: role for adapter in reversed(cohort.adapters) for name, role in adapter.roles.items()}
+
+
+def average_extra(cohort: Cohort, name: str, coefficients: Tensor | None = None) -> Tensor:
+    """The weighted mean of one full tensor trained beside the factors, accumulated in float64.
+
+    The dtype is the one that all clients' dtypes promote to. Integers and tensors of the role ``frozen`` are not
+    averaged: they must be the same in all clients. What a client lacks is an error; or, under ``renormalize``, the
+    mean is over the others; under ``zero`` only a tensor of the role ``update`` counts as zero, since a trained state
+    has no zero to stand for it.
+
+    Args:
+        cohort: the clients.
+        name: of the tensor.
+        coefficients: (U,) float64, for a tensor of the role ``update``: return the sum with these in place of the
+            weights.
 
     Raises:
-        ValueError: a client lacks one (unless ``missing`` allows it), shapes differ, or one is not floating point or
-            not finite.
+        ValueError: a client lacks it, shapes differ, it is not finite, or not the same where it must be.
     """
-    names = dict.fromkeys(name for adapter in cohort.adapters for name in adapter.extras)
-    return {name: _average(cohort, name) for name in names}
-
-
-def _average(cohort: Cohort, name: str) -> Tensor:
     present = [u for u, adapter in enumerate(cohort.adapters) if name in adapter.extras]
-    if len(present) < len(cohort.adapters) and cohort.missing != "renormalize":
-        absent = next(u for u in range(len(cohort.adapters)) if u not in present)
-        raise ValueError(
-            f"{name}: {cohort.names[absent]} has no such tensor; a full tensor has no zero to stand for it"
-        )
-    weights = cohort.weights[present] / cohort.weights[present].sum()
-    total, like = None, None
+    role = next((adapter.roles[name] for adapter in cohort.adapters if name in adapter.roles), "mean")
+    _check_absent(cohort, name, present, role)
+    weights = cohort.weights[present] if coefficients is None else coefficients[present]
+    if coefficients is None and not (cohort.missing == "zero" and role == "update"):
+        weights = weights / weights.sum()
+    first = cohort.adapters[present[0]].extras[name]
+    exact = role == "frozen" or not first.is_floating_point()
+    dtype, total = first.dtype, None
     for u, w in zip(present, weights.tolist(), strict=True):
-        tensor = cohort.adapters[u].extras[name]
-        like = tensor if like is None else like
-        _check_extra(tensor, like, name, cohort.names[u], cohort.names[present[0]])
+        tensor = first if u == present[0] else cohort.adapters[u].extras[name]
+        labels = (cohort.names[u], cohort.names[present[0]])
+        _check_extra(tensor, first, name, *labels)
+        if exact:
+            _check_equal(tensor, first, name, *labels)
+            continue
+        dtype = torch.promote_types(dtype, tensor.dtype)
         total = tensor.double() * w if total is None else total.add_(tensor.double(), alpha=w)
-    assert total is not None
-    assert like is not None
-    return total.to(like.dtype)
+    return first.clone() if total is None else total.to(dtype)
+
+
+def _check_absent(cohort: Cohort, name: str, present: list[int], role: str) -> None:
+    if len(present) == len(cohort.adapters) or cohort.missing == "renormalize":
+        return
+    if cohort.missing == "zero" and role == "update":
+        return
+    absent = next(u for u in range(len(cohort.adapters)) if u not in present)
+    raise ValueError(f"{name}: {cohort.names[absent]} has no such tensor; a full tensor has no zero to stand for it")
 
 
 def _check_extra(tensor: Tensor, like: Tensor, name: str, client: str, first: str) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name}: {client} has dtype {tensor.dtype}: expected floating point")
     if tensor.shape != like.shape:
         raise ValueError(f"{name}: {client} has shape {tuple(tensor.shape)}, {first} has {tuple(like.shape)}")
-    if not bool(torch.isfinite(tensor).all()):
+    if tensor.is_complex() or tensor.is_floating_point() != like.is_floating_point():
+        raise ValueError(f"{name}: {client} has dtype {tensor.dtype}, {first} {like.dtype}: expected floating point")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name}: the tensor of {client} contains NaN or Inf")
+
+
+def _check_equal(tensor: Tensor, like: Tensor, name: str, client: str, first: str) -> None:
+    if not torch.equal(tensor, like):
+        kind = "a base tensor that is stored but not trained" if like.is_floating_point() else "integers"
+        raise ValueError(f"{name}: {client} and {first} differ: {kind} cannot be averaged, and must be the same")
 
 
 def check_anchor(anchor: AdapterLike | None, cohort: Cohort, argument: str) -> Adapter | None:

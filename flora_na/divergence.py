@@ -70,11 +70,15 @@ def pair_errors(group: Group, pair: Pair) -> Errors:
     if group.gram is None:
         return Errors(energies(group), _residual_squares(group.targets, factors(list(range(len(group.targets))))))
     C_B, C_A = group.apply("B", pair.P), group.apply("A", pair.Q)
-    norms_B, norms_A = group.row_norms["B"].unsqueeze(-1), group.row_norms["A"].unsqueeze(-1)
-    mass = ((norms_B * pair.P.abs()).sum(1) * (norms_A * pair.Q.abs()).sum(1)).sum(-1)
     inner = (group.D * C_A * C_B).sum((-2, -1))
     square = trace_product(pair.P.mT @ C_B, pair.Q.mT @ C_A)
-    return _certified(group, inner, square, mass, factors)
+    return _certified(group, inner, square, mass_of_pair(group, pair), factors)
+
+
+def mass_of_pair(group: Group, pair: Pair) -> Tensor:
+    """(L,) what may cancel within the product of a pair: the sums of the norms of what its factors are added up from."""
+    B, A = ((group.row_norms[side].unsqueeze(-1) * X.abs()).sum(1) for side, X in (("B", pair.P), ("A", pair.Q)))
+    return (B * A).sum(-1)
 
 
 def measured_errors(groups: Sequence[Group], results: Sequence[Factors], backend: str = "auto") -> list[Errors]:

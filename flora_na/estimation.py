@@ -12,7 +12,8 @@ from .coefficients import Pair
 from .divergence import Errors, Factors, combine, measured_errors
 from .gauge import align
 from .group import Group, make_groups
-from .methods import check_method, solve, with_averages, zero_targets
+from .methods import check_method, solve_each, with_averages, zero_targets
+from .rank_choice import Rank, split_by_rank
 from .stack import concatenate, residual_factors
 from .target import Target, make_target
 from .weights import Weights, normalise_weights
@@ -71,7 +72,7 @@ def estimate(
     scalings: Sequence[float] | Tensor | None = None,
     *,
     method: str = "als",
-    rank: int | None = None,
+    rank: Rank = None,
     anchor: tuple[Tensor, Tensor] | None = None,
     align_to: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
@@ -85,8 +86,9 @@ def estimate(
         scalings: one per client (alpha / r); 1 by default.
         method: ``fedavg`` averages the factors; ``flora-na`` fits one scalar per client and side; ``als`` fits whole
             blocks by alternating least squares; ``svd`` is the optimum; ``stack`` concatenates (exact, rank sum r_u).
-        rank: of the result; None is the largest rank among clients (and anchor). Above what the factors span, the
-            result is padded with zero columns.
+        rank: of the result; None is the largest rank among clients (and anchor), ``"auto:0.99"`` the smallest whose
+            best pair keeps that share of ``||dW||^2``. Above what the factors span, the result is padded with zero
+            columns.
         anchor: last round's global factors ``(B_g, A_g)``: ``flora-na`` then estimates
             ``A_g + sum q_u (A_u - A_g)``, and likewise B; for ``als`` and ``svd`` they are only more to combine from.
         align_to: factors of an earlier round; the result is rotated to come nearest to them (als and svd only).
@@ -121,7 +123,7 @@ def estimate_targets(
     targets: Sequence[Target],
     *,
     method: str,
-    rank: int | None = None,
+    rank: Rank = None,
     shared: bool = False,
     align_to: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     backend: str = "auto",
@@ -130,12 +132,12 @@ def estimate_targets(
     check_method(method, rank, shared)
     if align_to is not None and method not in ("als", "svd"):
         raise ValueError(f"align_to: rotates the pairs of 'als' and 'svd'; {method!r} has a gauge of its own")
-    groups = make_groups(targets, backend)
+    groups, ranks = split_by_rank(make_groups(targets, backend), rank)
     if method == "stack":
         pairs = [Pair(torch.empty(0), torch.empty(0), "exact") for _ in groups]
         factors = [_stacked(group) for group, _ in groups]
     else:
-        pairs = _pairs([group for group, _ in groups], method, rank, shared)
+        pairs = _pairs([group for group, _ in groups], method, ranks, shared)
         if align_to is not None:
             pairs = [_align(g, ids, p, align_to, backend) for (g, ids), p in zip(groups, pairs, strict=True)]
         factors = combine([(g, p) for (g, _), p in zip(groups, pairs, strict=True)], backend=backend)
@@ -146,8 +148,8 @@ def estimate_targets(
     return [results[i] for i in range(len(targets))]
 
 
-def _pairs(groups: list[Group], method: str, rank: int | None, shared: bool) -> list[Pair]:
-    pairs = solve(groups, method, rank, shared=shared)
+def _pairs(groups: list[Group], method: str, ranks: list[int | None], shared: bool) -> list[Pair]:
+    pairs = solve_each(groups, method, ranks, shared=shared)
     zeros = [zero_targets(g, p) for g, p in zip(groups, pairs, strict=True)]
     return [with_averages(g, p, z) if bool(z.any()) else p for g, p, z in zip(groups, pairs, zeros, strict=True)]
 

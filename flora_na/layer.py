@@ -62,11 +62,15 @@ class Adapter:
         modules: module name -> LoraLayer. May be a lazy mapping that reads a layer when it is asked for.
         extras: tensor name -> full tensor trained beside the factors (``modules_to_save``, biases); averaged by weight.
         config: the adapter's configuration as its file states it (for PEFT, ``adapter_config.json``), or None.
+        roles: tensor name -> what an extra is, where it is not a trained state to be averaged (``mean``):
+            ``update``, added to a base tensor (a LoRA bias, its scaling multiplied in), so that a client without it
+            can count as zero; ``frozen``, a base tensor that nobody trains, which must be the same in all clients.
     """
 
     modules: Mapping[str, LoraLayer]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
 
 
 AdapterLike: TypeAlias = Adapter | Mapping[str, LoraLayer]

@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 
 from .als import AlternatingLeastSquares
-from .coefficients import Pair, fit_rank
-from .divergence import energies
+from .coefficients import Pair, balance, fit_rank
+from .divergence import energies, mass_of_pair, pair_errors
 from .fedavg import scalar_pair, solve_fedavg
 from .group import Group
+from .rank_choice import Rank, check_rank
 from .scalar import ScalarLeastSquares
-from .svd import solve_svd
+from .svd import blurred, settle, solve_svd
 
 METHODS = ("fedavg", "flora-na", "als", "svd", "stack")
 COEFFICIENT_METHODS = METHODS[:-1]
 
 
-def check_method(method: str, rank: int | None, shared: bool) -> None:
+def check_method(method: str, rank: Rank, shared: bool) -> None:
     """Raise ValueError unless method, rank and scope go together."""
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank: expected a positive integer or None, got {rank!r}")
+    check_rank(rank)
     if rank is not None and method == "stack":
         raise ValueError("rank: method 'stack' keeps every client's factors, so its rank is the sum of theirs")
     if shared and method != "flora-na":
@@ -42,10 +42,12 @@ def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shar
     elif method == "flora-na":
         found = ScalarLeastSquares().solve(groups, shared=shared)
         pairs = [scalar_pair(g, s.p, s.q, rank, s.status, s.sweeps) for g, s in zip(groups, found, strict=True)]
+        if not shared:
+            pairs = [_no_worse(g, p, s.left, rank) for g, p, s in zip(groups, pairs, found, strict=True)]
     elif method == "als":
-        starts = solve(groups, "flora-na")
+        starts = [solve([g], "flora-na", rank if rank is not None and rank < g.rank else None)[0] for g in groups]
         pairs = [
-            AlternatingLeastSquares().solve(group, start, group.rank if rank is None else rank)
+            settle(group, AlternatingLeastSquares().solve(group, start, group.rank if rank is None else rank))
             for group, start in zip(groups, starts, strict=True)
         ]
     else:
@@ -53,16 +55,47 @@ def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shar
     return pairs
 
 
+def _no_worse(group: Group, pair: Pair, left: Tensor, rank: int | None) -> Pair:
+    """The pair, with averaged factors in modules where the scalars are worse.
+
+    That can be below what their equations resolve, and where both are cut to a smaller rank.
+    """
+    cut = rank is not None and rank < group.rank
+    mass = 0.0 if group.gram is None or cut else mass_of_pair(group, pair)
+    ids = list(range(len(left))) if cut else blurred(group, left, mass).nonzero().flatten().tolist()
+    if not ids:
+        return pair
+    part, average = group.subset(ids), solve_fedavg(group, rank)
+    errors = [pair_errors(part, Pair(p.P[ids], p.Q[ids], "")).error for p in (pair, average)]
+    worse = torch.zeros_like(left, dtype=torch.bool)
+    worse[ids] = errors[0] > errors[1]
+    return _choose(pair, average, worse)
+
+
+def _choose(pair: Pair, other: Pair, chosen: Tensor) -> Pair:
+    """The pair, with the coefficients of another where ``chosen`` (L,)."""
+    at, rank = chosen.view(-1, 1, 1), pair.P.shape[-1]
+    P = torch.where(at, fit_rank(other.P, rank), pair.P)
+    return Pair(P, torch.where(at, fit_rank(other.Q, rank), pair.Q), pair.status, pair.sweeps)
+
+
+def solve_each(
+    groups: Sequence[Group], method: str, ranks: Sequence[int | None], *, shared: bool = False
+) -> list[Pair]:
+    """``solve`` with a rank of its own for every group."""
+    if len(set(ranks)) <= 1:
+        return solve(groups, method, ranks[0] if ranks else None, shared=shared)
+    if not shared:
+        return [solve([group], method, rank)[0] for group, rank in zip(groups, ranks, strict=True)]
+    pairs = solve(groups, method, shared=True)
+    return [p if r in (None, g.rank) else balance(g, p, r) for g, p, r in zip(groups, pairs, ranks, strict=True)]
+
+
 def zero_targets(group: Group, pair: Pair) -> Tensor:
     """(L,) where dW is zero, so that no estimate but the average means anything."""
-    if group.gram is None:
-        return (pair.P == 0).all(-1).all(-1)
     return energies(group) == 0
 
 
 def with_averages(group: Group, pair: Pair, zero: Tensor) -> Pair:
     """The pair with averaged factors in the modules where dW is zero."""
-    rank, average = pair.P.shape[-1], solve_fedavg(group)
-    chosen = zero.view(-1, 1, 1)
-    P = torch.where(chosen, fit_rank(average.P, rank), pair.P)
-    return Pair(P, torch.where(chosen, fit_rank(average.Q, rank), pair.Q), pair.status, pair.sweeps)
+    return _choose(pair, solve_fedavg(group), zero)

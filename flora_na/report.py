@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .estimation import Estimate
+from .screening import Screening
+
+SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +76,20 @@ class ModuleReport:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """All modules of an aggregate; totals are over all modules together: ``sqrt(sum ||dW - BA||^2 / sum ||dW||^2)``."""
+    """All modules of an aggregate; totals are over all modules together: ``sqrt(sum ||dW - BA||^2 / sum ||dW||^2)``.
+
+    Attributes:
+        method: as asked for.
+        clients: the weights of the clients that were aggregated, by label.
+        modules: by name.
+        screening: what clipping and filtering did before, or None where neither was asked for. The figures are then
+            those of the updates that passed.
+    """
 
     method: str
     clients: Mapping[str, float]
     modules: Mapping[str, ModuleReport]
+    screening: Screening | None = None
 
     @property
     def rho(self) -> float:
@@ -95,13 +107,19 @@ class Report:
         return total((m.rho_optimal, m.norm) for m in self.modules.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: totals, client weights, and every module; NaN becomes None."""
+        """JSON-ready, by the schema of version 1; NaN becomes None.
+
+        ``schema_version``, ``method``; ``rho``, ``rho_fedavg`` and ``rho_optimal`` over all modules; ``clients``:
+        weight by label; ``screening``: None or ``Screening.to_dict``; ``modules``: ``ModuleReport.to_dict`` by name.
+        """
         return {
+            "schema_version": SCHEMA_VERSION,
             "method": self.method,
             "rho": finite(self.rho),
             "rho_fedavg": finite(self.rho_fedavg),
             "rho_optimal": finite(self.rho_optimal),
             "clients": dict(self.clients),
+            "screening": self.screening and self.screening.to_dict(),
             "modules": {name: module.to_dict() for name, module in self.modules.items()},
         }
 

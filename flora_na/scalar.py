@@ -28,6 +28,8 @@ class Scalars:
     q: Tensor
     status: str
     sweeps: int
+    left: Tensor
+    """(L,) the squared error ``||dW - BA||^2`` as the Grams have it; of all modules together where they share p, q."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class ScalarLeastSquares:
     def _alternate(self, groups: Sequence[Group], *, shared: bool) -> list[Scalars]:
         problem = _Problem(groups, shared, self.cg_steps)
         p = q = problem.start()
-        energy = problem.energy()
+        energy, zero = problem.energy(), problem.collect([energies(g) for g in groups]) == 0
+        captured = torch.zeros_like(energy)
         status, sweep, before = "max-sweeps", 0, torch.zeros_like(p[:, 0])
         for sweep in range(1, self.max_sweeps + 1):
             p, gain_p, _ = problem.improve("B", p, q)
@@ -67,12 +70,12 @@ class ScalarLeastSquares:
             left = (energy - captured).clamp_min(1e-13 * energy)
             gain = gain_p + gain_q
             rest = gain * gain / (before - gain).clamp_min(1e-300)
-            if bool(((gain <= self.tolerance * left) | (rest <= 0.1 * self.tolerance * left)).all()):
+            if bool((zero | (gain <= self.tolerance * left) | (rest <= 0.1 * self.tolerance * left)).all()):
                 status = "converged"
                 break
             before = gain
         p, q = problem.normalise_gauge(p, q)
-        return [Scalars(problem.spread(p, g), problem.spread(q, g), status, sweep) for g in groups]
+        return [Scalars(problem.spread(p, g), problem.spread(q, g), status, sweep, energy - captured) for g in groups]
 
 
 class _Problem:

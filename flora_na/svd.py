@@ -11,7 +11,7 @@ from fedgram import kernels
 
 from .als import AlternatingLeastSquares
 from .coefficients import Pair, balance, eigh_psd, fit_rank, inverse_or_zero
-from .divergence import MARGIN, energies, rounding
+from .divergence import MARGIN, ROUNDING, energies, rounding
 from .fedavg import solve_fedavg
 from .group import Group
 
@@ -77,7 +77,8 @@ def solve_svd(group: Group, rank: int) -> Pair:
     V = group.D * (s.L @ s.vectors[..., :rank])
     # A = V^T dW^T dW spans the right singular vectors without a division; one sweep normalises and polishes it
     Q = group.D * (group.gram["B"] @ V)
-    Q = Q * inverse_or_zero(Q.abs().amax((-2, -1), keepdim=True))  # so that its squares stay within float64's range
+    if Q.numel():  # so that its squares stay within float64's range
+        Q = Q * inverse_or_zero(Q.abs().amax((-2, -1), keepdim=True))
     pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(Q, Q, ""), V.shape[-1])
     P, Q = fit_rank(pair.P, rank), fit_rank(pair.Q, rank)
     for i in unresolved(group, s, rank).nonzero().flatten().tolist():
@@ -97,22 +98,25 @@ def settle(group: Group, pair: Pair) -> Pair:
     """
     rank = pair.P.shape[-1]
     P, Q = pair.P.clone(), pair.Q.clone()
-    for i in _blurred(group, pair).nonzero().flatten().tolist():
+    captured = (P * group.apply("B", P)).sum(-2).square().sum(-1)  # of a balanced pair, B^T B = A A^T
+    for i in blurred(group, energies(group) - captured).nonzero().flatten().tolist():
         P[i], Q[i] = _from_triangles(group, i, rank)
     return Pair(P, Q, pair.status, pair.sweeps)
 
 
-def _blurred(group: Group, pair: Pair) -> Tensor:
-    """(L,) where what the pair leaves out is lost in rounding, and more so than in the rounding of the dtype."""
+def blurred(group: Group, error: Tensor, mass: Tensor | float = 0.0) -> Tensor:
+    """(L,) where a squared error that an iteration in float64 left is lost in rounding, unless the dtype loses more.
+
+    ``mass`` (L,) is what cancels within the pair itself, beside what cancels within dW.
+    """
     energy = energies(group)
-    captured = (pair.P * group.apply("B", pair.P)).sum(-2).square().sum(-1)  # of a balanced pair, B^T B = A A^T
     if group.gram is None:
         floor, coarse = IMPLICIT_FLOOR * energy, torch.full_like(energy, IMPLICIT_FLOOR)
     else:
-        floor = MARGIN * rounding(group) * group.mass**2
-        coarse = rounding(group) * group.mass**2 / energy
+        lost = ROUNDING["cpu"] * (group.mass + mass) ** 2
+        floor, coarse = MARGIN * lost, lost / energy
     own = max(torch.finfo(t.dtype).eps for t in group.targets) ** 2
-    return (energy > 0) & (energy - captured < floor) & (coarse > own)
+    return (energy > 0) & (error < floor) & (coarse > own)
 
 
 def _from_triangles(group: Group, i: int, rank: int) -> tuple[Tensor, Tensor]:

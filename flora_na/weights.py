@@ -13,6 +13,8 @@ Weights = Sequence[float] | Tensor | None
 def normalise_weights(weights: Weights, count: int) -> Tensor:
     """Return ``count`` non-negative weights of sum 1, shape (count,), float64 on the CPU; uniform for None.
 
+    Weights that sum to 1 already (to rounding) are returned as they are: to normalise twice is to normalise once.
+
     Raises:
         ValueError: no clients, or weights of the wrong number, negative, not finite or all zero.
     """
@@ -28,4 +30,6 @@ def normalise_weights(weights: Weights, count: int) -> Tensor:
             raise ValueError(f"weights: client {u} has {value}; expected a finite number >= 0")
     if not w.any():
         raise ValueError("weights: all are zero; at least one must be positive")
+    if abs(float(w.sum()) - 1.0) <= count * torch.finfo(w.dtype).eps:
+        return w.clone()
     return (w / w.max()) / (w / w.max()).sum()

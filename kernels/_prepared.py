@@ -23,16 +23,20 @@ class PreparedSide(Sequence[Sequence[Tensor]]):
     Attributes:
         tensors: all tensors, module by module.
         clients: the number of clients of every module.
+        columns: the number of columns of every module's tensors.
         layout: what a plan depends on.
         pointers: the tensors' addresses, int64.
         device: where they lie.
     """
 
-    def __init__(self, name: str, factors: Factors) -> None:
+    def __init__(self, name: str, factors: Factors, whole: PreparedSide | None = None) -> None:
         self.name = name
+        self._whole = whole
+        self._portions: dict[tuple[int, int], PreparedSide] = {}
         # tensors of our own on the same memory: shapes, strides and types can no longer change behind a plan
-        self._modules = [[t.detach() for t in clients] for clients in factors]
+        self._modules = [[t.detach() for t in clients] for clients in factors] if whole is None else list(factors)
         self.clients = [len(clients) for clients in factors]
+        self.columns = [tuple([t.shape[1] for t in clients]) for clients in self._modules]
         self.tensors = [t for clients in self._modules for t in clients]
         layout, self.pointers = survey(self.tensors)
         self.layout = Layout(layout, tuple(self.clients))
@@ -49,15 +53,24 @@ class PreparedSide(Sequence[Sequence[Tensor]]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Sequence[Tensor]]: ...
     def __getitem__(self, index: int | slice) -> Sequence[Tensor] | Sequence[Sequence[Tensor]]:
-        """The clients' tensors of a module."""
-        return self._modules[index]
+        """The clients' tensors of a module; of a slice of modules a prepared side again, made once."""
+        if not isinstance(index, slice):
+            return self._modules[index]
+        start, stop, step = index.indices(len(self))
+        if step != 1 or start >= stop:
+            return self._modules[index]
+        portion = self._portions.get((start, stop))
+        if portion is None:
+            whole = self if self._whole is None else self._whole
+            portion = self._portions[start, stop] = PreparedSide(self.name, self._modules[start:stop], whole)
+        return portion
 
     def __len__(self) -> int:
         return len(self._modules)
 
     def check(self) -> None:
         """Raise ValueError where a storage has been moved or freed since: one look at each, or none while held."""
-        if self._held:
+        if self._held or (self._whole is not None and self._whole._held):
             return
         moved = np.flatnonzero(addresses(self._owned) != self.pointers[self._owners])
         if len(moved):
@@ -178,29 +191,26 @@ class FactorSlab:
         if not len(shapes) or not len(ranks):
             raise ValueError(f"shapes and ranks: expected at least one of each, got {len(shapes)} and {len(ranks)}")
         step = SLAB_ALIGN // dtype.itemsize
-        places: list[list[tuple[int, int, int, int]]] = []  # per client: offset, rows, columns of B, of A, of B, ..
-        bounds, offset = [0], 0
+        offset, bounds = 0, [0]
+        places: list[list[tuple[int, int, int, int, int]]] = []  # per client and module: offsets of B and A, m, r, n
         for u, given in enumerate(ranks):
             of_client = [given] * len(shapes) if isinstance(given, int) else list(given)
             if len(of_client) != len(shapes) or min(of_client) < 0:
                 raise ValueError(f"ranks[{u}]: expected one rank for each of {len(shapes)} modules, got {given}")
-            rows: list[tuple[int, int, int, int]] = []
+            places.append([])
             for (m, n), r in zip(shapes, of_client, strict=True):
                 if m < 0 or n < 0:
                     raise ValueError(f"shapes: expected sizes of at least 0, got {(m, n)}")
                 second = offset + -(-m * r // step) * step
-                rows.append((offset, second, m * r, r * n))
+                places[u].append((offset, second, m, r, n))
                 offset = second + -(-r * n // step) * step
-            places.append(rows)
             bounds.append(offset)
         self.buffer = torch.zeros(offset, dtype=dtype, device=device)
         self._bounds = bounds
         self.clients: list[tuple[list[Tensor], list[Tensor]]] = []
         for rows in places:
-            B = [self.buffer[b : b + size].view(m, -1) if size else self.buffer.new_empty(m, 0)
-                 for (b, _, size, _), (m, _) in zip(rows, shapes, strict=True)]  # fmt: skip
-            A = [self.buffer[a : a + size].view(-1, n) if size else self.buffer.new_empty(0, n)
-                 for (_, a, _, size), (_, n) in zip(rows, shapes, strict=True)]  # fmt: skip
+            B = [self.buffer[b : b + m * r].view(m, r) for b, _, m, r, _ in rows]
+            A = [self.buffer[a : a + r * n].view(r, n) for _, a, _, r, n in rows]
             self.clients.append((B, A))
         modules = range(len(shapes))
         self.factors = prepare(

@@ -144,17 +144,23 @@ def solve_dual(
         (matrix.h.shape, matrix.h.device) if isinstance(matrix, Gramian) else (matrix.shape[:-1], matrix.device)
     )
     u = _weights(weights, matrix, shape)
-    if device.type == "cpu":
+    looked = looked_at(device)
+    if looked:
         _check_host(matrix, accuracy)
     if method == "auto":
-        method = "exact" if device.type == "cpu" and shape[:-1].numel() < CROWD else "batched"
+        method = "exact" if looked and shape[:-1].numel() < CROWD else "batched"
     if method == "exact" and len(shape) == 1:
         return _single(matrix, c, u, factor, device)
     if method == "exact":
         duals = [_single(_entry(matrix, i), c, u[i], factor, device) for i in range(shape[0])]
         return _stacked(duals, matrix, c, u, factor)
     dual = _batch(matrix, c, u, factor)
-    return dual.refine() if device.type == "cpu" else dual
+    return dual.refine() if looked else dual
+
+
+def looked_at(device: torch.device) -> bool:
+    """Whether values may be looked at: on the CPU, except while a graph is traced, which holds for any values."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_host(matrix: Gramian | Tensor, accuracy: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedgram.kernels import grad_combine, grad_gram
 
 from ._inputs import checked_strength
-from .dual import Dual, rescaling, solve_dual
+from .dual import Dual, looked_at, rescaling, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights
 from .structure import GradientLike, Inputs, average, not_finite, read
 
@@ -194,12 +194,18 @@ def match_inputs(
 def _gramian(inputs: Inputs, u: Tensor, precise: bool, backend: str) -> Gramian:
     n0, h, H = grad_gram(inputs.tensors, u, precise=precise, backend=backend)
     # One bad number reaches every entry through the mean, so this look costs no pass over the data.
-    if H.device.type == "cpu" and not bool(H.isfinite().all() & h.isfinite().all() & n0.isfinite()):
+    if looked_at(H.device) and not bool(H.isfinite().all() & h.isfinite().all() & n0.isfinite()):
         raise ValueError(not_finite(inputs))
     return Gramian(n0, h, H, u.to(H.device))
 
 
 def _weights(weights: WeightsLike | None, inputs: Inputs) -> Tensor:
+    if torch.compiler.is_compiling() and (weights is None or isinstance(weights, Tensor)):
+        K = len(inputs.tensors)
+        u = torch.ones(K, dtype=torch.float64) if weights is None else weights.double()
+        if u.shape != (K,):
+            raise ValueError(f"weights: expected shape ({K},), got {tuple(u.shape)}")
+        return u / u.sum()
     return torch.from_numpy(normalised_weights(weights, len(inputs.tensors)))
 
 

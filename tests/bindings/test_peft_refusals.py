@@ -17,7 +17,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedgram.bindings._peft_config import HARMLESS, REFUSED
+from fedgram.bindings._peft_config import HARMLESS, IN_FILES, REFUSED
 from fedgram.bindings.peft import load_adapter
 from fedgram_testing.peft_adapters import bert, llama, mlp, quietly, write_client
 
@@ -56,23 +56,19 @@ def refusal(folder) -> str:
 
 
 KINDS = {
-    "DoRA": (mlp, {"target_modules": ["0"], "use_dora": True}, ": 0: DoRA is not supported (lora_magnitude_vector)"),
-    "lora_bias": (mlp, {"target_modules": ["0"], "lora_bias": True}, ": 0: lora_bias is not supported"),
-    "embedding": (
-        lambda: nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)),
-        {"target_modules": ["0", "1"]},
-        ": 0: embedding LoRA is not supported",
+    "DoRA": (mlp, {"target_modules": ["0"], "use_dora": True}, "every module: DoRA is not supported (use_dora is set)"),
+    "grouped convolution": (
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)),
+        {"target_modules": ["0"]},
+        ": 0: LoRA of a convolution of 2 groups is not supported",
     ),
-    "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3)), {"target_modules": ["0"]}, ": 0: Conv1d LoRA is not"),
-    "conv2d": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), {"target_modules": ["0"]}, ": 0: Conv2d LoRA is not"),
-    "conv3d": (lambda: nn.Sequential(nn.Conv3d(3, 4, 3)), {"target_modules": ["0"]}, ": 0: Conv3d LoRA is not"),
-    "parameters": (mlp, {"target_modules": [], "target_parameters": ["0.weight"]}, "MoE LoRA (target_parameters)"),
-    "trainable tokens": (
-        llama,
-        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
-        ": model.embed_tokens: trainable tokens are not supported",
+    "depthwise convolution": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 3, groups=2)),
+        {"target_modules": ["0"]},
+        ": 0: LoRA of a convolution of 2 groups is not supported",
     ),
-    "pissa": (mlp, {"target_modules": ["0"], "init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not"),
+    "mica": (mlp, {"target_modules": ["0"], "init_lora_weights": "mica"}, "init_lora_weights='mica' is not supported"),
+    "pissa": (mlp, {"target_modules": ["0"], "init_lora_weights": "pissa"}, "='pissa' is not supported without"),
     "pissa_niter": (
         mlp,
         {"target_modules": ["0"], "init_lora_weights": "pissa_niter_4"},
@@ -107,13 +103,16 @@ def test_other_methods_of_peft_are_refused_by_name(tmp_path, config):
     assert f"peft_type '{config.peft_type.value}' is not supported" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("option", REFUSED)
+@pytest.mark.parametrize("option", sorted(REFUSED.keys() - IN_FILES))
 def test_every_refused_option_is_named(folder, option):
     edit_config(folder, **{option: [1]})
     assert f"{REFUSED[option]} is not supported ({option} is set)" in refusal(folder)
 
 
-@pytest.mark.parametrize("init", ["PiSSA", "corda", "lora_ga", "loftq", "mica", "tomorrow's", 1, 0.5, []])
+INITS = ["PiSSA", "pissa_niter_4", "OLoRA", "corda", "lora_ga", "loftq", "mica", "tomorrow's", 1, 0.5, []]
+
+
+@pytest.mark.parametrize("init", INITS)
 def test_initialisations_that_are_not_known_to_keep_the_base_weights_are_refused(folder, init):
     edit_config(folder, init_lora_weights=init)
     assert f"init_lora_weights={init!r} is not supported" in refusal(folder)
@@ -135,7 +134,12 @@ def test_an_option_that_nobody_knows_is_refused_only_where_it_is_set(folder):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("base_model.model.0.lora_magnitude_vector", ": 0: DoRA"),
+        ("base_model.model.0.lora_magnitude_vector", ": 0: DoRA is not declared by the configuration"),
+        ("base_model.model.0.lora_B.bias", ": 0: lora_bias is not declared by the configuration"),
+        ("base_model.model.0.token_adapter.trainable_tokens_delta", ": 0: trainable tokens are not declared"),
+        ("base_model.model.0 [conv 3].lora_A.weight", "names that hold ' [' are not supported"),
+        ("base_model.model.0.lora_embedding_A", ": 0: has factors of an embedding and of a linear map"),
+        ("base_model.model.5.lora_embedding_A", ": 5: lora_embedding_B is missing"),
         ("base_model.model.0.lora_diag", ": 0: KaSA"),
         ("base_model.model.0.lora_E", ": 0: AdaLoRA"),
         ("base_model.model.0.lora_A.default.weight", ": 0: unknown kind of LoRA tensor 'lora_A.default.weight'"),
@@ -152,10 +156,12 @@ def test_a_tensor_that_does_not_belong_is_refused(folder, name, reason):
     assert reason in refusal(folder)
 
 
-def test_nested_expert_layers_are_refused(folder):
+def test_wrappers_without_target_parameters_are_refused(folder):
     add = {f"base_model.model.e.base_layer.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
     edit_tensors(folder, add=add)
-    assert ": e.base_layer: MoE LoRA (target_parameters) is not supported" in refusal(folder)
+    assert ": e: 1 adapted parameters, but target_parameters names 0" in refusal(folder)
+    edit_tensors(folder, add={key.replace("base_layer", "base_layer.x"): value for key, value in add.items()}, drop=add)
+    assert ": e.base_layer.x: a layer inside a wrapper of this kind" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -259,9 +265,3 @@ def test_missing_things_are_named(folder, tmp_path):
     assert refusal(folder).endswith("not a regular file")
     (folder / CONFIG).unlink()
     assert f"not an adapter of PEFT: no {CONFIG}" in refusal(folder)
-
-
-def test_sharded_files_are_refused(folder):
-    (folder / WEIGHTS).rename(folder / "adapter_model-00001-of-00002.safetensors")
-    (folder / f"{WEIGHTS}.index.json").write_text("{}")
-    assert "sharded safetensors files are not supported" in refusal(folder)

@@ -1,17 +1,19 @@
 """Outputs are whole or not there: exceptions, kills, full disks, two writers at once, other people's files."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
 from fedgram.bindings import _staging
-from fedgram.bindings._staging import check_writable, staged_directory
+from fedgram.bindings._staging import check_writable, reserved_output, staged_directory
 from fedgram.bindings.peft import load_adapter, save_adapter
 from fedgram.flora_na import Adapter, LoraLayer
 
@@ -237,3 +239,98 @@ def test_a_file_that_cannot_grow_leaves_the_previous_output(tmp_path):
     assert done.stdout == "OSError File too large\n"
     assert float(load_adapter(tmp_path / "out").modules["m"].A[0, 0]) == 1.0
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs users and rights")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_place_of_somebody_else_is_named(tmp_path):
+    """Root may write anywhere, so a child process gives its rights up first."""
+    place = tmp_path / "place"
+    place.mkdir(mode=0o555)
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(place)  # the folders above may be closed to others
+        if os.geteuid() == 0:
+            os.setresuid(65534, 65534, 65534)
+        try:
+            check_writable("out", OWNED)
+        except PermissionError as error:
+            os._exit(0 if str(error.filename) == str(place / "out") else 2)
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert os.listdir(place) == []
+
+
+def test_files_that_came_while_it_was_written_are_not_lost(tmp_path):
+    write(tmp_path / "out", "1")
+    writing = contextlib.ExitStack()
+    (writing.enter_context(staged_directory(tmp_path / "out", OWNED)) / "a").write_text("2")
+    (tmp_path / "out" / "thesis").write_text("years")
+    with pytest.raises(ValueError, match="holds 'thesis'"):
+        writing.close()
+    assert content(tmp_path / "out") == {"a": "1", "b": "1", "thesis": "years"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_directory_of_an_owned_name_is_kept(tmp_path):
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds 'a'"):
+        write(tmp_path / "out", "1")
+
+
+def test_a_run_that_died_between_two_renames_is_made_good(tmp_path, monkeypatch):
+    monkeypatch.setattr(_staging, "_exchange", lambda stage, target: False)
+    write(tmp_path / "out", "1")
+    (tmp_path / "out").rename(tmp_path / ".out.0123456789abcdef.previous")
+    with pytest.raises(KeyboardInterrupt):
+        write_and_stop(tmp_path / "out")
+    assert content(tmp_path / "out") == {"a": "1", "b": "1"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_output_is_reserved_for_one_thread_until_it_is_given_back(tmp_path):
+    told = []
+
+    def other():
+        with pytest.raises(OSError, match=r"another run is writing this output \(process \d+\)") as caught:
+            write(tmp_path / "out", "other")
+        told.append(caught.value.filename)
+
+    with reserved_output(tmp_path / "out", OWNED):
+        for text in ("1", "2"):
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            write(tmp_path / "out", text)
+            assert content(tmp_path / "out") == {"a": text, "b": text}
+        with pytest.raises(OSError, match="another run"), staged_directory(tmp_path / "out", OWNED):
+            write(tmp_path / "out", "3")
+    assert told == [str(tmp_path / "out")] * 2
+    write(tmp_path / "out", "4")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_lock_that_a_killed_run_left_does_not_bar(tmp_path):
+    (tmp_path / ".out.lock").write_text("4711")
+    write(tmp_path / "out", "1")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["o" * 200, "名" * 80])
+def test_long_names_have_stages_and_locks_of_their_own(tmp_path, name):
+    with staged_directory(tmp_path / name, OWNED) as stage:
+        (stage / "a").write_text("1")
+        write(tmp_path / (name[:-1] + "x"), "2")
+    assert content(tmp_path / name) == {"a": "1"}
+    assert sorted(os.listdir(tmp_path)) == sorted([name, name[:-1] + "x"])
+
+
+def test_errors_name_the_output_and_not_its_stage(tmp_path):
+    def fail():
+        with staged_directory(tmp_path / "out", OWNED) as stage:
+            (stage / "a" / "b").write_text("x")
+
+    with pytest.raises(FileNotFoundError) as caught:
+        fail()
+    assert caught.value.filename == str(tmp_path / "out" / "a" / "b")

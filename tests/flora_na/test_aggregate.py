@@ -147,7 +147,7 @@ class Lazy(Mapping):
 
 def test_lazy_adapters_are_read_once_a_few_modules_at_a_time(monkeypatch):
     lazy = [Lazy(a.modules) for a in cohort()]
-    monkeypatch.setattr("fedgram.flora_na.aggregation.CHUNK_BYTES", 1)
+    monkeypatch.setattr("fedgram.flora_na.portions.CHUNK_BYTES", 1)
     seen = []
     flora_na.aggregate(lazy, progress=lambda done, total, name: seen.append((done, total, name, list(lazy[0].reads))))
     assert [s[:3] for s in seen] == [(i + 1, 3, name) for i, name in enumerate(SHAPES)]

@@ -206,7 +206,7 @@ GOOD = clients([3, 3], 6, 7)
         (lambda B, A: dict(B=B, A=A, align_to=(B[0][:3], A[0])), "do not fit"),
         (lambda B, A: dict(B=B, A=A, align_to=(torch.zeros(6, 9), torch.zeros(9, 7))), "above the result's rank 3"),
         (lambda B, A: dict(B=B, A=A, anchor=(B[0][:3], A[0])), "the anchor has B"),
-        (lambda B, A: dict(B=B, A=A, backend="cuda"), "expected one of auto, triton, torch"),
+        (lambda B, A: dict(B=B, A=A, backend="cuda"), "expected one of auto, triton, native, torch"),
     ],
 )
 def test_bad_input_is_refused_in_one_clear_line(change, message):

@@ -170,9 +170,9 @@ def test_a_slab_gives_the_bits_of_the_factors_put_into_it(backend, ranks, dtype)
     kernels.factor_gram(f.B, f.A, backend=backend)  # before anything has arrived
     for u in reversed(range(len(ranks))):
         slab.put(u, [b[u] for b in B], [a[u] for a in A])
-    for side, given in ((f.B, B), (f.A, A)):
+    for side, put in ((f.B, B), (f.A, A)):
         assert all((t.data_ptr() - slab.buffer.data_ptr()) % 128 == 0 for t in flat(side) if t.numel())
-        same(flat(side), flat(given))
+        same(flat(side), flat(put))
     for x, y in zip(kernels.factor_gram(f.B, f.A, backend=backend), kernels.factor_gram(B, A, backend=backend)):  # noqa: B905
         for a, b in zip(x, y, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)  # alignment may change the variant, so the order

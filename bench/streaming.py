@@ -1,0 +1,251 @@
+"""Streaming, measured: adapters written for the purpose, aggregated from disk, killed and resumed, then removed.
+
+Every figure comes from a process of its own that finds none of the files in the page cache. Peak memory is the
+process's whole resident set (interpreter and torch included); its anonymous and its file-mapped part are also told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedgram.bindings._tensor_file import write_tensors
+from fedgram.bindings._tensor_header import TensorSpec
+
+from .environment import environment
+
+SCHEMA = 1
+SHAPES = {"q_proj": (4096, 4096), "up_proj": (11008, 4096)}
+READERS = ("read plainly", "read tensors", "read with safetensors")
+PEAK_MODULES, PEAK_BYTES, SHARE = 1.5, 300e6, 0.5
+SAMPLE_SECONDS = 0.02
+
+
+def layers_for(gigabytes: float, clients: int, rank: int, shapes: dict[str, tuple[int, int]]) -> int:
+    """How many layers make up the given size (10^9 bytes) in bfloat16."""
+    return max(1, round(gigabytes * 1e9 / (clients * layer_bytes(rank, shapes))))
+
+
+def layer_bytes(rank: int, shapes: dict[str, tuple[int, int]]) -> int:
+    """Bytes of one client's factors in one layer, in bfloat16."""
+    return sum(2 * rank * (m + n) for m, n in shapes.values())
+
+
+def write_clients(root: Path, clients: int, layers: int, rank: int, shapes: dict[str, tuple[int, int]]) -> list[Path]:
+    """Adapter directories of random bfloat16 factors around a part that all clients share; no file is held whole."""
+    common = torch.Generator().manual_seed(0)
+    shared = {s: torch.randn(2, rank, max(s), generator=common) for s in set(shapes.values())}
+    dirs = []
+    for client in range(clients):
+        directory = root / f"client-{client:04d}"
+        directory.mkdir(parents=True)
+        _write_client(directory, client, layers, rank, shapes, shared)
+        dirs.append(directory)
+    return dirs
+
+
+def _write_client(
+    directory: Path,
+    client: int,
+    layers: int,
+    rank: int,
+    shapes: dict[str, tuple[int, int]],
+    shared: dict[tuple[int, int], torch.Tensor],
+) -> None:
+    generator = torch.Generator().manual_seed(1 + client)
+    made: dict[str, tuple[tuple[int, int], int]] = {}
+    for layer in range(layers):
+        for name, shape in shapes.items():
+            for side in range(2):
+                made[f"base_model.model.model.layers.{layer}.{name}.lora_{'AB'[side]}.weight"] = (shape, side)
+    specs = {
+        key: TensorSpec("BF16", (rank, shape[1]) if side == 0 else (shape[0], rank))
+        for key, (shape, side) in made.items()
+    }
+
+    def tensor(key: str) -> torch.Tensor:
+        (shape, side), size = made[key], specs[key].shape
+        part = shared[shape][side, :, : max(size)].reshape(rank, -1)
+        values = part + torch.randn(part.shape, generator=generator)
+        return (0.02 * (values if side == 0 else values.T)).bfloat16()
+
+    path = directory / "adapter_model.safetensors"
+    write_tensors(path, specs, tensor)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(shapes)}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    drop_cached(path)
+
+
+def drop_cached(path: Path) -> None:
+    """Ask the system to forget a file that is on disk, so that it must be read again."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(root: Path, task: str, method: str = "", *, kill_at: float | None = None) -> dict[str, Any]:
+    """Run one task in a fresh process on cold files, sampling its memory; ``kill_at`` is a share of the modules.
+
+    Raises:
+        RuntimeError: the process failed; its last line is told.
+    """
+    for path in root.glob("client-*/*.safetensors"):
+        drop_cached(path)
+    command = [sys.executable, "-P", "-m", "fedgram.bench._streaming_run", task, method, str(root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        peaks = {"RssAnon": 0, "RssFile": 0}
+        facts: dict[str, Any] = {}
+        for line in _sampled(child, peaks):
+            facts |= json.loads(line)
+            if kill_at is not None and facts.get("done", 0) >= kill_at * facts.get("of", 1e9):
+                child.send_signal(signal.SIGKILL)
+                return {"killed_after": facts["done"], "of": facts["of"]}
+        assert child.stderr is not None
+        errors = child.stderr.read().strip().splitlines()
+    if child.returncode:
+        raise RuntimeError(f"{task} {method}: {errors[-1] if errors else f'ended with {child.returncode}'}")
+    facts |= {"peak_anonymous_bytes": peaks["RssAnon"], "peak_file_bytes": peaks["RssFile"]}
+    return {key: value for key, value in facts.items() if key not in ("start", "done", "of")}
+
+
+def _sampled(child: subprocess.Popen[str], peaks: dict[str, int]) -> Iterator[str]:
+    """The lines of a process as they come, its memory sampled meanwhile."""
+    assert child.stdout is not None
+    os.set_blocking(child.stdout.fileno(), False)
+    rest = ""
+    while True:
+        text = child.stdout.read()
+        if text:
+            *lines, rest = (rest + text).split("\n")
+            yield from lines
+        elif text == "" or (child.poll() is not None and not text):
+            return
+        _sample(child.pid, peaks)
+        time.sleep(SAMPLE_SECONDS)
+
+
+def _sample(pid: int, peaks: dict[str, int]) -> None:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        name = line.split(":")[0]
+        if name in peaks:
+            peaks[name] = max(peaks[name], int(line.split()[1]) * 1024)
+
+
+def run(
+    root: Path, *, gigabytes: float, clients: int, rank: int, methods: list[str], shapes: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
+    """Write the adapters under ``root``, read and aggregate them, kill and resume; JSON-ready.
+
+    Raises:
+        OSError: there is not enough room.
+        RuntimeError: a process failed.
+    """
+    layers = layers_for(gigabytes, clients, rank, shapes)
+    nbytes = layers * clients * layer_bytes(rank, shapes)
+    if (free := shutil.disk_usage(root).free) < 1.3 * nbytes:
+        raise OSError(
+            f"{root}: {nbytes / 1e9:.1f} GB of adapters need {1.3 * nbytes / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+        )
+    write_clients(root, clients, layers, rank, shapes)
+    module = max(2 * rank * (m + n) for m, n in shapes.values()) * clients
+    bound = PEAK_MODULES * module + PEAK_BYTES
+    reads = {task: measure(root, task) for task in READERS}
+    best = min(read["seconds"] for read in reads.values())
+    results = {}
+    for method in methods:
+        found = measure(root, "aggregate", method)
+        share = best / found["seconds"]
+        found |= {"bytes_per_second": nbytes / found["seconds"], "share_of_reading": share}
+        found |= {"peak_met": (found["peak_bytes"] or 0) <= bound, "share_met": share >= SHARE}
+        results[method] = found
+        shutil.rmtree(root / "global")
+    killed = measure(root, "aggregate", methods[0], kill_at=0.5)
+    resumed = measure(root, "aggregate", methods[0])
+    return {
+        "schema": SCHEMA,
+        "environment": environment(torch.device("cpu"), torch.get_num_threads()),
+        "clients": clients,
+        "rank": rank,
+        "layers": layers,
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "bytes": nbytes,
+        "module_bytes": module,
+        "peak_bound_bytes": bound,
+        "reading": {task: {**read, "bytes_per_second": nbytes / read["seconds"]} for task, read in reads.items()},
+        "methods": results,
+        "resume": {**killed, "resumed": resumed["resumed"], "seconds": resumed["seconds"]},
+    }
+
+
+def streaming_command(
+    gigabytes: Annotated[float, typer.Option(min=0.001, help="Size of all adapters together, in 10^9 bytes.")] = 8.0,
+    clients: Annotated[int, typer.Option(min=1, help="How many adapters share it.")] = 20,
+    rank: Annotated[int, typer.Option(min=1, help="Their rank.")] = 16,
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "fedavg,flora-na,als,svd",
+    folder: Annotated[Path, typer.Option(help="Where the adapters are written, in a folder of their own.")] = Path(
+        "out"
+    ),
+    out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
+) -> None:
+    """Aggregate adapters larger than a budget of memory from disk; needs Linux. The adapters are removed at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    root = Path(tempfile.mkdtemp(prefix="streaming-", dir=folder))
+    try:
+        results = run(root, gigabytes=gigabytes, clients=clients, rank=rank, methods=methods.split(","), shapes=SHAPES)
+    except (OSError, RuntimeError) as error:
+        print(f"fedgram: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
+    show(results, Console())
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """The figures as a table, and what was promised."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, name in enumerate(("task", "seconds", "GB/s", "of reading", "CPU s", "peak", "anonymous", "files")):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for task, row in (results["reading"] | results["methods"]).items():
+        share = f"{row['share_of_reading']:.2f}" if "share_of_reading" in row else ""
+        table.add_row(
+            task, f"{row['seconds']:.1f}", f"{row['bytes_per_second'] / 1e9:.2f}", share, f"{row['cpu_seconds']:.1f}",
+            *(f"{(row[key] or 0) / 1e6:.0f} MB" for key in ("peak_bytes", "peak_anonymous_bytes", "peak_file_bytes")),
+        )  # fmt: skip
+    size = f"{results['bytes'] / 1e9:.2f} GB, {results['clients']} clients, rank {results['rank']}"
+    console.print(f"{size}, {len(results['shapes']) * results['layers']} modules", highlight=False)
+    console.print(table)
+    for method, row in results["methods"].items():
+        peak = f"peak {'met' if row['peak_met'] else 'MISSED'} ({row['peak_bytes'] / results['peak_bound_bytes']:.2f})"
+        share = f"half of reading {'met' if row['share_met'] else 'MISSED'} ({row['share_of_reading']:.2f})"
+        console.print(f"{method}: {peak}, {share}", highlight=False)
+    resume = results["resume"]
+    console.print(
+        f"killed after {resume['killed_after']} of {resume['of']} modules; resumed with {resume['resumed']} done, "
+        f"{resume['seconds']:.1f} s",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(streaming_command)

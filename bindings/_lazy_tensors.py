@@ -1,0 +1,47 @@
+"""Full tensors of an adapter file, read whole or in part when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+from torch import Tensor
+
+from ._peft_shards import TensorSource
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name that are read each time they are asked for, and not kept; large ones can be read in parts.
+
+    Args:
+        names: of the tensors.
+        make: reads one whole.
+        file: where they lie.
+        made: names of those that ``make`` does more to than read; they are small.
+    """
+
+    def __init__(
+        self, names: Collection[str], make: Callable[[str], Tensor], file: TensorSource, made: Collection[str] = ()
+    ) -> None:
+        self._names, self._make, self._file, self._made = dict.fromkeys(names), make, file, made
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return self._file.specs[name].shape
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """The numbers ``start:stop`` of a tensor in a row."""
+        return self[name].flatten()[start:stop] if name in self._made else self._file.read(name, start, stop)

@@ -1,0 +1,186 @@
+"""What arrives at a FLARE server in one round, as state dicts; and what goes back."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.abstract.model import ModelLearnableKey
+from nvflare.app_common.app_constant import AppConstants
+from torch import Tensor
+
+StateDict = Mapping[str, Tensor]
+
+
+class Collected:
+    """The models accepted so far, as they came."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, FLModel] = {}
+        self._doubles: list[str] = []
+
+    def add(self, model: FLModel, sender: str | None = None) -> None:
+        """Keep a model under its client's name: that in its meta, else ``sender``."""
+        name = str((model.meta or {}).get("client_name") or sender or f"client {len(self._models)}")
+        if name in self._models:
+            self._doubles.append(name)
+        self._models[name] = model
+
+    def round(self, weighted_by: str | None, global_params: Mapping[str, Any] | None) -> Round:
+        """All of them, in the order of the clients' names, checked.
+
+        Raises:
+            ValueError: there is none, one client sent two, they are of different kinds, or weights are missing.
+        """
+        if not self._models:
+            raise ValueError("no client's model arrived in this round")
+        if self._doubles:
+            raise ValueError(f"{self._doubles[0]}: sent more than one model in this round")
+        names = sorted(self._models)
+        models = [self._models[name] for name in names]
+        kinds = {model.params_type for model in models}
+        if len(kinds) > 1:
+            raise ValueError("params_type: some clients sent whole models and others differences")
+        weights = _weights(names, [model.meta or {} for model in models], weighted_by)
+        return Round(names, models, weights, kinds == {ParamsType.DIFF}, global_params)
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """The models of one round.
+
+    Attributes:
+        names: the clients, sorted.
+        models: theirs, in that order.
+        weights: likewise, or None for equal ones.
+        differences: they sent differences from the global model.
+        global_params: what the clients started from, where the server knows it.
+    """
+
+    names: list[str]
+    models: list[FLModel]
+    weights: list[float] | None
+    differences: bool
+    global_params: Mapping[str, Any] | None
+
+    @property
+    def number(self) -> int:
+        """The round's number, from 0."""
+        return self.models[0].current_round or 0
+
+    @cached_property
+    def sent(self) -> list[StateDict]:
+        """The clients' params as tensors, in place where they are tensors or arrays."""
+        return [_tensors(model.params, name) for name, model in zip(self.names, self.models, strict=True)]
+
+    def states(self) -> list[StateDict]:
+        """The clients' whole states: the global one is added to differences."""
+        if not self.differences:
+            return self.sent
+        base = self.base()
+        return [{key: (base[key] + value).to(value.dtype) for key, value in state.items()} for state in self.sent]
+
+    def base(self) -> StateDict:
+        """The global state as far as the clients sent it.
+
+        Raises:
+            ValueError: the server does not know it, or a client sent what is not in it.
+        """
+        known = self._global()
+        for name, state in zip(self.names, self.sent, strict=True):
+            for key in state:
+                if key not in known:
+                    raise ValueError(f"{key}: {name} sent it, and the global model has no such entry")
+        return {key: known[key] for key in self.sent[0]}
+
+    def earlier(self) -> StateDict:
+        """The global state, for anchor and alignment."""
+        return self._global()
+
+    def completed(self, state: StateDict) -> dict[str, Any]:
+        """The new global params: what the clients did not send stays as it was."""
+        return {**(self.global_params or {}), **state}
+
+    def stated(self, key: str) -> list[Any]:
+        """What each client's meta says under ``key``."""
+        return [(model.meta or {}).get(key) for model in self.models]
+
+    def mean_metrics(self) -> dict[str, float] | None:
+        """The weighted mean of every numeric metric that all clients report."""
+        reported = [model.metrics or {} for model in self.models]
+        weights = self.weights or [1.0] * len(reported)
+        shared = [key for key in reported[0] if all(_is_number(metrics.get(key)) for metrics in reported)]
+        means = {
+            key: sum(w * float(metrics[key]) for w, metrics in zip(weights, reported, strict=True)) / sum(weights)
+            for key in shared
+        }
+        return means or None
+
+    def _global(self) -> StateDict:
+        if not self.global_params:
+            raise ValueError("the server has no global model to start from: give the recipe a model")
+        return _tensors(self.global_params, "the global model")
+
+
+def global_params(fl_ctx: FLContext | None) -> Mapping[str, Any] | None:
+    """The params of the global model that the clients of this round started from, or None."""
+    learnable = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL) if fl_ctx is not None else None
+    return None if learnable is None else learnable.get(ModelLearnableKey.WEIGHTS)
+
+
+def like_sent(params: Mapping[str, Any], current: Round) -> dict[str, Any]:
+    """The params as numpy arrays where the clients sent arrays."""
+    sent: Mapping[str, Any] = current.models[0].params or {}
+    arrays = not any(isinstance(value, Tensor) for value in sent.values())
+    return {k: v.cpu().numpy() if arrays and isinstance(v, Tensor) else v for k, v in params.items()}
+
+
+def write_report(fl_ctx: FLContext | None, current: Round, evidence: Mapping[str, Any]) -> None:
+    """Write the round's evidence into the server's app folder, where there is one."""
+    folder = fl_ctx.get_prop(FLContextKey.APP_ROOT) if fl_ctx is not None else None
+    if folder and os.path.isdir(folder):
+        with open(os.path.join(folder, f"fedgram_round_{current.number}.json"), "w", encoding="utf-8") as file:
+            json.dump(evidence, file, indent=2)
+            file.write("\n")
+
+
+def _tensors(params: Any, label: str) -> StateDict:
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params: {label} has a {type(params).__name__}; expected a state dict")
+    return {key: _tensor(value, key, label) for key, value in params.items()}
+
+
+def _tensor(value: Any, key: str, label: str) -> Tensor:
+    if hasattr(value, "materialize"):  # left on disk by FLARE's tensor offload
+        value = value.materialize()
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray | np.generic | float | int):
+        return torch.from_numpy(np.require(value, requirements=["W", "C"]))
+    raise ValueError(f"{key}: {label} has a {type(value).__name__}; expected a tensor or an array")
+
+
+def _weights(names: Sequence[str], metas: Sequence[Mapping[str, Any]], key: str | None) -> list[float] | None:
+    stated = [None if key is None else meta.get(key) for meta in metas]
+    if all(weight is None for weight in stated):
+        return None
+    for name, weight in zip(names, stated, strict=True):
+        if not _is_number(weight):
+            raise ValueError(f"{key}: {name} states {weight!r} in its meta; expected a number, as other clients have")
+    return [float(weight) for weight in stated if weight is not None]
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return False
+    return math.isfinite(value)

@@ -1,0 +1,117 @@
+"""FLARE's FedAvg recipe with the aggregators of this package, which the server imports from where it is installed."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import nvflare
+from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
+from nvflare.client.config import ExchangeFormat
+from safetensors.torch import load_file
+from torch import nn
+
+if not hasattr(FedAvgRecipe, "_get_model_aggregator"):  # FLARE's own recipes are derived by such methods
+    raise ImportError(
+        f"fedgram.bindings.nvflare was made for NVIDIA FLARE 2.9; {nvflare.__version__} lets a recipe choose its "
+        "aggregator in another way"
+    )
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+MODULE = "fedgram.bindings.nvflare"
+
+_aggregators: dict[str, type] = {}
+
+
+def register(*aggregators: type) -> None:
+    """Tell the recipes their aggregators, which import this module."""
+    _aggregators.update({aggregator.__name__: aggregator for aggregator in aggregators})
+
+
+class AdapterModel(nn.Module):
+    """The first global model of a job: an adapter directory of PEFT as a module of its names, without the base model.
+
+    Args:
+        path: the directory, or a safetensors file, on the server.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        file = os.path.join(path, WEIGHTS_NAME) if os.path.isdir(path) else path
+        for name, tensor in load_file(file).items():
+            *parts, leaf = name.split(".")
+            parent: nn.Module = self
+            for part in parts:
+                if not hasattr(parent, part):
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.register_buffer(leaf, tensor)
+
+    def forward(self) -> None:
+        """Not a model to run: it only holds tensors.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("AdapterModel holds an adapter's tensors; clients run the model")
+
+
+class _InstalledRecipe(FedAvgRecipe):
+    """FedAvg whose aggregator is named by its import path and options, not shipped as source with every job."""
+
+    def _get_model_aggregator(self) -> Any:
+        aggregator = super()._get_model_aggregator()
+        if not type(aggregator).__module__.startswith("fedgram."):
+            return aggregator  # a user's own subclass travels with the job, as FLARE does it
+        return {"path": f"{MODULE}.{type(aggregator).__name__}", "args": _options(aggregator)}
+
+
+class FloraNARecipe(_InstalledRecipe):
+    """``FedAvgRecipe`` with a ``FloraNAAggregator``; the exchange is in torch tensors, so that bfloat16 survives.
+
+    Args:
+        aggregator: a configured one; the default is ``FloraNAAggregator()``.
+        adapter: the PEFT adapter directory that all clients start from, on the server; or give ``model``.
+        recipe: everything else that ``nvflare.app_opt.pt.recipes.fedavg.FedAvgRecipe`` takes (``name``,
+            ``min_clients``, ``num_rounds``, ``train_script``, ...).
+
+    Raises:
+        ValueError: both ``adapter`` and ``model`` are given, or neither.
+    """
+
+    def __init__(self, *, aggregator: Any = None, adapter: str | os.PathLike[str] | None = None, **recipe: Any) -> None:
+        if (adapter is None) == (recipe.get("model") is None):
+            raise ValueError("adapter: give this or model, what the clients start from")
+        if adapter is not None:
+            model = {"class_path": f"{MODULE}.AdapterModel", "args": {"path": os.path.abspath(adapter)}}
+            recipe = {**recipe, "model": model}
+        super().__init__(aggregator=aggregator or _aggregators["FloraNAAggregator"](), **_defaults(recipe))
+
+
+class StampRecipe(_InstalledRecipe):
+    """``FedAvgRecipe`` with a ``StampAggregator``; the exchange is in torch tensors, so that bfloat16 survives.
+
+    Args:
+        aggregator: a configured one; the default is ``StampAggregator()``.
+        recipe: everything else that ``nvflare.app_opt.pt.recipes.fedavg.FedAvgRecipe`` takes.
+    """
+
+    def __init__(self, *, aggregator: Any = None, **recipe: Any) -> None:
+        super().__init__(aggregator=aggregator or _aggregators["StampAggregator"](), **_defaults(recipe))
+
+
+def _defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {"server_expected_format": ExchangeFormat.PYTORCH, **recipe}
+
+
+def _options(component: Any) -> dict[str, Any]:
+    """The constructor's arguments that are not at their defaults."""
+    parameters = inspect.signature(type(component).__init__).parameters
+    given = {name: getattr(component, name) for name in list(parameters)[1:]}
+    return {name: value for name, value in given.items() if value != parameters[name].default}

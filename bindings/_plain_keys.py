@@ -1,0 +1,110 @@
+"""LoRA factors in state dicts, told apart by name: which module, which side, and every other tensor beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PREFIX = "base_model.model."
+
+# PEFT writes ``x.lora_A.weight`` (adapter files), ``x.lora_A.default.weight`` (model.state_dict()) and
+# ``x.lora_embedding_A`` with or without the adapter's name; loralib and others ``x.lora_A`` and ``x.lora_a.weight``.
+FACTOR = re.compile(
+    r"(?P<module>.+)\.(?P<stem>lora(?:_embedding)?)_(?P<side>[ABab])"
+    r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?P<ending>\.weight)?"
+)
+KINDS = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_diag": "KaSA",
+    "lora_E": "AdaLoRA",
+    "trainable_tokens_delta": "trainable tokens",
+}
+
+
+@dataclass(frozen=True)
+class FactorKey:
+    """Where one factor of a module was found."""
+
+    module: str
+    side: str  # "A" or "B"
+    key: str
+    shape: torch.Size
+
+
+@dataclass
+class StateKeys:
+    """The names in one state dict: the two factors of every module, and the tensors beside them."""
+
+    factors: dict[str, dict[str, FactorKey]] = field(default_factory=dict)
+    extras: list[str] = field(default_factory=list)
+
+
+def sort_state(state: Mapping[str, Tensor], label: str) -> StateKeys:
+    """Sort the names of a state dict.
+
+    Raises:
+        ValueError: names the client, the tensor and the reason: not a tensor, half a pair, two adapters in one state
+            dict, or a kind of adapter whose update is not ``B @ A``.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state_dicts: {label} is a {type(state).__name__}; expected a state dict")
+    keys = StateKeys()
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{key}: {label} has a {type(tensor).__name__}; expected a tensor")
+        found = FACTOR.fullmatch(key)
+        if found is None:
+            _refuse_kind(key, label)
+            keys.extras.append(key)
+            continue
+        _add(keys, FactorKey(found["module"].removeprefix(PREFIX), found["side"].upper(), key, tensor.shape), label)
+    for module, pair in keys.factors.items():
+        if module.endswith(".base_layer"):
+            raise ValueError(f"{module}: {label}: LoRA of experts (target_parameters) is not supported in state dicts")
+        if lacking := {"A", "B"} - pair.keys():
+            raise ValueError(f"{module}: {label} has no lora_{lacking.pop()}")
+    return keys
+
+
+def _add(keys: StateKeys, factor: FactorKey, label: str) -> None:
+    pair = keys.factors.setdefault(factor.module, {})
+    if factor.side in pair:
+        raise ValueError(
+            f"{factor.module}: {label} has two adapters ({pair[factor.side].key!r} and {factor.key!r}): send one"
+        )
+    pair[factor.side] = factor
+
+
+def _refuse_kind(key: str, label: str) -> None:
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        if part in KINDS:
+            raise ValueError(f"{'.'.join(parts[:i])}: {label}: {KINDS[part]} is not supported ({part})")
+        if part.lower() in ("lora_a", "lora_b") and parts[i + 1 :][-1:] == ["bias"]:
+            raise ValueError(f"{'.'.join(parts[:i])}: {label}: lora_bias is not supported")
+        if part.lower().startswith("lora_"):
+            raise ValueError(f"{key}: {label}: unknown kind of LoRA tensor")
+
+
+def matrices(state: Mapping[str, Tensor], pair: Mapping[str, FactorKey]) -> tuple[Tensor, Tensor]:
+    """``(A (r, n), B (m, r))`` of a module. Convolutions are flattened: A (r, c_in, k, ..) and B (m, r, 1, ..).
+
+    Raises:
+        ValueError: B of a convolution has a kernel of its own, or belongs to a grouped one (``flora_na.LoraLayer``
+            then finds that the two do not multiply).
+    """
+    A, B = state[pair["A"].key].detach(), state[pair["B"].key].detach()
+    if A.ndim < 2 or B.ndim < 2 or any(size != 1 for size in B.shape[2:]):
+        raise ValueError(f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are not the factors of one update")
+    return A.flatten(1), B.flatten(1)
+
+
+def restored(factor: Tensor, like: FactorKey) -> Tensor:
+    """A factor (r, n) or (m, r) in the shape that its key had in the state dict; the rank may be another."""
+    if len(like.shape) == 2:
+        return factor
+    return factor.reshape(factor.shape[0], -1, *like.shape[2:])

@@ -1,0 +1,227 @@
+"""NVIDIA FLARE 2.9: aggregators for its FedAvg controller and recipes (``pip install 'fedgram[nvflare]'``).
+
+The server holds the clients' models of a round until all have arrived and aggregates them in the order of the clients'
+names, so that results repeat. Clients send what ``get_peft_model_state_dict`` gives (``FloraNAAggregator``) or their
+whole state dict (``StampAggregator``), as torch tensors or as numpy arrays, full or as differences. The weight of a
+client is the ``NUM_STEPS_CURRENT_ROUND`` of its model's meta, as in FLARE's own FedAvg.
+
+bfloat16 travels only as torch tensors: numpy has none. ``FloraNARecipe`` and ``StampRecipe`` ask for tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+try:
+    from nvflare.apis.fl_context import FLContext
+    from nvflare.app_common.abstract.fl_model import FLModel
+    from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
+
+    from ._nvflare_models import Collected, Round, global_params, like_sent, write_report
+    from ._nvflare_recipes import AdapterModel, FloraNARecipe, StampRecipe, register
+except ImportError as error:
+    raise ImportError(
+        f"fedgram.bindings.nvflare needs NVIDIA FLARE 2.9 or newer ({error}): pip install 'fedgram[nvflare]'"
+    ) from error
+
+from fedgram import flora_na
+
+from .plain import aggregate_state_dicts, match_state_dicts
+
+__all__ = ["AdapterModel", "FloraNAAggregator", "FloraNARecipe", "StampAggregator", "StampRecipe"]
+
+ALIGNED = ("als", "svd")
+WEIGHT_KEY = "NUM_STEPS_CURRENT_ROUND"
+
+
+class _RoundAggregator(ModelAggregator):
+    """Collects the models of one round; a subclass says what becomes of them."""
+
+    def __init__(self, weighted_by: str | None, report: bool) -> None:
+        super().__init__()
+        self.weighted_by, self.report = weighted_by, report
+        self._collected = Collected()
+
+    def accept_model(self, model: FLModel) -> None:
+        """Take one client's model. What is wrong with it is said by ``aggregate_model``, which ends the job."""
+        self._collected.add(model, _sender(self.fl_ctx))
+
+    def aggregate_model(self) -> FLModel:
+        """Aggregate the models of the round.
+
+        Raises:
+            ValueError: names the client and the tensor, or that no client's model arrived. FLARE then ends the job.
+        """
+        collected, self._collected = self._collected, Collected()
+        current = collected.round(self.weighted_by, global_params(self.fl_ctx))
+        params, evidence, summary = self._combined(current)
+        if self.report:
+            write_report(self.fl_ctx, current, evidence)
+        shown = [(key, value) for key, value in summary.items() if value is not None]
+        self.info(
+            ", ".join(f"{key} {format(value, '.4g' if isinstance(value, float) else '')}" for key, value in shown)
+        )
+        metrics, meta = current.mean_metrics(), {"fedgram": summary}
+        return FLModel(params=like_sent(params, current), metrics=metrics, meta=meta)
+
+    def reset_stats(self) -> None:
+        """Forget what has been accepted; called before every round."""
+        self._collected = Collected()
+
+    def _combined(self, current: Round) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
+        """The new global params, the evidence in full, and its summary in numbers and words."""
+        raise NotImplementedError
+
+
+class FloraNAAggregator(_RoundAggregator):
+    """FLoRA-NA (arXiv:2509.26399) for FLARE's FedAvg: ``FedAvgRecipe(aggregator=FloraNAAggregator(), ...)``.
+
+    Clients send the state dict of their adapter, every LoRA factor whole or as difference from the global model. What
+    else is in it (a classifier's head) is averaged by weight.
+
+    Args:
+        method, rank, shared, missing, clip, min_cosine, backend: as in ``flora_na.aggregate``.
+        lora_alpha, scalings, config, output_scaling: of all clients, as in ``plain.aggregate_state_dicts``; none is
+            needed where all clients train with the same LoRA configuration. A client that trains with another alpha
+            says so in its model's meta: ``FLModel(..., meta={"lora_alpha": 32})``; then every client must, or
+            ``lora_alpha`` here stands for those that do not.
+        anchor_previous: estimate the step from the global adapter that the clients started from (``anchor``).
+        align_previous: rotate the result to that adapter (``align_to``, als and svd only), so that clients' optimizer
+            state stays meaningful.
+        weighted_by: key of the client's weight in its model's meta; where no client has it, all count equally. None
+            counts all equally.
+        report: write ``fedgram_round_<n>.json`` (rho of every module, and the yardsticks) into the server's app folder.
+
+    The global model's meta carries ``fedgram``: rho, rho_fedavg, rho_optimal in all.
+
+    Raises:
+        ValueError: ``method`` is not one of these, or cannot be aligned.
+    """
+
+    def __init__(
+        self,
+        method: str = "als",
+        rank: int | str | None = None,
+        shared: bool = False,
+        missing: str = "error",
+        clip: float | str | None = None,
+        min_cosine: float | None = None,
+        lora_alpha: float | None = None,
+        scalings: float | None = None,
+        config: Mapping[str, Any] | None = None,
+        output_scaling: float | None = None,
+        anchor_previous: bool = False,
+        align_previous: bool = False,
+        weighted_by: str | None = WEIGHT_KEY,
+        report: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(weighted_by, report)
+        if method not in flora_na.METHODS:
+            raise ValueError(f"method: expected one of {', '.join(flora_na.METHODS)}, got {method!r}")
+        if align_previous and method not in ALIGNED:
+            raise ValueError(f"align_previous: only {' and '.join(ALIGNED)} can be aligned, not {method!r}")
+        # FLARE rebuilds the object on the server from attributes that are called as the arguments are.
+        self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
+        self.lora_alpha, self.scalings, self.config = lora_alpha, scalings, config
+        self.clip, self.min_cosine, self.output_scaling = clip, min_cosine, output_scaling
+        self.anchor_previous, self.align_previous = anchor_previous, align_previous
+
+    def _combined(self, current: Round) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
+        previous = current.earlier() if self.anchor_previous or self.align_previous else None
+        result = aggregate_state_dicts(
+            current.states(),
+            current.weights,
+            lora_alpha=self._alphas(current),
+            scalings=self.scalings,
+            config=self.config,
+            output_scaling=self.output_scaling,
+            method=self.method,
+            rank=self.rank,
+            shared=self.shared,
+            anchor=previous if self.anchor_previous else None,
+            align_to=previous if self.align_previous else None,
+            missing=self.missing,
+            clip=self.clip,
+            min_cosine=self.min_cosine,
+            backend=self.backend,
+            names=current.names,
+        )
+        evidence = result.report.to_dict()
+        summary = {key: evidence[key] for key in ("method", "rho", "rho_fedavg", "rho_optimal")}
+        return result.state_dict, evidence, summary
+
+    def _alphas(self, current: Round) -> float | Sequence[float] | None:
+        """The clients' own alphas where they state them."""
+        stated = current.stated("lora_alpha")
+        if all(alpha is None for alpha in stated):
+            return self.lora_alpha
+        alphas: list[float] = []
+        for name, alpha in zip(current.names, stated, strict=True):
+            alpha = self.lora_alpha if alpha is None else alpha
+            if alpha is None:
+                raise ValueError(f"lora_alpha: {name} does not state its own, others do: give the aggregator one")
+            alphas.append(alpha)
+        return alphas
+
+
+class StampAggregator(_RoundAggregator):
+    """STAMP's spatial matching (arXiv:2506.12031) for FLARE's FedAvg: ``FedAvgRecipe(aggregator=StampAggregator())``.
+
+    Clients send their whole state dict, or its difference from the global model. The global model moves along the
+    direction that helps the worst-off client most; see ``plain.match_state_dicts``.
+
+    Args:
+        c, lr, rescale, precise, backend: as in ``plain.match_state_dicts``.
+        weighted_by: key of the client's weight in its model's meta; where no client has it, all count equally. None
+            counts all equally.
+        report: write ``fedgram_round_<n>.json`` (weights, coefficients, gap) into the server's app folder.
+
+    The global model's meta carries ``fedgram``: status, gap and relative gap of the matching.
+    """
+
+    def __init__(
+        self,
+        c: float = 0.25,
+        lr: float = 1.0,
+        rescale: bool | str = "mean",
+        precise: bool = True,
+        weighted_by: str | None = WEIGHT_KEY,
+        report: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(weighted_by, report)
+        self.c, self.lr, self.rescale, self.precise, self.backend = c, lr, rescale, precise, backend
+
+    def _combined(self, current: Round) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
+        result = match_state_dicts(
+            current.base(),
+            current.sent,
+            current.weights,
+            c=self.c,
+            lr=self.lr,
+            rescale=self.rescale,
+            deltas=current.differences,
+            precise=self.precise,
+            backend=self.backend,
+            names=current.names,
+        )
+        dual = result.dual
+        summary = {"status": dual.status, "gap": dual.gap, "relative_gap": dual.relative_gap}
+        evidence = summary | {
+            "clients": [current.names[k] for k in result.clients],
+            "weights": dual.weights.tolist(),
+            "coefficients": dual.coefficients.tolist(),
+            "gramian": result.gramian.dense().tolist(),
+        }
+        return current.completed(result.state_dict), evidence, summary
+
+
+def _sender(fl_ctx: FLContext | None) -> str | None:
+    """Who sent what is being accepted, where the controller does not say it in the model's meta."""
+    peer = fl_ctx.get_peer_context() if fl_ctx is not None else None
+    return None if peer is None else peer.get_identity_name() or None
+
+
+register(FloraNAAggregator, StampAggregator)

@@ -1,0 +1,224 @@
+"""What an aggregation over ranks costs: bytes moved, memory of a rank, and time, from shapes and a few stated rates.
+
+The same model balances the modules over the ranks in ``aggregate_sharded`` and makes the tables of docs/sizing.md
+(``python -P -m fedgram.bindings.sizing``). Its assumptions:
+
+- one rank per host, and every client has every module; results are pairs of the clients' rank and dtype;
+- bytes are counted exactly (without headers of some kilobytes a message); a rank's phases follow each other;
+- flops are those of ``als`` with the report's three yardsticks, on CPUs, in float64. Up to the total rank
+  ``GRAM_RANK_LIMIT`` of a module that is the Grams and dense algebra on them; above it products with the factors,
+  as many as the iterations may take at most, and four norms of sums of the clients' products;
+- memory is that of the factors of the largest module of all clients, as stored and in the float64 copies that the
+  norms take of them, and of the results that a rank holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fedgram.flora_na.group import GRAM_RANK_LIMIT
+
+DENSE = 12
+"""Float64 flops, in R^3, of the factorisations of R x R Grams."""
+PRODUCTS = 300
+"""Products with both Grams that the optimum's subspace iteration takes at most, in the implicit regime."""
+OVERSAMPLING = 8
+NORMS = 4
+"""Norms behind a report: of the target, of what the pair leaves out, and of what the two yardsticks do."""
+COPIES = 7.5
+"""Memory at work on a module, in units of its factors as stored in 16 bits: they, and float64 copies of both sides."""
+OPENING, LAYER = 55e-6, 70e-6
+"""Seconds of one core, measured: to open a client's file, by its modules; and to read a layer, beside its bytes."""
+PROCESS = 350e6
+"""Bytes of a process that has imported torch and nothing else."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of every client's adapter: updates of (m, n), all of rank ``rank``."""
+
+    m: int
+    n: int
+    rank: int
+    itemsize: int = 2
+
+    @property
+    def bytes(self) -> int:
+        """One client's factors."""
+        return self.rank * (self.m + self.n) * self.itemsize
+
+
+@dataclass(frozen=True)
+class Host:
+    """Rates that one host sustains: assumptions, to be replaced by your own measurements.
+
+    Attributes:
+        storage: bytes/s that it reads from where the adapters are, all other hosts reading too.
+        network: bytes/s in each direction.
+        arithmetic: flop/s of the float64 work on all its cores: 16 of those on which the model was checked.
+    """
+
+    storage: float = 1e9
+    network: float = 2.5e9
+    arithmetic: float = 16 * 16e9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one aggregation; bytes and seconds of the rank that has most of each.
+
+    Attributes:
+        factors: bytes of all clients' factors.
+        read: bytes that a rank reads from storage.
+        sent, received: bytes of factors that a rank exchanges with others.
+        gathered: bytes of results that rank 0 receives.
+        memory: bytes that a rank, and rank 0 with the results of all, holds at most.
+        open_seconds, read_seconds, exchange_seconds, solve_seconds: of each phase; the first two without the bytes,
+            and the bytes alone.
+    """
+
+    factors: int
+    read: float
+    sent: float
+    received: float
+    gathered: float
+    memory: float
+    open_seconds: float
+    read_seconds: float
+    exchange_seconds: float
+    solve_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """All phases, one after another."""
+        return self.open_seconds + self.read_seconds + self.exchange_seconds + self.solve_seconds
+
+
+def llama_7b(rank: int = 16, itemsize: int = 2) -> list[Module]:
+    """All linear layers of a 7B Llama: 32 blocks of four 4096 x 4096, and three between 4096 and 11008."""
+    block = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+    return [Module(m, n, rank, itemsize) for _ in range(32) for m, n in block]
+
+
+def flops(module: Module, clients: int) -> float:
+    """Float64 operations of one module: estimate, rho and yardsticks."""
+    R, length = clients * module.rank, module.m + module.n
+    if R <= GRAM_RANK_LIMIT:
+        return float(R * R * length + DENSE * R**3)
+    products = 4.0 * R * (module.rank + OVERSAMPLING) * length * PRODUCTS
+    return products + NORMS * 2.0 * module.m * module.n * R
+
+
+def seconds(module: Module, clients: int, host: Host | None = None) -> float:
+    """Of one rank for one module, reading included: what the ranks' loads are balanced by."""
+    host = host or Host()
+    return clients * module.bytes / host.storage + flops(module, clients) / host.arithmetic
+
+
+def assign(costs: Sequence[float], ranks: int, loads: Iterable[float] | None = None) -> list[int]:
+    """A rank for every cost: the costliest first, each to the rank with the least so far, the first of equals.
+
+    The largest load is at most 4/3 of the best possible (Graham's bound for this rule); the answer depends on nothing
+    but the arguments.
+
+    Args:
+        costs: not negative.
+        ranks: how many there are.
+        loads: what each rank has to do already; 0 by default. An infinite load takes a rank out.
+    """
+    sums = [0.0] * ranks if loads is None else list(loads)
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[i] = min(range(ranks), key=lambda k: (sums[k], k))
+        sums[owners[i]] += costs[i]
+    return owners
+
+
+def aggregation(modules: Sequence[Module], clients: int, hosts: int, *, own: bool, host: Host | None = None) -> Cost:
+    """The cost of ``aggregate_sharded`` with one rank on each of ``hosts`` hosts.
+
+    Args:
+        modules: of one client's adapter.
+        clients: how many there are.
+        hosts: how many there are.
+        own: whether the clients' files lie on different hosts, evenly (``clients="own"``), or where all hosts read
+            them (``clients="all"``).
+        host: its rates.
+
+    Raises:
+        ValueError: no clients, no hosts or no modules.
+    """
+    if min(clients, hosts, len(modules)) < 1:
+        raise ValueError(f"clients, hosts, modules: expected at least one, got {clients}, {hosts}, {len(modules)}")
+    host = host or Host()
+    owners = assign([seconds(module, clients, host) for module in modules], hosts)
+    mine = [[m for m, k in zip(modules, owners, strict=True) if k == rank] for rank in range(hosts)]
+    adapter = sum(module.bytes for module in modules)
+    owned = [sum(module.bytes for module in work) for work in mine]
+    at_hand = -(-clients // hosts)
+    largest = max(module.bytes for module in modules)
+    if own:
+        read = float(at_hand * adapter)
+        opened, layers = at_hand, at_hand * len(modules)
+        sent, received = at_hand * (adapter - min(owned)), (clients - clients // hosts) * max(owned)
+        outgoing = at_hand * largest * min(hosts, len(modules))
+    else:
+        read, sent, received, outgoing = clients * max(owned) + adapter / hosts, 0, 0, 0
+        opened, layers = clients, clients * max(map(len, mine))
+    exchanged = max(sent, received) if hosts > 1 else 0
+    gathered = adapter - owned[0]
+    return Cost(
+        clients * adapter,
+        read,
+        sent if hosts > 1 else 0,
+        received if hosts > 1 else 0,
+        gathered,
+        PROCESS + COPIES * clients * largest + outgoing * (2 if hosts > 1 else 0) + 2 * adapter,
+        OPENING * opened * len(modules) + LAYER * layers,
+        read / host.storage,
+        (exchanged + gathered) / host.network,
+        max(sum(flops(module, clients) for module in work) for work in mine) / host.arithmetic,
+    )
+
+
+def table(modules: Sequence[Module], *, own: bool, host: Host | None = None) -> str:
+    """A Markdown table for 100, 1,000 and 10,000 clients on 1, 8 and 64 hosts."""
+    lines = [
+        "| clients | hosts | all factors | read by a rank | sent by a rank | received, with results | memory of a rank"
+        " | opening | reading | exchange | computing | together |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for clients in (100, 1_000, 10_000):
+        for hosts in (1, 8, 64):
+            c = aggregation(modules, clients, hosts, own=own, host=host)
+            sizes = (c.factors, c.read, c.sent, c.received + c.gathered, c.memory)
+            times = (c.open_seconds, c.read_seconds, c.exchange_seconds, c.solve_seconds, c.seconds)
+            cells = [f"{clients:,}", str(hosts), *map(_size, sizes), *map(_time, times)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return "0" if not count else f"{count / 1e3:.3g} kB"
+
+
+def _time(value: float) -> str:
+    for unit, name in ((3600.0, "h"), (60.0, "min")):
+        if value >= 2 * unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value:.3g} s" if value >= 0.01 else "< 0.01 s"
+
+
+def main() -> None:
+    """Print the tables of docs/sizing.md."""
+    for own in (False, True):
+        print(f"### {'Clients on different hosts' if own else 'Files that all hosts read'}\n")
+        print(table(llama_7b(), own=own), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

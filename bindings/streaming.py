@@ -1,0 +1,214 @@
+"""Adapters that exceed memory, aggregated from their files module by module into an adapter directory.
+
+While a few modules are worked on, a thread reads the next; what is finished goes to a journal beside the output at
+once, and a run that was killed goes on from there (``_streaming_journal``). The output then appears by one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedgram import flora_na
+from fedgram.flora_na import Adapter, Aggregation, LoraLayer, ModuleReport, Report
+from fedgram.flora_na.cohort import extra_roles
+from fedgram.flora_na.layer import AdapterLike
+from fedgram.flora_na.streamed import Stream, stream
+from fedgram.flora_na.weights import Weights
+
+from ._staging import reserved_output
+from ._streaming_extras import extra_pieces, extra_shapes
+from ._streaming_identity import run_identity
+from ._streaming_journal import Journal, open_journal
+from ._streaming_results import layer_of, layer_result, report_of
+from .peft import OUTPUT_FILES, LazyMapping, PathLike, load_adapter, load_adapters, merge_configs, save_adapter
+
+Progress = Callable[[int, int, str], None]
+LAYER, RESIDUAL, EXTRA = "layer ", "residual ", "extra "
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """What a streamed aggregation leaves besides its files.
+
+    Attributes:
+        report: as ``flora_na.aggregate`` gives it; it holds no tensors.
+        resumed: how many modules were taken over from a run that was interrupted.
+    """
+
+    report: Report
+    resumed: int
+
+
+def aggregate_directories(
+    paths: Sequence[PathLike],
+    output: PathLike,
+    weights: Weights = None,
+    *,
+    residual: PathLike | None = None,
+    anchor: PathLike | None = None,
+    align_to: PathLike | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Streamed:
+    """Aggregate the clients' adapter directories into ``output`` without holding the adapters in memory.
+
+    Args:
+        paths: one adapter directory of PEFT per client.
+        output, residual, resume, progress: as in ``aggregate_to_directory``.
+        weights: as in ``flora_na.aggregate``.
+        anchor, align_to: directories of earlier global adapters.
+        options: all others of ``flora_na.aggregate``.
+
+    Raises:
+        ValueError, OSError: as ``load_adapters`` and ``aggregate_to_directory``.
+    """
+    return aggregate_to_directory(
+        load_adapters(paths),
+        output,
+        weights,
+        sources=[*paths, *(path for path in (anchor, align_to) if path is not None)],
+        residual=residual,
+        resume=resume,
+        progress=progress,
+        names=[str(path) for path in paths],
+        anchor=None if anchor is None else load_adapter(anchor),
+        align_to=None if align_to is None else load_adapter(align_to),
+        **options,
+    )
+
+
+def aggregate_to_directory(
+    adapters: Sequence[Adapter],
+    output: PathLike,
+    weights: Weights = None,
+    *,
+    sources: Sequence[PathLike],
+    residual: PathLike | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+    names: Sequence[str] | None = None,
+    anchor: AdapterLike | None = None,
+    align_to: AdapterLike | None = None,
+    **options: Any,
+) -> Streamed:
+    """Aggregate adapters that are read lazily, and write the result as it goes.
+
+    Peak memory is 1.5 times the factors of the largest module of all clients (those being worked on and those read
+    ahead), and what the interpreter and torch take; ``stack`` and ``residual`` hold one module's result beside. With
+    ``shared`` one solve spans all modules, which are then all in memory.
+
+    Args:
+        adapters: as ``load_adapters`` returns them.
+        output: directory of the result: a new one, or one that holds nothing but an earlier output.
+        weights, names, anchor, align_to, options: as in ``flora_na.aggregate``.
+        sources: the directories that all adapters, anchor and align_to included, were read from. With the options they
+            identify the run: finished modules of an interrupted run are used if path, size and times of every file
+            are the same, and so are weights, options and versions.
+        residual: directory for the factored residual, or None.
+        resume: False starts anew.
+        progress: called with (modules done, modules in all, module name).
+
+    Raises:
+        ValueError: as ``flora_na.aggregate`` and ``save_adapter``.
+        OSError: a file cannot be read or written, or another run is writing this output.
+    """
+    named = {"anchor": anchor, "align_to": align_to, "residual": residual is not None, **options}
+    identity = run_identity(adapters, sources, weights, names, named)
+    with contextlib.ExitStack() as stack:
+        for path in (output, residual):
+            if path is not None:
+                stack.enter_context(reserved_output(path, OUTPUT_FILES))
+        journal = stack.enter_context(open_journal(Path(output), identity, resume=resume))
+        run = _Run(journal, adapters, weights, names, named)
+        resumed = run.layers()
+        run.average()  # first: what is wrong with them is found before the long work
+        run.solve(progress)
+        config = merge_configs(adapter.config for adapter in adapters)
+        if residual is not None:
+            # Without a task type: PEFT would look for the head of a classification task, which a residual has not.
+            rest = run.adapter(RESIDUAL, config)
+            save_adapter(rest, residual, config=None if config is None else config | {"task_type": None})
+        save_adapter(run.adapter(LAYER, config), output, config=config)
+        return Streamed(run.report(), len(resumed))
+
+
+class _Run:
+    """One aggregation, as far as its journal has it."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        adapters: Sequence[Adapter],
+        weights: Weights,
+        names: Sequence[str] | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.journal, self.options = journal, dict(options)
+        self.adapters, self.weights, self.names = adapters, weights, names
+        self.whole = bool(self.options.pop("shared", False))
+        self.stream: Stream = stream(adapters, weights, names=names, **self.options)
+
+    def layers(self) -> list[str]:
+        """Modules that are done."""
+        return [key.removeprefix(LAYER) for key in self.journal.records if key.startswith(LAYER)]
+
+    def solve(self, progress: Progress | None) -> None:
+        """Aggregate the modules that are not done."""
+        done = set(self.layers())
+        for part in self._parts(done):
+            self._keep(part)
+            for module in part.adapter.modules:
+                done.add(module)
+                if progress is not None:
+                    progress(len(done), len(self.stream.cohort.modules), module)
+            del part  # its tensors are in the journal
+
+    def average(self) -> None:
+        """Average the tensors beside the factors that are not done."""
+        cohort = self.stream.cohort
+        for name, shape in extra_shapes(cohort).items():
+            if EXTRA + name not in self.journal.records:
+                self.journal.append_pieces(EXTRA + name, {}, shape, extra_pieces(cohort, name))
+
+    def adapter(self, kind: str, config: Mapping[str, Any] | None) -> Adapter:
+        """The result, read from the journal when it is asked for."""
+        modules = LazyMapping(self.layers(), lambda name: self._layer(kind + name))
+        extras: Mapping[str, Tensor] = {}
+        if kind == LAYER:
+            names = [key.removeprefix(EXTRA) for key in self.journal.records if key.startswith(EXTRA)]
+            extras = LazyMapping(names, lambda name: self.journal.read(EXTRA + name))
+        return Adapter(modules, extras, config, extra_roles(self.stream.cohort) if extras else {})
+
+    def report(self) -> Report:
+        """The report of all modules, of those that an earlier run did too."""
+        records = self.journal.records
+        return self.stream.report({name: report_of(records[LAYER + name].facts) for name in self.layers()})
+
+    def _parts(self, done: set[str]) -> Any:
+        if not self.whole:
+            return self.stream.parts(done)
+        return iter([self._all_at_once()] if not done else [])
+
+    def _all_at_once(self) -> Aggregation:
+        bare = [Adapter(adapter.modules, {}, adapter.config) for adapter in self.adapters]
+        return flora_na.aggregate(bare, self.weights, names=self.names, shared=True, **self.options)
+
+    def _keep(self, part: Aggregation) -> None:
+        results = {}
+        for name, layer in part.adapter.modules.items():
+            report: ModuleReport = part.report.modules[name]
+            results[LAYER + name] = layer_result(layer, report)
+        for name, layer in (part.residual.modules if part.residual is not None else {}).items():
+            results[RESIDUAL + name] = layer_result(layer)
+        self.journal.append(results)
+
+    def _layer(self, key: str) -> LoraLayer:
+        record = self.journal.records[key]
+        return layer_of(record.facts, {name: self.journal.read(key, name) for name in record.tensors})

@@ -1,0 +1,1 @@
+"""MiniLM with LoRA on 20 Newsgroups, as a Flower app."""

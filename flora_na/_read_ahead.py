@@ -1,0 +1,170 @@
+"""A thread that reads the clients' next modules, within a budget of memory, while the present ones are worked on."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from . import portions
+from .layer import Adapter, LoraLayer
+
+HELD = 1.5
+"""Factors held at most, those being worked on and those read ahead, in units of the largest portion."""
+
+
+@dataclass(frozen=True, eq=False)
+class Portion:
+    """Some modules of every client, in memory, and their bytes."""
+
+    adapters: tuple[Adapter, ...]
+    nbytes: int
+
+
+class _StoppedError(Exception):
+    """The consumer has gone."""
+
+
+class ReadAhead:
+    """Portions of the clients' modules, read by a thread within a budget of bytes.
+
+    The thread waits for room only while the consumer works on a portion, or has one more ready, so that a module of
+    any size gets through; what the consumer holds counts as given back when it asks for the next. The thread ends with
+    the block.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], modules: Sequence[str]) -> None:
+        self._adapters, self._modules = adapters, modules
+        self._change = threading.Condition()
+        self._ready: deque[Portion | BaseException | None] = deque()
+        self._held, self._largest = 0, 0
+        self._starving, self._closed = False, False
+        self._thread = threading.Thread(target=self._run, name="fedgram-read-ahead", daemon=True)
+
+    def __enter__(self) -> Iterator[Portion]:
+        self._thread.start()
+        return self._consume()
+
+    def __exit__(self, *_: object) -> None:
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        self._thread.join()
+        self._ready.clear()
+
+    def _consume(self) -> Iterator[Portion]:
+        nbytes = 0
+        while True:
+            portion = self._next(nbytes)
+            if portion is None:
+                return
+            nbytes = portion.nbytes
+            yield portion
+            del portion
+
+    def _next(self, given_back: int) -> Portion | None:
+        with self._change:
+            self._held -= given_back
+            self._starving = not self._ready
+            self._change.notify_all()
+            while not self._ready:
+                self._change.wait()
+            item = self._ready.popleft()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _run(self) -> None:
+        try:
+            for portion in self._read():
+                self._hand_over(portion)
+                del portion  # it is the consumer's to free
+            self._hand_over(None)
+        except _StoppedError:
+            pass
+        except BaseException as error:  # raised where the portions are taken
+            self._hand_over(error)
+
+    def _hand_over(self, item: Portion | BaseException | None) -> None:
+        with self._change:
+            if isinstance(item, Portion):
+                self._largest = max(self._largest, item.nbytes)
+            self._ready.append(item)
+            self._starving = False
+            self._change.notify_all()
+
+    def _read(self) -> Iterator[Portion]:
+        """Modules put together as ``portions.chunks`` does it."""
+        layers: list[dict[str, LoraLayer]] = [{} for _ in self._adapters]
+        size = nbytes = 0
+        for module in self._modules:
+            read, own = self._module(module)
+            promoted = promoted_bytes([layer for layer in read if layer is not None])
+            if any(layers) and size + promoted > portions.CHUNK_BYTES:
+                yield self._portion(layers, nbytes)
+                layers, size, nbytes = [{} for _ in layers], 0, 0
+            _add(layers, module, read)
+            size, nbytes = size + promoted, nbytes + own
+            del read
+            if size >= portions.CHUNK_BYTES:
+                yield self._portion(layers, nbytes)
+                layers, size, nbytes = [{} for _ in layers], 0, 0
+        if any(layers):
+            yield self._portion(layers, nbytes)
+
+    def _portion(self, layers: Sequence[dict[str, LoraLayer]], nbytes: int) -> Portion:
+        return Portion(
+            tuple(Adapter(mine, {}, adapter.config) for adapter, mine in zip(self._adapters, layers, strict=True)),
+            nbytes,
+        )
+
+    def _module(self, module: str) -> tuple[list[LoraLayer | None], int]:
+        read: list[LoraLayer | None] = []
+        total = 0
+        for adapter in self._adapters:
+            read.append(adapter.modules.get(module))
+            nbytes = _nbytes(read[-1])
+            total += nbytes
+            self._take(nbytes)
+        return read, total
+
+    def _take(self, nbytes: int) -> None:
+        """Count bytes as held; wait while they are too many and the consumer will give some back."""
+        with self._change:
+            self._held += nbytes
+            while (
+                not self._closed
+                and not self._starving
+                and self._held > max(2 * portions.CHUNK_BYTES, HELD * self._largest)
+            ):
+                self._change.wait()
+            if self._closed:
+                raise _StoppedError
+
+
+def _add(layers: Sequence[dict[str, LoraLayer]], module: str, read: Sequence[LoraLayer | None]) -> None:
+    """Put the clients' layers of a module into their mappings; a function, so that no name keeps any of them alive."""
+    for mine, layer in zip(layers, read, strict=True):
+        if layer is not None:
+            mine[module] = layer
+
+
+def promoted_bytes(layers: Sequence[LoraLayer]) -> int:
+    """Bytes of the layers' factors in the one dtype that they are brought to."""
+    tensors = [tensor for layer in layers for tensor in (layer.A, layer.B)]
+    width = 0
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype, width = torch.promote_types(dtype, tensor.dtype), width + tensor.numel()
+    return width * dtype.itemsize
+
+
+def _nbytes(layer: LoraLayer | None) -> int:
+    if layer is None:
+        return 0
+    values = (getattr(layer, field.name) for field in fields(layer))
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))

@@ -1,0 +1,111 @@
+"""Aggregation in portions: a thread reads the next modules while the present ones are worked on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ._read_ahead import ReadAhead
+from .aggregation import Aggregation, aggregate
+from .cohort import Cohort, make_cohort
+from .inner_products import screen_cohort
+from .layer import AdapterLike
+from .report import ModuleReport, Report
+from .screening import Clip, Screening
+from .weights import Weights
+
+
+def iter_aggregate(
+    adapters: Sequence[AdapterLike],
+    weights: Weights = None,
+    *,
+    names: Sequence[str] | None = None,
+    missing: str = "error",
+    clip: Clip = None,
+    min_cosine: float | None = None,
+    **options: Any,
+) -> Iterator[Aggregation]:
+    """``aggregate`` (arXiv:2509.26399) for adapters larger than memory: yields the result a few modules at a time.
+
+    Portions come in the order of the modules, each as ``aggregate`` returns it for those modules alone, with reports
+    whose yardsticks are numbers. Modules are put together up to 8 MiB of factors, as ``aggregate`` does on the CPU,
+    so all portions together have the bits that it returns. Meanwhile a thread reads ahead: the factors held are at
+    most 1.5 times the largest portion (or 16 MiB) and one layer of one client. Full tensors beside the factors
+    (``Adapter.extras``) are left to the caller.
+
+    Args:
+        adapters: as in ``aggregate``; their mappings should be lazy, and are read from another thread.
+        weights, names, missing, clip, min_cosine: as in ``aggregate``; with one of the last two the adapters are read
+            once more before the first portion.
+        options: as in ``aggregate``, but for ``shared``, which solves for all modules at once.
+
+    Raises:
+        ValueError: as ``aggregate``; or ``shared``.
+    """
+    settings = {"missing": missing, "clip": clip, "min_cosine": min_cosine, **options}
+    return stream(adapters, weights, names=names, **settings).parts()
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """An aggregation about to be done in portions.
+
+    Attributes:
+        cohort: the clients, screened.
+        screening: what clipping and filtering did, or None.
+        options: of ``aggregate``.
+    """
+
+    cohort: Cohort
+    screening: Screening | None
+    options: Mapping[str, Any]
+
+    def parts(self, skip: Collection[str] = ()) -> Iterator[Aggregation]:
+        """The portions, without modules to ``skip``: those of the first portions of an earlier run."""
+        clients = {"weights": self.cohort.weights, "names": self.cohort.names, "missing": self.cohort.missing}
+        left = [module for module in self.cohort.modules if module not in skip]
+        with ReadAhead(self.cohort.adapters, left) as portions:
+            for portion in portions:
+                done = self._settled(aggregate(portion.adapters, **clients, **self.options))
+                del portion  # freed before more is read
+                yield done
+                del done
+
+    def report(self, modules: Mapping[str, ModuleReport]) -> Report:
+        """The report of all portions together."""
+        clients = dict(zip(self.cohort.names, self.cohort.weights.tolist(), strict=True))
+        return Report(self.options.get("method", "als"), clients, dict(modules), self.screening)
+
+    def _settled(self, done: Aggregation) -> Aggregation:
+        """The aggregation with all yardsticks computed: its reports then hold no factors."""
+        modules = {name: _settled(report) for name, report in done.report.modules.items()}
+        return replace(done, report=replace(done.report, modules=modules, screening=self.screening))
+
+
+@torch.no_grad()
+def stream(
+    adapters: Sequence[AdapterLike],
+    weights: Weights = None,
+    *,
+    names: Sequence[str] | None = None,
+    missing: str = "error",
+    clip: Clip = None,
+    min_cosine: float | None = None,
+    backend: str = "auto",
+    shared: bool = False,
+    **options: Any,
+) -> Stream:
+    """Check the clients, and screen them where that is asked for; see ``iter_aggregate``."""
+    if shared:
+        raise ValueError("shared: one solve spans all modules, so none is ready before all are read: not streamed")
+    cohort = make_cohort(adapters, weights, names=names, missing=missing)
+    cohort, screening = screen_cohort(cohort, clip, min_cosine, backend)
+    return Stream(cohort, screening, {"backend": backend, **options})
+
+
+def _settled(report: ModuleReport) -> ModuleReport:
+    return replace(report, _fedavg=partial(float, report.rho_fedavg), _optimal=partial(float, report.rho_optimal))

@@ -1,0 +1,154 @@
+"""Every kind of adapter that PEFT writes: read, aggregated and written back, against what PEFT itself computes."""
+
+import pytest
+import torch
+
+from fedgram import flora_na
+from fedgram.bindings._peft_names import LayerName
+from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
+from fedgram.flora_na import Adapter
+from fedgram_testing.peft_adapters import quietly
+from fedgram_testing.peft_kinds import KINDS, Kind, loaded, matrices, tied_llama, trained, write_kind
+
+RANKS, ALPHAS, WEIGHTS = (3, 2, 4), (5, 3, 4), [1.0, 2.0, 5.0]
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory):
+    """kind -> directories of three clients of different ranks and scalings, and what PEFT makes of each."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            root = tmp_path_factory.mktemp("kind")
+            models = [
+                write_kind(KINDS[name], root / f"c{i}", r=r, lora_alpha=alpha, seed=i)
+                for i, (r, alpha) in enumerate(zip(RANKS, ALPHAS, strict=True))
+            ]
+            made[name] = root, models[0], [trained(model) for model in models]
+        return made[name]
+
+    return make
+
+
+def read(name, *paths):
+    return quietly(load_adapters, paths, **KINDS[name].reading)
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        # Entries of size 1 and sums of at most 40 float32 products: 1e-5 is about 10 times the rounding.
+        difference = (found[key] - tensor).abs() - tolerance * tensor.abs()
+        assert float(difference.max()) <= tolerance, key
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_layer_is_the_delta_weight_that_peft_computes(clients, name):
+    root, model, _ = clients(name)
+    expected, [adapter] = matrices(model), read(name, root / "c0")
+    seen = set()
+    for text in adapter.modules:
+        layer = LayerName.parse(text)
+        assert str(layer) == text
+        seen |= {layer.path, *layer.tied}
+        delta = expected[layer.path]
+        torch.testing.assert_close(adapter.modules[text].delta(), delta[layer.expert] if layer.experts > 1 else delta)
+    assert seen == expected.keys()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_client_comes_back_as_itself(clients, tmp_path, name):
+    """By the default method; test_kinds_invariance has all of them, without the way through PEFT."""
+    root, _, [own, *_] = clients(name)
+    result = flora_na.aggregate(read(name, root / "c0"), [3.0])
+    save_adapter(result.adapter, tmp_path / "out")
+    assert_same(loaded(KINDS[name], tmp_path / "out"), own)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_stack_of_three_clients_is_their_weighted_mean(clients, tmp_path, name):
+    """Different ranks and scalings; ``stack`` loses nothing, so PEFT must find the mean of all that it computes."""
+    root, _, everyone = clients(name)
+    adapters = read(name, *(root / f"c{i}" for i in range(3)))
+    result = flora_na.aggregate(adapters, WEIGHTS, method="stack")
+    save_adapter(result.adapter, tmp_path / "out", config=merge_configs(a.config for a in adapters))
+    assert_same(loaded(KINDS[name], tmp_path / "out"), mean(everyone))
+
+
+def mean(everyone):
+    shares = [w / sum(WEIGHTS) for w in WEIGHTS]
+    return {key: sum(w * one[key].double() for w, one in zip(shares, everyone, strict=True)) for key in everyone[0]}
+
+
+@pytest.mark.parametrize("name", ["convolutions", "experts", "tied embedding", "lora_bias"])
+def test_what_was_written_is_read_again(clients, tmp_path, name):
+    root, _, _ = clients(name)
+    [adapter] = read(name, root / "c0")
+    save_adapter(adapter, tmp_path / "out")
+    again = load_adapter(tmp_path / "out")
+    assert list(again.modules) == list(adapter.modules)
+    assert set(again.extras) == set(adapter.extras)
+    for layer in adapter.modules:
+        torch.testing.assert_close(again.modules[layer].delta(), adapter.modules[layer].delta())
+    for key, tensor in adapter.extras.items():
+        torch.testing.assert_close(again.extras[key], tensor)
+
+
+def test_files_of_different_dtypes_are_mixed_in_the_one_that_holds_all(tmp_path):
+    """float16 and bfloat16 meet in float32; the mean is that of the values as they are stored."""
+    everyone = []
+    for i, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32)):
+        model = write_kind(KINDS["lora_bias"], tmp_path / f"c{i}", seed=i, dtype=dtype)
+        everyone.append(trained(model.float()))
+    result = flora_na.aggregate(load_adapters([tmp_path / f"c{i}" for i in range(3)]), WEIGHTS, method="stack")
+    assert {layer.A.dtype for layer in result.adapter.modules.values()} == {torch.float32}
+    save_adapter(result.adapter, tmp_path / "out")
+    assert_same(loaded(KINDS["lora_bias"], tmp_path / "out"), mean(everyone))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_client_of_16_bits_comes_back_to_its_rounding(tmp_path, dtype):
+    """Each entry of both factors is rounded once more: relative to the norms, eps of the dtype."""
+    own = matrices(write_kind(KINDS["experts"], tmp_path / "c", dtype=dtype).float())
+    result = flora_na.aggregate([load_adapter(tmp_path / "c")]).adapter
+    assert {layer.A.dtype for layer in result.modules.values()} == {dtype}
+    for name, layer in result.modules.items():
+        parsed = LayerName.parse(name)
+        delta = own[parsed.path][parsed.expert] if parsed.experts > 1 else own[parsed.path]
+        size = float(layer.A.double().norm() * layer.B.double().norm())
+        difference = layer.scaling * layer.B.double() @ layer.A.double() - delta.double()
+        assert float(difference.norm()) <= torch.finfo(dtype).eps * size
+
+
+@pytest.mark.parametrize("name", ["convolutions", "experts", "attention", "tied embedding", "lora_bias", "tokens"])
+def test_what_the_pair_leaves_out_is_an_adapter_of_its_own(clients, tmp_path, name):
+    """Written as the command line writes it: without extras, whose options the configuration must then not announce."""
+    root, _, everyone = clients(name)
+    adapters = read(name, *(root / f"c{i}" for i in range(3)))
+    result = flora_na.aggregate(adapters, WEIGHTS, method="svd", rank=1, residual=True)
+    config = merge_configs(a.config for a in adapters)
+    save_adapter(result.adapter, tmp_path / "out", config=config)
+    save_adapter(Adapter(result.residual.modules), tmp_path / "rest", config=config | {"task_type": None})
+    pair, rest, exact = loaded(KINDS[name], tmp_path / "out"), loaded(KINDS[name], tmp_path / "rest"), mean(everyone)
+    deltas = [key for key in exact if key.startswith("delta of")]
+    assert deltas == [key for key in rest if key.startswith("delta of")]
+    assert_same({key: pair[key] + rest[key] for key in deltas}, {key: exact[key] for key in deltas})
+
+
+def test_a_tied_embedding_counts_once(clients):
+    """The head's factors are the embedding's, transposed: one update of one weight, and one part of the norm."""
+    root, model, _ = clients("tied embedding")
+    deltas = matrices(model)
+    torch.testing.assert_close(deltas["lm_head"], deltas["model.embed_tokens"].T)
+    parts = [delta.double().square().sum() for name, delta in deltas.items() if name != "lm_head"]
+    [norm] = flora_na.inspect(read("tied embedding", root / "c0")).client_norms.tolist()
+    assert norm == pytest.approx(float(sum(parts).sqrt()), rel=1e-6)
+
+
+def test_embeddings_that_are_not_tied_count_twice(tmp_path):
+    options = KINDS["tied embedding"].options | {"ensure_weight_tying": False}
+    model = write_kind(Kind(tied_llama, options), tmp_path / "c")
+    deltas = matrices(model)
+    [norm] = flora_na.inspect([load_adapter(tmp_path / "c")]).client_norms.tolist()
+    assert norm == pytest.approx(float(sum(d.double().square().sum() for d in deltas.values()).sqrt()), rel=1e-6)

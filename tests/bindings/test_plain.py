@@ -1,0 +1,341 @@
+"""State dicts in, one out: against the library on the same factors, against PEFT, in bfloat16; and refusals."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from fedgram import flora_na, stamp
+from fedgram.bindings.modules import StateDictAggregator, StateDictMatcher
+from fedgram.bindings.plain import aggregate_state_dicts, match_state_dicts
+from fedgram.flora_na import Adapter, LoraLayer
+from fedgram_testing.factors import EPS
+from fedgram_testing.peft_adapters import adapted, bert, peft_deltas, quietly
+
+SHAPES = {"layer.q": (12, 10), "layer.v": (9, 10)}
+WEIGHTS = [3.0, 1.0, 2.0]
+
+
+def states(count=3, rank=4, *, spelling="base_model.model.{module}.lora_{side}.weight", dtype=torch.float32, seed=0):
+    """Clients around a common part, each with a head; ``rank`` is one number or one per client."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    ranks = [rank] * count if isinstance(rank, int) else rank
+    common = {name: (draw(max(ranks), n), draw(m, max(ranks))) for name, (m, n) in SHAPES.items()}
+    clients = []
+    for r in ranks:
+        state = {}
+        for name, (A, B) in common.items():
+            state[spelling.format(module=name, side="A")] = (A[:r] + 0.5 * draw(*A[:r].shape)).to(dtype)
+            state[spelling.format(module=name, side="B")] = (B[:, :r] + 0.5 * draw(*B[:, :r].shape)).to(dtype)
+        clients.append(state | {"base_model.model.head.weight": draw(3, 5).to(dtype)})
+    return clients
+
+
+def layers(state, spelling, scaling=1.0):
+    def at(name, side):
+        return state[spelling.format(module=name, side=side)]
+
+    return {name: LoraLayer(A=at(name, "A"), B=at(name, "B"), scaling=scaling) for name in SHAPES}
+
+
+def target(clients, module, scalings, weights, spelling):
+    """sum w_u s_u B_u A_u in float64."""
+    w = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    return sum(
+        c * s * (layer := layers(state, spelling)[module]).B.double() @ layer.A.double()
+        for c, s, state in zip(w, scalings, clients, strict=True)
+    )
+
+
+SPELLINGS = [
+    "base_model.model.{module}.lora_{side}.weight",
+    "{module}.lora_{side}.weight",
+    "base_model.model.{module}.lora_{side}.default.weight",
+    "{module}.lora_{side}",
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("method", flora_na.METHODS)
+def test_it_is_aggregate_under_the_clients_own_names(method, spelling):
+    clients = states(spelling=spelling)
+    result = aggregate_state_dicts(clients, WEIGHTS, method=method, names=["a", "b", "c"])
+    expected = flora_na.aggregate([layers(c, spelling) for c in clients], WEIGHTS, method=method)
+    assert list(result.state_dict) == list(clients[0])
+    for name, layer in expected.adapter.modules.items():
+        assert torch.equal(result.state_dict[spelling.format(module=name, side="A")], layer.A)
+        assert torch.equal(result.state_dict[spelling.format(module=name, side="B")], layer.B)
+    assert result.report.rho == expected.report.rho
+    assert list(result.report.clients) == ["a", "b", "c"]
+    head = sum(w * c["base_model.model.head.weight"].double() for w, c in zip(WEIGHTS, clients, strict=True)) / 6
+    torch.testing.assert_close(result.state_dict["base_model.model.head.weight"], head.float())
+
+
+@pytest.mark.parametrize("how", ["lora_alpha", "scalings", "config"])
+def test_unequal_scalings_come_out_at_the_scaling_of_the_receivers(how):
+    clients, alphas, out = states(rank=[4, 2, 3]), [8.0, 16.0, 3.0], 2.5
+    scalings = [a / r for a, r in zip(alphas, [4, 2, 3], strict=True)]
+    given = {
+        "lora_alpha": alphas,
+        "scalings": scalings,
+        "config": [{"r": r, "lora_alpha": a} for r, a in zip([4, 2, 3], alphas, strict=True)],
+    }[how]
+    result = aggregate_state_dicts(clients, WEIGHTS, method="stack", output_scaling=out, **{how: given})
+    assert result.scalings == dict.fromkeys(SHAPES, out)
+    for name in SHAPES:
+        W = target(clients, name, scalings, WEIGHTS, SPELLINGS[0])
+        layer = layers(result.state_dict, SPELLINGS[0], out)[name]
+        # Stacked float32 factors carry one rounding each of sqrt(w s / out): the product moves by eps ||B_u|| ||A_u||,
+        # a few times ||W|| in all for clients that agree as these do.
+        assert float((layer.scaling * layer.B.double() @ layer.A.double() - W).norm()) < 1e-6 * float(W.norm())
+        assert result.report.modules[name].norm == pytest.approx(float(W.norm()), rel=1e-5)
+
+
+def test_rslora_and_patterns_of_a_config_are_heeded():
+    clients = states(rank=4)
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, alpha_pattern={"layer.v": 10}, target_modules={"q", "v"})
+    result = aggregate_state_dicts(clients, config=config)
+    assert result.scalings == {"layer.q": 3.0, "layer.v": 5.0}
+    plain = aggregate_state_dicts(clients)  # one scaling for all clients, whichever: the same factors
+    for name in SHAPES:  # the first module's scaling is the unit, the other's factors are scaled there and back
+        found, expected = (layers(x.state_dict, SPELLINGS[0])[name] for x in (result, plain))
+        assert torch.equal(found.A, expected.A) == (name == "layer.q")
+        torch.testing.assert_close(found.delta(), expected.delta(), rtol=1e-5, atol=1e-5)
+    assert result.report.modules["layer.q"].norm == pytest.approx(3 * plain.report.modules["layer.q"].norm)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "flora-na", "shared": True}, {"clip": 40.0}, {"clip": "0.9x"}, {"min_cosine": 0.85}]
+)
+def test_what_spans_modules_weighs_them_by_their_scalings(options):
+    clients = states()
+    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"layer.v": -28}}
+    result = aggregate_state_dicts(clients, WEIGHTS, config=config, **options)
+    scaled = [
+        {name: LoraLayer(A=x.A, B=x.B, scaling={"layer.q": 2.0, "layer.v": -7.0}[name]) for name, x in client.items()}
+        for client in (layers(c, SPELLINGS[0]) for c in clients)
+    ]
+    expected = flora_na.aggregate(scaled, WEIGHTS, **options)
+    for name, layer in expected.adapter.modules.items():
+        found = layers(result.state_dict, SPELLINGS[0], result.scalings[name])[name]
+        torch.testing.assert_close(found.delta(), layer.delta(), rtol=1e-4, atol=1e-4)
+    assert result.report.rho == pytest.approx(expected.report.rho, rel=1e-4, abs=1e-6)
+    if expected.report.screening is not None:
+        screening = result.report.screening
+        assert screening.clipped == expected.report.screening.clipped
+        assert screening.dropped == expected.report.screening.dropped
+        torch.testing.assert_close(screening.norms, expected.report.screening.norms)
+        assert bool(screening.clipped) or bool(screening.dropped)
+
+
+def test_one_client_comes_back_as_itself_in_bfloat16():
+    [client] = states(1, dtype=torch.bfloat16)
+    result = aggregate_state_dicts([client], lora_alpha=24, method="fedavg")
+    assert all(torch.equal(result.state_dict[name], tensor) for name, tensor in client.items())
+    assert result.scalings == dict.fromkeys(SHAPES, 6.0)
+
+
+@pytest.mark.parametrize("method", ["flora-na", "als", "svd"])
+def test_bfloat16_is_computed_wider_and_rounded_once(method):
+    clients = states(dtype=torch.bfloat16)
+    result = aggregate_state_dicts(clients, WEIGHTS, method=method, scalings=2.0)
+    wide = [{name: tensor.float() for name, tensor in client.items()} for client in clients]
+    exact = aggregate_state_dicts(wide, WEIGHTS, method=method, scalings=2.0)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in result.state_dict.values())
+    for name, tensor in exact.state_dict.items():
+        # Half a unit in the last place, plus what the float32 result itself may move (a thousandth of that unit).
+        assert bool(
+            ((result.state_dict[name].float() - tensor).abs() <= 0.501 * EPS[torch.bfloat16] * tensor.abs()).all()
+        )
+
+
+class Kinds(nn.Module):
+    """A linear layer, an embedding and a convolution, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.conv = nn.Embedding(11, 6), nn.Conv2d(3, 5, (3, 2))
+        self.linear, self.head = nn.Linear(6, 7), nn.Linear(7, 2)
+
+
+@pytest.mark.parametrize("make", [Kinds, bert])
+def test_peft_models_exchange_their_state_dicts(make):
+    options = {"modules_to_save": ["head"], "target_modules": ["embedding", "conv", "linear"]} if make is Kinds else {}
+    options = {"r": 3, "lora_alpha": 12, **options}
+    if make is bert:
+        options |= {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+    models = [adapted(make(), seed=seed, **options) for seed in range(3)]
+    sent = [get_peft_model_state_dict(model) for model in models]
+    result = aggregate_state_dicts(sent, WEIGHTS, method="svd", rank=9, config=models[0].peft_config["default"])
+    receiver = quietly(lambda: get_peft_model(make(), LoraConfig(**options | {"r": 9, "lora_alpha": 36})))
+    loaded = set_peft_model_state_dict(receiver, result.state_dict)
+    assert not loaded.unexpected_keys
+    deltas, ours = [peft_deltas(model) for model in models], peft_deltas(receiver)
+    assert deltas[0].keys() == ours.keys()
+    for name, found in ours.items():
+        W = sum(w * d[name].double() for w, d in zip(WEIGHTS, deltas, strict=True)) / sum(WEIGHTS)
+        assert float((found.double() - W).norm()) < 1e-5 * float(W.norm()), name  # rank 9 holds three of rank 3
+    head = options["modules_to_save"][0]
+    key = f"base_model.model.{head}.weight"
+    mean = sum(w * s[key].double() for w, s in zip(WEIGHTS, sent, strict=True)) / sum(WEIGHTS)
+    torch.testing.assert_close(result.state_dict[key], mean.float())
+
+
+def test_the_pair_and_its_residual_make_the_target():
+    clients = states()
+    result = aggregate_state_dicts(clients, WEIGHTS, lora_alpha=8, rank=2, residual=True)
+    for name in SHAPES:
+        W = target(clients, name, [2.0] * 3, WEIGHTS, SPELLINGS[0])
+        pair, rest = (layers(s, SPELLINGS[0])[name] for s in (result.state_dict, result.residual))
+        whole = 2 * (pair.B.double() @ pair.A.double() + rest.B.double() @ rest.A.double())
+        assert float((whole - W).norm()) < 1e-5 * float(W.norm())
+        assert result.report.modules[name].rho > 1e-2  # so the residual is not nothing
+
+
+def test_rounds_with_anchor_and_alignment_and_a_checkpoint():
+    for option, argument, method in (
+        ("anchor_previous", "anchor", "flora-na"),
+        ("align_previous", "align_to", "als"),
+    ):
+        aggregator = StateDictAggregator(method, **{option: True})
+        first = aggregator(states(seed=1), WEIGHTS)
+        file = io.BytesIO()
+        torch.save(aggregator.state_dict(), file)
+        file.seek(0)
+        resumed = StateDictAggregator(method, **{option: True})
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+        expected = aggregate_state_dicts(states(seed=2), WEIGHTS, method=method, **{argument: first}).state_dict
+        for second in (aggregator(states(seed=2), WEIGHTS), resumed(states(seed=2), WEIGHTS)):
+            assert all(torch.equal(second[name], tensor) for name, tensor in expected.items())
+        unlinked = aggregate_state_dicts(states(seed=2), WEIGHTS, method=method).state_dict
+        assert any(not torch.equal(expected[name], tensor) for name, tensor in unlinked.items())
+
+
+def test_a_client_of_weight_zero_and_a_missing_module():
+    clients = states()
+    clients[1]["extra.lora_A.weight"], clients[1]["extra.lora_B.weight"] = torch.ones(1, 3), torch.ones(2, 1)
+    without = aggregate_state_dicts([clients[0], clients[2]], [3.0, 2.0]).state_dict
+    weighted = aggregate_state_dicts(clients, [3.0, 0.0, 2.0]).state_dict
+    assert weighted.keys() == without.keys()
+    assert all(torch.equal(weighted[name], tensor) for name, tensor in without.items())
+    with pytest.raises(ValueError, match="extra: client 0 has no such module"):
+        aggregate_state_dicts(clients)
+    joined = aggregate_state_dicts(clients, missing="renormalize").state_dict
+    torch.testing.assert_close(joined["extra.lora_B.weight"] @ joined["extra.lora_A.weight"], torch.ones(2, 3))
+
+
+def named(**extra):
+    return states(1)[0] | extra
+
+
+REFUSED = {
+    "two adapters": ([named(**{"layer.q.lora_A.second.weight": torch.ones(4, 10)})], {}, "layer.q: client 0 has two"),
+    "half a pair": ([{"a.lora_A.weight": torch.ones(2, 3)}], {}, "a: client 0 has no lora_B"),
+    "DoRA": ([named(**{"layer.q.lora_magnitude_vector": torch.ones(12)})], {}, "layer.q: client 0: DoRA"),
+    "lora_bias": ([named(**{"layer.q.lora_B.bias": torch.ones(12)})], {}, "layer.q: client 0: lora_bias"),
+    "experts": ([{f"e.base_layer.lora_{s}.weight": torch.ones(2, 2) for s in "AB"}], {}, "target_parameters"),
+    "unknown kind": ([named(**{"layer.q.lora_C.weight": torch.ones(2)})], {}, "unknown kind of LoRA tensor"),
+    "bare layer": ([{"lora_A.weight": torch.ones(2, 3), "lora_B.weight": torch.ones(3, 2)}], {}, "unknown kind"),
+    "grouped convolution": (
+        [{"c.lora_A.weight": torch.ones(4, 2, 3, 3), "c.lora_B.weight": torch.ones(8, 2, 1, 1)}],
+        {},
+        "c: client 0: .* do not multiply",
+    ),
+    "not a tensor": ([named(x=3)], {}, "x: client 0 has a int"),
+    "no factors": ([{"head.weight": torch.ones(2)}], {}, "no client has a LoRA module"),
+    "nan": ([named(**{"layer.q.lora_A.weight": torch.full((4, 10), torch.nan)})], {}, "layer.q"),
+    "ranks without scalings": (states(2, [4, 2]), {}, "client 1 has rank 2, client 0 rank 4"),
+    "no output scaling": (states(2), {"scalings": [1.0, 2.0]}, "layer.q: client 1 scales by 2, client 0 by 1"),
+    "zero scaling": (states(2), {"scalings": 0.0}, "scalings: client 0 has 0.0"),
+    "number of alphas": (states(2), {"lora_alpha": [1.0]}, "lora_alpha: expected one number, or 2"),
+    "two ways": (states(2), {"lora_alpha": 1.0, "scalings": 1.0}, "lora_alpha: give this or scalings"),
+    "config's rank": (states(2), {"config": {"r": 8}}, "client 0 has rank 4, its config 8"),
+    "config's kind": (states(2), {"config": {"r": 4, "use_dora": True}}, "config of client 0: .*DoRA"),
+    "not a config": (states(2), {"config": SimpleNamespace(r=4)}, "expected a peft.LoraConfig"),
+    "names": (states(2), {"names": ["a"]}, "names: expected 2"),
+    "no clients": ([], {}, "at least one client"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_sure_is_refused(case):
+    clients, options, message = REFUSED[case]
+    if case == "two adapters":
+        clients = [{k.removeprefix("base_model.model."): v for k, v in clients[0].items()}]
+    with pytest.raises(ValueError, match=message):
+        aggregate_state_dicts(clients, **options)
+
+
+def server_and_clients(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(3)
+
+    def state(step):
+        return {
+            "w": (torch.ones(6, 4) + step * torch.randn(6, 4, generator=generator)).to(dtype),
+            "bn.running_mean": torch.randn(4, generator=generator).to(dtype),
+            "bn.num_batches_tracked": torch.tensor(int(10 * step) + 3),
+        }
+
+    return state(0.0), [state(0.4) for _ in range(4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matching_is_the_spatial_matcher(dtype):
+    server, clients = server_and_clients(dtype)
+    before = {name: tensor.clone() for name, tensor in server.items()}
+    result = match_state_dicts(server, clients, [4, 1, 0, 2], c=0.4, lr=0.5)
+    step = stamp.SpatialMatcher(server, c=0.4, lr=0.5).step(clients, [4, 1, 0, 2])
+    assert all(torch.equal(result.state_dict[name], tensor) for name, tensor in step.state.items())
+    assert result.clients == (0, 1, 3)
+    assert result.dual.status == "optimal"
+    assert result.dual.relative_gap < 1e-9
+    assert result.state_dict["w"].dtype == dtype
+    assert all(torch.equal(server[name], tensor) for name, tensor in before.items())
+
+
+def test_a_bfloat16_server_takes_float32_clients_without_losing_their_step():
+    server, clients = server_and_clients()
+    small = {name: t.bfloat16() if t.is_floating_point() else t for name, t in server.items()}
+    result = match_state_dicts(small, clients, c=0.4)
+    wide = {name: t.float() if t.is_floating_point() else t for name, t in small.items()}
+    expected = stamp.SpatialMatcher(wide, c=0.4).step(clients).state
+    assert all(torch.equal(result.state_dict[name], expected[name].to(t.dtype)) for name, t in small.items())
+
+
+def test_deltas_and_states_agree_and_the_module_keeps_the_state():
+    server, clients = server_and_clients()
+    sent = [{name: tensor - server[name] for name, tensor in client.items()} for client in clients]
+    whole, deltas = StateDictMatcher(server, c=0.3), StateDictMatcher(c=0.3)
+    deltas.load_state_dict(StateDictMatcher(server).state_dict())
+    for name, tensor in whole(clients, [1, 2, 3, 4]).items():
+        # Subtracting the server's state and adding it again rounds twice, at the size of the state (below 3).
+        torch.testing.assert_close(
+            deltas(sent, [1, 2, 3, 4], deltas=True)[name] if name == "w" else deltas.state[name], tensor
+        )
+    assert torch.equal(whole.state["w"], match_state_dicts(server, clients, [1, 2, 3, 4], c=0.3).state_dict["w"])
+    first = whole.state
+    with pytest.raises(ValueError, match="client 1"):
+        whole([clients[0], {"w": torch.ones(2)}])
+    assert whole.state is first
+    with pytest.raises(ValueError, match="states: beta has 'x', which"):
+        match_state_dicts(server, [clients[0], clients[1] | {"x": torch.ones(1)}], names=["alpha", "beta"])
+    with pytest.raises(ValueError, match="names: expected 4"):
+        match_state_dicts(server, clients, names=["alpha"])
+    with pytest.raises(ValueError, match="no global state yet"):
+        StateDictMatcher()(clients)
+
+
+def test_adapters_of_the_library_and_state_dicts_are_the_same_thing():
+    clients = states()
+    head = "base_model.model.head.weight"
+    adapters = [Adapter(layers(c, SPELLINGS[0]), {head: c[head]}) for c in clients]
+    expected = flora_na.aggregate(adapters, WEIGHTS, missing="zero")
+    assert torch.equal(aggregate_state_dicts(clients, WEIGHTS).state_dict[head], expected.adapter.extras[head])

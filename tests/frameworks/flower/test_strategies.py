@@ -1,0 +1,393 @@
+"""The strategies on real Flower messages, against the library, against Flower's FedAvg and against dense sums."""
+
+import math
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedgram import flora_na, stamp
+from fedgram.bindings.flower import FloraNA, Stamp, lora_record, to_arrays, to_state_dict
+from fedgram.flora_na import LoraLayer
+
+MODULES = {"encoder.0.query": (12, 10), "encoder.1.value": (9, 10)}
+PREFIX = "base_model.model."
+NODES = (901, 17, 405)
+COUNTS = (30, 10, 60)
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _in_a_run():
+    """Messages carry the identity of their run, which Flower's runtime sets."""
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+
+
+class Nodes:
+    """All of a Grid that a strategy asks for before it sends."""
+
+    def __init__(self, ids=NODES):
+        self.ids = list(ids)
+
+    def get_node_ids(self):
+        return self.ids
+
+
+def adapter(seed, rank=4, modules=MODULES, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, (m, n) in modules.items():
+        state[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(rank, n, generator=g).to(dtype)
+        state[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(m, rank, generator=g).to(dtype)
+    state[f"{PREFIX}classifier.weight"] = torch.randn(3, 10, generator=g).to(dtype)
+    return state
+
+
+def answer(strategy, states, counts=COUNTS, *, start=None, nodes=NODES, more=None, pack=True, arrival=None):
+    """One round: the strategy sends ``start``, every node answers with its state; what is aggregated comes back."""
+    sent = strategy.configure_train(1, to_arrays(start or adapter(99)), ConfigRecord(), Nodes(nodes))
+    by_node = {message.metadata.dst_node_id: message for message in sent}
+    replies = []
+    for k, (node, state, count) in enumerate(zip(nodes, states, counts, strict=True)):
+        records = {"arrays": to_arrays(state, pack_bf16=pack), "metrics": MetricRecord({"num-examples": count})}
+        replies.append(Message(RecordDict(records | ((more or {}).get(k, {}))), reply_to=by_node[node]))
+    return strategy.aggregate_train(1, [replies[k] for k in arrival or range(len(replies))])
+
+
+def layers(state, scaling=1.0):
+    return {
+        name: LoraLayer(
+            A=state[f"{PREFIX}{name}.lora_A.weight"].float(), B=state[f"{PREFIX}{name}.lora_B.weight"].float(),
+            scaling=scaling,
+        )
+        for name in MODULES
+    }  # fmt: skip
+
+
+def update(state, name, scaling=1.0):
+    return scaling * state[f"{PREFIX}{name}.lora_B.weight"].double() @ state[f"{PREFIX}{name}.lora_A.weight"].double()
+
+
+def weighted(states, scalings, name):
+    return sum(n / sum(COUNTS) * update(s, name, a) for n, s, a in zip(COUNTS, states, scalings, strict=True))
+
+
+@pytest.mark.parametrize("method", ["fedavg", "flora-na", "als", "svd"])
+def test_the_result_and_the_figures_are_the_librarys_own(method):
+    states = [adapter(k) for k in range(3)]
+    strategy = FloraNA(method=method, reply_order="node")
+    arrays, metrics = answer(strategy, states)
+    by_node = sorted(range(3), key=lambda k: NODES[k])
+    expected = flora_na.aggregate([layers(states[k]) for k in by_node], [COUNTS[k] for k in by_node], method=method)
+    back = to_state_dict(arrays)
+    for name, layer in expected.adapter.modules.items():
+        assert torch.equal(back[f"{PREFIX}{name}.lora_A.weight"], layer.A)
+        assert torch.equal(back[f"{PREFIX}{name}.lora_B.weight"], layer.B)
+    mean = sum(n / sum(COUNTS) * s[f"{PREFIX}classifier.weight"].double() for n, s in zip(COUNTS, states, strict=True))
+    assert torch.allclose(back[f"{PREFIX}classifier.weight"].double(), mean, rtol=EPS, atol=EPS)  # one rounding
+    assert metrics["fedgram-rho"] == expected.report.rho
+    assert metrics["fedgram-rho-fedavg"] == expected.report.rho_fedavg
+    assert metrics["fedgram-rho-optimal"] == expected.report.rho_optimal
+    assert metrics["fedgram-clients"] == 3
+    size = to_arrays(states[0]).count_bytes()
+    assert metrics["fedgram-bytes-received"] == metrics["fedgram-bytes-sent"] == 3 * size
+    assert strategy.reports[1]["clients"] == pytest.approx({"node 901": 0.3, "node 17": 0.1, "node 405": 0.6})
+    assert set(strategy.reports[1]["modules"]) == set(MODULES)
+
+
+def test_with_method_fedavg_it_is_flowers_fedavg():
+    states = [adapter(k) for k in range(3)]
+    ours = to_state_dict(answer(FloraNA(method="fedavg"), states)[0])
+    theirs = to_state_dict(answer(FedAvg(), states)[0])
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        # Flower adds three float32 terms with a rounding each, in entries of at most about 4.
+        assert torch.allclose(ours[name].double(), tensor.double(), rtol=0, atol=4 * 4 * EPS), name
+
+
+@pytest.mark.parametrize("strategy", [FloraNA, Stamp])
+def test_neither_arrival_nor_node_ids_change_a_bit(strategy):
+    states = [adapter(k) for k in range(3)]
+    first, _ = answer(strategy(), states)
+    second, _ = answer(strategy(), states, arrival=(2, 0, 1), nodes=(5, 1000, 77))
+    assert {n: a.data for n, a in first.items()} == {n: a.data for n, a in second.items()}
+
+
+def test_replies_in_order_of_their_nodes():
+    seen = []
+
+    def spy(contents, key):
+        seen.extend(content["metrics"][key] for content in contents)
+        return MetricRecord({"spied": 1.0})
+
+    strategy = FloraNA(reply_order="node", train_metrics_aggr_fn=spy)
+    _, metrics = answer(strategy, [adapter(k) for k in range(3)], arrival=(1, 2, 0))
+    assert seen == [10, 60, 30]  # nodes 17, 405, 901
+    assert metrics["spied"] == 1.0
+    assert 0 < metrics["fedgram-rho"] < 1
+
+
+def test_scalings_come_with_the_replies():
+    states = [adapter(0), adapter(1, rank=2), adapter(2)]
+    config = {"peft_type": "LORA", "target_modules": ["query", "value"]}
+    records = {
+        0: {"lora": lora_record(config | {"r": 4, "lora_alpha": 8})},
+        1: {"lora": lora_record(config | {"r": 2, "lora_alpha": 8, "use_rslora": True})},
+        2: {"lora": lora_record(config | {"r": 4, "lora_alpha": 4, "alpha_pattern": {"0.query": 12}})},
+    }
+    arrays, _ = answer(FloraNA(method="svd", rank=10, output_scaling=2.0), states, more=records)
+    back = to_state_dict(arrays)
+    for name, last in {"encoder.0.query": 3.0, "encoder.1.value": 1.0}.items():
+        expected = weighted(states, (2.0, 8 / math.sqrt(2), last), name)
+        # rank 10 holds the sum of ranks 4, 2 and 4 whole: what is left is the rounding of two float32 factors
+        assert (update(back, name, 2.0) - expected).norm() <= 10 * EPS * expected.norm()
+
+
+def test_settings_of_the_server_serve_those_who_send_none():
+    states = [adapter(k) for k in range(3)]
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    records = {1: {"lora": lora_record(config | {"lora_alpha": 4})}}
+    with pytest.raises(ValueError, match=r"node \d+ sent no lora_record, others did"):
+        answer(FloraNA(), states, more=records)
+    strategy = FloraNA(method="svd", rank=9, lora_config=config, output_scaling=1.0)
+    back = to_state_dict(answer(strategy, states, more=records)[0])
+    expected = weighted(states, (2.0, 1.0, 2.0), "encoder.1.value")
+    assert (update(back, "encoder.1.value") - expected).norm() <= 10 * EPS * expected.norm()
+
+
+@pytest.mark.parametrize("option", [{"lora_alpha": 8.0}, {"scalings": 2.0}])
+def test_one_scaling_for_all_is_the_receivers_scaling(option):
+    states = [adapter(k) for k in range(3)]
+    told, plain = (answer(FloraNA(method="svd", **o), states) for o in (option, {}))
+    for name, tensor in to_state_dict(plain[0]).items():
+        assert torch.equal(to_state_dict(told[0])[name], tensor)
+
+
+@pytest.mark.parametrize("method", ["flora-na", "als"])
+def test_the_anchor_is_what_was_sent(method):
+    start, states = adapter(99), [adapter(k) for k in range(3)]
+    arrays, metrics = answer(FloraNA(method=method, anchor_previous=True, reply_order="node"), states, start=start)
+    order = sorted(range(3), key=lambda k: NODES[k])
+    expected = flora_na.aggregate(
+        [layers(states[k]) for k in order], [COUNTS[k] for k in order], method=method, anchor=layers(start)
+    )
+    assert metrics["fedgram-rho"] == expected.report.rho
+    assert metrics["fedgram-rho"] != answer(FloraNA(method=method, reply_order="node"), states)[1]["fedgram-rho"]
+    for name, layer in expected.adapter.modules.items():
+        assert torch.equal(to_state_dict(arrays)[f"{PREFIX}{name}.lora_A.weight"], layer.A)
+
+
+def test_alignment_turns_the_factors_and_not_the_update():
+    start, states = adapter(99), [adapter(k) for k in range(3)]
+    plain = to_state_dict(answer(FloraNA(), states, start=start)[0])
+    turned = to_state_dict(answer(FloraNA(align_previous=True), states, start=start)[0])
+
+    def distance(state):
+        return sum((state[k] - start[k]).square().sum() for k in start if "lora" in k).sqrt()
+
+    assert distance(turned) < 0.99 * distance(plain)
+    for name in MODULES:
+        assert (update(turned, name) - update(plain, name)).norm() <= 20 * EPS * update(plain, name).norm()
+
+
+def test_a_first_round_that_starts_from_zero_can_be_aligned_and_anchored():
+    start = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in adapter(99).items()}
+    for option in ({"align_previous": True}, {"anchor_previous": True}):
+        _, metrics = answer(FloraNA(**option), [adapter(k) for k in range(3)], start=start)
+        assert metrics["fedgram-rho"] <= metrics["fedgram-rho-fedavg"]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_bfloat16_clients(pack):
+    states = [adapter(k, dtype=torch.bfloat16) for k in range(3)]
+    arrays, metrics = answer(FloraNA(method="svd", reply_order="node"), states, pack=pack)
+    back = to_state_dict(arrays)
+    order = sorted(range(3), key=lambda k: NODES[k])
+    exact = flora_na.aggregate([layers(states[k]) for k in order], [COUNTS[k] for k in order], method="svd")
+    for name, layer in exact.adapter.modules.items():
+        A = back[f"{PREFIX}{name}.lora_A.weight"]
+        assert A.dtype == (torch.bfloat16 if pack else torch.float32)
+        # One rounding to bfloat16 (half of 2^-7 relative) where it came packed, none beyond float32's otherwise.
+        assert ((A.double() - layer.A.double()).abs() <= layer.A.double().abs() * (2**-8 if pack else 4 * EPS)).all()
+    assert metrics["fedgram-bytes-received"] < metrics["fedgram-bytes-sent"] or not pack
+
+
+def test_modules_that_a_client_lacks():
+    states = [adapter(0), adapter(1, modules={"encoder.0.query": (12, 10)}), adapter(2)]
+    with pytest.raises(ValueError, match=r"encoder\.1\.value: node 17 has no such module"):
+        answer(FloraNA(), states)
+    back = to_state_dict(answer(FloraNA(missing="renormalize", method="svd", rank=9), states)[0])
+    expected = (30 * update(states[0], "encoder.1.value") + 60 * update(states[2], "encoder.1.value")) / 90
+    assert (update(back, "encoder.1.value") - expected).norm() <= 10 * EPS * expected.norm()
+
+
+def test_what_the_pair_leaves_out_is_kept_for_the_server():
+    states = [adapter(k) for k in range(3)]
+    strategy = FloraNA(residual=True)
+    back = to_state_dict(answer(strategy, states)[0])
+    for name in MODULES:
+        whole = update(back, name) + update(strategy.residual, name)
+        expected = weighted(states, (1, 1, 1), name)
+        assert (whole - expected).norm() <= 50 * EPS * expected.norm()
+
+
+def test_stamp_is_the_spatial_matcher_from_what_was_sent():
+    start, states = adapter(99), [adapter(k) for k in range(3)]
+    strategy = Stamp(c=0.4, lr=0.7, reply_order="node")
+    arrays, metrics = answer(strategy, states, start=start)
+    order = sorted(range(3), key=lambda k: NODES[k])
+    step = stamp.SpatialMatcher(start, c=0.4, lr=0.7).step([states[k] for k in order], [COUNTS[k] for k in order])
+    back = to_state_dict(arrays)
+    assert back.keys() == start.keys()
+    for name, tensor in step.state.items():
+        assert torch.equal(back[name], tensor)
+    assert metrics["fedgram-gap"] == step.dual.relative_gap <= 1e-9
+    assert metrics["fedgram-objective"] == step.dual.objective
+    assert list(strategy.reports[1]["weights"]) == ["node 17", "node 405", "node 901"]
+    assert sum(strategy.reports[1]["weights"].values()) == pytest.approx(1)
+
+
+def test_stamp_without_strength_is_flowers_fedavg():
+    states = [adapter(k) for k in range(3)]
+    ours, theirs = to_state_dict(answer(Stamp(c=0.0), states)[0]), to_state_dict(answer(FedAvg(), states)[0])
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name].double(), tensor.double(), rtol=0, atol=4 * 4 * EPS), name
+
+
+def test_stamp_takes_deltas_too():
+    start, states = adapter(99), [adapter(k) for k in range(3)]
+    deltas = [{k: s[k] - start[k] for k in s} for s in states]
+    whole = to_state_dict(answer(Stamp(c=0.4), states, start=start)[0])
+    by_deltas = to_state_dict(answer(Stamp(c=0.4, deltas=True), deltas, start=start)[0])
+    for name in whole:
+        assert torch.allclose(whole[name], by_deltas[name], rtol=0, atol=1e-5)
+
+
+def test_stamp_keeps_the_servers_dtype_for_bfloat16_clients():
+    start, states = adapter(99), [adapter(k, dtype=torch.bfloat16) for k in range(3)]
+    back = to_state_dict(answer(Stamp(), states, start=start)[0])
+    wide = to_state_dict(answer(Stamp(), [{k: t.float() for k, t in s.items()} for s in states], start=start)[0])
+    for name in start:
+        assert back[name].dtype == torch.float32
+        assert torch.equal(back[name], wide[name])
+
+
+def test_stamp_needs_to_have_sent_something():
+    other = FedAvg()
+    messages = other.configure_train(1, to_arrays(adapter(9)), ConfigRecord(), Nodes())
+    content = {"arrays": to_arrays(adapter(1)), "metrics": MetricRecord({"num-examples": 1})}
+    replies = [Message(RecordDict(content), reply_to=message) for message in messages]
+    with pytest.raises(ValueError, match="before configure_train"):
+        Stamp().aggregate_train(1, replies)
+
+
+def test_it_is_configured_like_fedavg():
+    strategy = FloraNA(
+        fraction_train=0.5, min_train_nodes=1, min_available_nodes=1, weighted_by_key="n", arrayrecord_key="model",
+        configrecord_key="settings", fraction_evaluate=0.0,
+    )  # fmt: skip
+    assert isinstance(strategy, FedAvg)
+    messages = strategy.configure_train(3, to_arrays(adapter(0)), ConfigRecord({"lr": 0.1}), Nodes(range(1, 9)))
+    assert len(messages) == 4
+    assert dict(messages[0].content["settings"]) == {"lr": 0.1, "server-round": 3}
+    assert isinstance(messages[0].content["model"], ArrayRecord)
+    replies = [
+        Message(
+            RecordDict({"anything": to_arrays(adapter(k)), "m": MetricRecord({"n": k, "loss": float(k)})}), reply_to=m
+        )
+        for k, m in enumerate(messages)
+    ]
+    _, metrics = strategy.aggregate_train(3, replies)
+    assert metrics["loss"] == pytest.approx((1 + 4 + 9) / 6)
+    assert list(strategy.configure_evaluate(3, to_arrays(adapter(0)), ConfigRecord(), Nodes())) == []
+    with pytest.raises(TypeError, match="fraction_fit"):
+        FloraNA(fraction_fit=0.5)
+
+
+def test_failures_are_left_out_and_a_round_without_replies_changes_nothing():
+    strategy = FloraNA()
+    messages = list(strategy.configure_train(1, to_arrays(adapter(9)), ConfigRecord(), Nodes()))
+    good = [
+        Message(RecordDict({"a": to_arrays(adapter(k)), "m": MetricRecord({"num-examples": 1})}), reply_to=messages[k])
+        for k in range(2)
+    ]
+    bad = Message(Error(code=1, reason="out of memory"), reply_to=messages[2])
+    _, metrics = strategy.aggregate_train(1, [good[0], bad, good[1]])
+    assert metrics["fedgram-clients"] == 2
+    assert strategy.aggregate_train(2, [bad]) == (None, None)
+    assert strategy.aggregate_train(2, []) == (None, None)
+    assert list(strategy.reports) == [1]
+
+
+def nan(state):
+    state[f"{PREFIX}encoder.0.query.lora_A.weight"][0, 0] = math.nan
+    return state
+
+
+@pytest.mark.parametrize(
+    ("strategy", "third", "more", "message"),
+    [
+        (FloraNA, nan(adapter(2)), {}, r"encoder\.0\.query.*node 405.*NaN"),
+        (Stamp, nan(adapter(2)), {}, r"node 405"),
+        (Stamp, adapter(2, rank=5), {}, r"node 405"),
+        (FloraNA, adapter(2, rank=5), {}, r"node 405 has rank 5, node \d+ rank 4"),
+        (FloraNA, adapter(2), {2: {"metrics": MetricRecord({"loss": 1.0})}}, "node 405: no 'num-examples'"),
+        (FloraNA, adapter(2), {2: {"metrics": MetricRecord({"num-examples": -1})}}, "node 405: num-examples.*-1"),
+        (FloraNA, adapter(2), {2: {"metrics": MetricRecord({"num-examples": math.nan})}}, "node 405: .*got nan"),
+        (FloraNA, adapter(2), {2: {"metrics": MetricRecord({"num-examples": [1, 2]})}}, r"node 405: .*\[1, 2\]"),
+        (FloraNA, adapter(2), {2: {"extra": MetricRecord()}}, "node 405 sent 2 MetricRecords"),
+        (FloraNA, adapter(2), {2: {"extra": ArrayRecord()}}, "node 405 sent 2 ArrayRecords"),
+        (
+            FloraNA,
+            adapter(2),
+            {2: {"metrics": MetricRecord({"num-examples": 1, "loss": 1.0})}},
+            "node 901 and node 405 differ in the metric 'loss'",
+        ),
+        (FloraNA, adapter(2), {2: {"lora": ConfigRecord({"lora-config": "{"})}}, "node 405: lora-config"),
+    ],
+)
+def test_a_reply_that_cannot_be_used_is_refused_by_node_and_reason(strategy, third, more, message):
+    with pytest.raises(ValueError, match=message):
+        answer(strategy(), [adapter(0), adapter(1), third], more=more)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FloraNA(method="best"), "method: expected one of .*'best'"),
+        (lambda: FloraNA(method="fedavg", align_previous=True), "align_previous"),
+        (lambda: FloraNA(reply_order="time"), "reply_order: expected content or node, got 'time'"),
+        (lambda: FloraNA(lora_alpha=8, scalings=2), "give at most one of"),
+        (lambda: Stamp(c=1.0), "c: "),
+        (lambda: Stamp(lr=math.inf), "lr: "),
+        (lambda: Stamp(rescale="other"), "rescale"),
+    ],
+)
+def test_options_are_checked_before_any_client_works(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_summary_names_the_options(caplog):
+    with caplog.at_level("INFO", logger="flwr"):
+        FloraNA(method="svd").summary()
+        Stamp(c=0.125).summary()
+    assert "method='svd'" in caplog.text
+    assert "c=0.125" in caplog.text
+
+
+@pytest.mark.parametrize("make", [FloraNA, Stamp])
+def test_flowers_differential_privacy_wraps_them(make):
+    """Clipping that clips nothing and noise of size zero leave the update as it is."""
+    states = [adapter(k) for k in range(3)]
+    wrapped = DifferentialPrivacyServerSideFixedClipping(
+        make(), noise_multiplier=0.0, clipping_norm=1e9, num_sampled_clients=3
+    )
+    arrays, metrics = answer(wrapped, states)
+    alone = to_state_dict(answer(make(), states)[0])
+    for name in MODULES:
+        # The wrapper rounds start + (state - start) in float32, of entries of a few units.
+        assert (update(to_state_dict(arrays), name) - update(alone, name)).norm() <= 1e-5 * update(alone, name).norm()
+    assert metrics["fedgram-clients"] == 3
