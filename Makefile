@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu wheel clean
+.PHONY: demo test test-flower test-nvflare fuzz lint bench gpu wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/fedgram demo flora-na
 
 test: $(VENV)/.ready
 	$(BIN)/pytest
+
+# The frameworks' own pins meet in venvs of their own.
+test-flower: .venv-flower/.ready
+	.venv-flower/bin/pytest tests/frameworks/flower
+
+test-nvflare: .venv-nvflare/.ready
+	.venv-nvflare/bin/pytest tests/frameworks/nvflare
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -30,5 +37,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(wildcard kernels/native/*)
 	$(BIN)/python -P -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv-flower/.ready: pyproject.toml constraints-flower.txt
+	$(PYTHON) -m venv .venv-flower
+	.venv-flower/bin/python -P -m pip install -q -c constraints-flower.txt -e '.[flower,demo]' pytest
+	touch $@
+
+.venv-nvflare/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-nvflare
+	.venv-nvflare/bin/python -P -m pip install -q -c constraints.txt -e '.[nvflare]' pytest scikit-learn
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist out *.egg-info
+	rm -rf .venv* build dist out *.egg-info

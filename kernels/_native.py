@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+ABI = 1  # of native.c: an extension left over from other sources is not called
 SLOTS = 32
 # Work (vector operations, about) below which a range is not worth a thread of its own.
 SLOT_WORK = 1 << 18
@@ -61,8 +62,10 @@ def _library() -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype = None
         function.argtypes = [_INT if c == "i" else _POINTER for c in signature.replace(" ", "")]
-    for name in ("fedgram_level", "fedgram_block", "fedgram_pad"):
+    for name in ("fedgram_abi", "fedgram_level", "fedgram_block", "fedgram_pad"):
         getattr(library, name).restype = _INT
+    if (abi := library.fedgram_abi()) != ABI:
+        raise OSError(f"version {abi}, expected {ABI}: install fedgram again")
     return library
 
 

@@ -21,6 +21,7 @@ from ._dispatch import interpreting, resolve
 
 WIDEST = 16  # bytes of the widest load of a GPU thread
 T = TypeVar("T")
+Key = tuple  # of a place and what else a plan depends on
 _TYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
@@ -82,15 +83,26 @@ def power_of_two_divisor(number: int, cap: int) -> int:
     return min(number & -number, cap) if number else cap
 
 
-def place(device: torch.device) -> tuple[Hashable, ...]:
+def place(device: torch.device) -> tuple[torch.device, Hashable]:
     """What device tables belong to: the device, and the stream whose order protects their memory."""
     if device.type != "cuda":
-        return (device,)
+        return (device, None)
     return (device, torch.cuda.current_stream(device).cuda_stream)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is queued now goes into a CUDA graph: then no device table may be kept for later calls.
+
+    A table made within a capture lies in the graph's memory and is filled by its replays only.
+    """
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy a host array to the device without making the host wait for the work queued there."""
+    """Copy a host array to the device without making the host wait for the work queued there.
+
+    Within a capture the copy becomes part of the graph, and torch keeps the pinned memory for as long as the graph.
+    """
     host = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cpu":
         return host
@@ -104,16 +116,21 @@ def check_runnable(device: torch.device) -> None:
 
 
 class PlanCache(Generic[T]):
-    """The most recently used plans, by layout."""
+    """The most recently used plans, by layout. The first item of every key is a ``place``."""
 
     def __init__(self, size: int = 32) -> None:
         self.size = size
-        self.plans: OrderedDict[Hashable, T] = OrderedDict()
+        self.plans: OrderedDict[Key, T] = OrderedDict()
         self.lock = Lock()
 
-    def get(self, key: Hashable, build: Callable[[], T]) -> T:
-        """The plan stored under ``key``, built where there is none."""
+    def get(self, key: Key, build: Callable[[], T]) -> T:
+        """The plan stored under ``key``, built where there is none.
+
+        Within a capture that of any stream serves (a capture begins when the device is idle), and none is stored.
+        """
         with self.lock:
+            if capturing(key[0][0]):
+                return self._of_any_stream(key) or build()
             plan = self.plans.get(key)
             if plan is None:
                 plan = self.plans[key] = build()
@@ -121,6 +138,12 @@ class PlanCache(Generic[T]):
                     self.plans.popitem(last=False)
             self.plans.move_to_end(key)
         return plan
+
+    def _of_any_stream(self, key: Key) -> T | None:
+        for stored, plan in self.plans.items():
+            if stored[0][0] == key[0][0] and stored[1:] == key[1:]:
+                return plan
+        return None
 
 
 class AddressTable:
@@ -136,5 +159,6 @@ class AddressTable:
         if latest is None or latest[0] != now:
             # a new table, never an overwritten one: a kernel still queued may be reading the old one
             latest = (now, to_device(pointers[self.source] + self.offset, self.device))
-            self.latest = latest  # in one step: another thread finds either pair whole
+            if not capturing(self.device):
+                self.latest = latest  # in one step: another thread finds either pair whole
         return latest[1]

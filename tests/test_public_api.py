@@ -11,8 +11,10 @@ CONTRACT = {
     "TemporalMatcher SpatialMatcher",
     "fedgram.kernels": "factor_gram factor_combine lowrank_sum grad_gram grad_combine ghost_gram subset_select",
     "fedgram.bindings.peft": "load_adapter save_adapter",
-    "fedgram.bindings.modules": "LoraAggregator",
+    "fedgram.bindings.modules": "LoraAggregator StateDictAggregator StateDictMatcher",
     "fedgram.bindings.matching": "match_adapters",
+    "fedgram.bindings.plain": "aggregate_state_dicts match_state_dicts",
+    "fedgram.bindings.distributed": "aggregate_sharded match_sharded",
 }
 PARAMETERS = {
     "fedgram.flora_na.estimate": "B A weights scalings method rank anchor align_to",

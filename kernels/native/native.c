@@ -110,6 +110,8 @@ int64_t fedgram_level(void) {
 
 /* `level` is at most fedgram_level(); lower ones are for tests. `wide`: double, else float. */
 
+/* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
+int64_t fedgram_abi(void) { return 1; }
 int64_t fedgram_block(void) { return BLOCK; }
 int64_t fedgram_pad(void) { return PAD; }
 

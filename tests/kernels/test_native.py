@@ -127,3 +127,18 @@ def test_threads_survive_a_fork():
 def _norm(G):
     torch.set_num_threads(2)
     return float(grad_gram(G).n0)
+
+
+@built
+def test_an_extension_of_other_sources_is_not_called(monkeypatch):
+    _native.missing.cache_clear()
+    _native._library.cache_clear()
+    monkeypatch.setattr(_native, "ABI", -1)
+    try:
+        assert "expected -1: install fedgram again" in _native.missing()
+        assert resolve("auto", [torch.ones(2)], native=True) == "torch"
+    finally:
+        monkeypatch.undo()
+        _native.missing.cache_clear()
+        _native._library.cache_clear()
+    assert _native.missing() is None
