@@ -125,7 +125,7 @@ def _previous(targets: list[Target], adapter: Adapter | None) -> list[tuple[Tens
     """Earlier factors with the scaling split over both, as the result has it."""
     if adapter is None:
         return None
-    layers = [adapter.modules[t.name] for t in targets]
+    layers = [adapter.modules[t.name].trimmed() for t in targets]
     roots = [abs(layer.scaling) ** 0.5 for layer in layers]
     return [
         (layer.B * (root if layer.scaling > 0 else -root), layer.A * root)

@@ -37,7 +37,7 @@ class AlternatingLeastSquares:
             A balanced pair; status ``converged`` or ``max-sweeps``, and the sweeps.
         """
         rank = start.P.shape[-1] if rank is None else rank
-        Q = self._start(group, start, rank)
+        Q = starting_rows(group, start, rank)
         energy = group.gram_energy if group.gram is not None else None
         zero = energies(group) == 0
         P, captured = Q, torch.zeros(len(group.targets), dtype=torch.float64, device=group.device)
@@ -57,14 +57,12 @@ class AlternatingLeastSquares:
         P, Q_hat, _ = half_step(group, "A", Q)
         return balance(group, Pair(P, Q_hat, status, sweep), rank)
 
-    @staticmethod
-    def _start(group: Group, start: Pair, rank: int) -> Tensor:
-        """Rows of A to start from; what the start lacks is filled by a fixed random sketch of the members."""
-        Q = start.Q if start.Q.shape[-1] <= rank else balance(group, start, rank).Q
-        missing = rank - Q.shape[-1]
-        if missing <= 0:
-            return Q
-        return torch.cat([Q, _sketch(group, missing)], -1)
+
+def starting_rows(group: Group, start: Pair, rank: int) -> Tensor:
+    """Coefficients (L, R, rank) of rows of A to start from; what the start lacks a fixed sketch of the members fills."""
+    Q = start.Q if start.Q.shape[-1] <= rank else balance(group, start, rank).Q
+    missing = rank - Q.shape[-1]
+    return Q if missing <= 0 else torch.cat([Q, _sketch(group, missing)], -1)
 
 
 def _sketch(group: Group, columns: int) -> Tensor:

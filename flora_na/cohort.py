@@ -61,7 +61,7 @@ class Cohort:
         weights = self.weights[clients]
         if self.missing == "renormalize":
             weights = weights / weights.sum()
-        base = None if anchor is None else _layer(anchor, module, "the anchor")
+        base = None if anchor is None else _layer(anchor, module, "the anchor").trimmed()
         return make_target(
             [layer.B for layer in layers],
             [layer.A for layer in layers],

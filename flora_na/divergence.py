@@ -16,7 +16,7 @@ from torch import Tensor
 from fedgram import kernels
 
 from .coefficients import Pair, trace_product
-from .group import Group
+from .group import Group, Side
 from .target import Target
 
 Factors = tuple[list[Tensor], list[Tensor]]
@@ -76,9 +76,28 @@ def pair_errors(group: Group, pair: Pair) -> Errors:
 
 
 def mass_of_pair(group: Group, pair: Pair) -> Tensor:
-    """(L,) what may cancel within the product of a pair: the sums of the norms of what its factors are added up from."""
-    B, A = ((group.row_norms[side].unsqueeze(-1) * X.abs()).sum(1) for side, X in (("B", pair.P), ("A", pair.Q)))
+    """(L,) what may cancel within the product of a pair: the sums of the norms of what its factors are made of."""
+    bounds = group.row_norms if group.gram is not None else _member_norms(group)
+    B, A = ((bounds[side].unsqueeze(-1) * X.abs()).sum(1) for side, X in (("B", pair.P), ("A", pair.Q)))
     return (B * A).sum(-1)
+
+
+def mass_of_target(group: Group) -> Tensor:
+    """(L,) what may cancel within dW, from above: in the implicit regime by the norms of whole factors."""
+    if group.gram is not None:
+        return group.mass
+    norms, first = _member_norms(group), group.slot == 0
+    return (group.D.squeeze(-1) * norms["B"] * norms["A"])[:, first].sum(-1)
+
+
+def _member_norms(group: Group) -> dict[Side, Tensor]:
+    """(L, R) per side: for every stacked row the norm of its member's whole scaled factor."""
+    if "norms B" not in group.memo:
+        for side in ("B", "A"):
+            factors = [t.B if side == "B" else t.A for t in group.targets]
+            norms = torch.stack([torch.stack([x.double().norm() for x in members]) for members in factors])
+            group.memo[f"norms {side}"] = norms[:, group.member] * group.row_scale[side].squeeze(-1).abs()
+    return {"B": group.memo["norms B"], "A": group.memo["norms A"]}
 
 
 def measured_errors(groups: Sequence[Group], results: Sequence[Factors], backend: str = "auto") -> list[Errors]:
@@ -152,14 +171,7 @@ def _certified_energies(group: Group) -> Tensor:
 def _exact_energies(group: Group) -> Tensor:
     """Without Grams: from the factors, and exactly 0 where the terms cancel to rounding, as with Grams."""
     exact = _squares(group.targets)
-    mass = torch.tensor([_mass(target) for target in group.targets], dtype=torch.float64, device=exact.device)
-    return torch.where(exact <= (ZERO * mass) ** 2, 0.0, exact)
-
-
-def _mass(target: Target) -> float:
-    """``sum |w_u s_u| ||B_u|| ||A_u||``: at least the sum of the norms of the rank-one terms of dW."""
-    sizes = (b.double().norm() * a.double().norm() for b, a in zip(target.B, target.A, strict=True))
-    return float(sum(c * size for c, size in zip(target.coefficients.abs().tolist(), sizes, strict=True)))
+    return torch.where(exact <= (ZERO * mass_of_target(group)) ** 2, 0.0, exact)
 
 
 def _squares(targets: Sequence[Target]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .coefficients import Pair, balance
+from .coefficients import Pair, balance, fit_rank
 from .group import Group
 
 
@@ -17,6 +17,10 @@ def solve_fedavg(group: Group, rank: int | None = None) -> Pair:
 
 
 def scalar_pair(group: Group, p: Tensor, q: Tensor, rank: int | None, status: str, sweeps: int) -> Pair:
-    """The pair of one scalar per member and side (L, M), cut or padded to ``rank``."""
+    """The pair of one scalar per member and side (L, M), cut to ``rank`` or padded with zero columns."""
     pair = Pair(group.expand(p), group.expand(q), status, sweeps)
-    return pair if rank is None or rank == group.rank else balance(group, pair, rank)
+    if rank is None or rank == group.rank:
+        return pair
+    if rank > group.rank:
+        return Pair(fit_rank(pair.P, rank), fit_rank(pair.Q, rank), status, sweeps)
+    return balance(group, pair, rank)

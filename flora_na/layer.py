@@ -49,6 +49,12 @@ class LoraLayer:
         """(m, n), the shape of the weight that the update is added to."""
         return self.B.shape[0], self.A.shape[1]
 
+    def trimmed(self) -> LoraLayer:
+        """The layer without its last components that are zero on both sides: what pads a file to one rank."""
+        used = ((self.A != 0).any(1) | (self.B != 0).any(0)).nonzero().flatten().tolist()
+        rank = max(used, default=0) + 1
+        return self if rank >= self.rank else LoraLayer(A=self.A[:rank], B=self.B[:, :rank], scaling=self.scaling)
+
     def delta(self) -> Tensor:
         """The dense update ``scaling * B @ A``, shape (m, n), for small layers and tests."""
         return (self.B @ self.A) * self.scaling

@@ -61,14 +61,14 @@ def _no_worse(group: Group, pair: Pair, left: Tensor, rank: int | None) -> Pair:
     That can be below what their equations resolve, and where both are cut to a smaller rank.
     """
     cut = rank is not None and rank < group.rank
-    mass = 0.0 if group.gram is None or cut else mass_of_pair(group, pair)
-    ids = list(range(len(left))) if cut else blurred(group, left, mass).nonzero().flatten().tolist()
+    blur = torch.ones_like(left, dtype=torch.bool) if cut else blurred(group, left, mass_of_pair(group, pair))
+    ids = blur.nonzero().flatten().tolist()
     if not ids:
         return pair
     part, average = group.subset(ids), solve_fedavg(group, rank)
     errors = [pair_errors(part, Pair(p.P[ids], p.Q[ids], "")).error for p in (pair, average)]
     worse = torch.zeros_like(left, dtype=torch.bool)
-    worse[ids] = errors[0] > errors[1]
+    worse[ids] = ~(errors[0] <= errors[1])
     return _choose(pair, average, worse)
 
 

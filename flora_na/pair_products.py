@@ -64,7 +64,7 @@ def _products(group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _blocks(group: Group, gram: Tensor) -> Tensor:
-    """(L, U^2, r^2): row ik is the block ``B_i^T B_k``, zero-padded to the largest rank; for A the block ``A_i A_k^T``."""
+    """(L, U^2, r^2): row ik is the block ``B_i^T B_k``, or ``A_i A_k^T``, zero-padded to the largest rank."""
     L, U, r = gram.shape[0], len(group.ranks), group.rank
     if any(rank != r for rank in group.ranks):
         at = group.member * r + group.slot

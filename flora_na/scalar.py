@@ -19,6 +19,8 @@ DIRECT_MEMBERS = 64
 """Without Grams, up to this many members per rank their U x U normal matrix is formed in every half-step; above, it
 would cost more than the products of some conjugate-gradient steps."""
 
+GAUGE_SWEEPS = 4
+
 
 @dataclass(frozen=True, eq=False)
 class Scalars:
@@ -74,6 +76,8 @@ class ScalarLeastSquares:
                 status = "converged"
                 break
             before = gain
+            if sweep % GAUGE_SWEEPS == 0:
+                p, q = problem.hold_gauge(p, q)
         p, q = problem.normalise_gauge(p, q)
         return [Scalars(problem.spread(p, g), problem.spread(q, g), status, sweep, energy - captured) for g in groups]
 
@@ -128,6 +132,14 @@ class _Problem:
     def _normal(self, side: Side, q: Tensor) -> list[_Normal]:
         other: Side = "A" if side == "B" else "B"
         return [_Normal(g, side, other, self.spread(q, g)) for g in self.groups]
+
+    def hold_gauge(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of one size, by powers of two: ``(c p, q / c)`` would drift off where p or q is all but free."""
+        if self.groups[0].anchored:
+            return p, q
+        sizes = [x.abs().amax(-1, keepdim=True).clamp_min(1e-300).log2() for x in (p, q)]
+        c = ((sizes[1] - sizes[0]) / 2).round().exp2()
+        return p * c, q / c
 
     def normalise_gauge(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """Equal norms of B and A; an anchor fixes the gauge, so then nothing is changed."""

@@ -10,12 +10,11 @@ from torch import Tensor
 from fedgram import kernels
 
 from .als import AlternatingLeastSquares
-from .coefficients import Pair, balance, eigh_psd, fit_rank, inverse_or_zero
-from .divergence import MARGIN, ROUNDING, energies, rounding
-from .fedavg import solve_fedavg
+from .coefficients import Pair, eigh_psd, fit_rank, inverse_or_zero
+from .divergence import MARGIN, ROUNDING, energies, mass_of_target, rounding
 from .group import Group
+from .krylov import solve_krylov
 
-OVERSAMPLING = 8
 IMPLICIT_FLOOR = 1e-11
 """Squared errors below this part of ``||dW||^2`` are lost in the orthonormalisations of the implicit regime."""
 RESOLVED = 1e-15
@@ -68,11 +67,11 @@ def solve_svd(group: Group, rank: int) -> Pair:
     """The best pair of rank ``rank``, balanced; trailing columns are zero where dW has lower rank.
 
     Modules whose remaining error is too small for their Grams to resolve are solved again from QR factors, which
-    resolve singular values down to 1e-16 of the largest. In the implicit regime it is subspace iteration with
-    oversampling, run to a tight tolerance.
+    resolve singular values down to 1e-16 of the largest. In the implicit regime the pair comes from a
+    block Krylov space.
     """
     if group.gram is None:
-        return settle(group, _subspace_iteration(group, rank))
+        return settle(group, solve_krylov(group, rank))
     s = spectrum(group)
     V = group.D * (s.L @ s.vectors[..., :rank])
     # A = V^T dW^T dW spans the right singular vectors without a division; one sweep normalises and polishes it
@@ -109,14 +108,11 @@ def blurred(group: Group, error: Tensor, mass: Tensor | float = 0.0) -> Tensor:
 
     ``mass`` (L,) is what cancels within the pair itself, beside what cancels within dW.
     """
-    energy = energies(group)
+    energy, lost = energies(group), ROUNDING["cpu"] * (mass_of_target(group) + mass) ** 2
     if group.gram is None:
-        floor, coarse = IMPLICIT_FLOOR * energy, torch.full_like(energy, IMPLICIT_FLOOR)
-    else:
-        lost = ROUNDING["cpu"] * (group.mass + mass) ** 2
-        floor, coarse = MARGIN * lost, lost / energy
+        lost = torch.maximum(lost, IMPLICIT_FLOOR / MARGIN * energy)
     own = max(torch.finfo(t.dtype).eps for t in group.targets) ** 2
-    return (energy > 0) & (error < floor) & (coarse > own)
+    return (energy > 0) & ~(error >= MARGIN * lost) & ~(lost <= own * energy)
 
 
 def _from_triangles(group: Group, i: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -129,10 +125,3 @@ def _from_triangles(group: Group, i: int, rank: int) -> tuple[Tensor, Tensor]:
     P = group.D[i] * (R_A.mT @ (Vt.mT * inverse))
     Q = group.D[i] * (R_B.mT @ (U * inverse))
     return fit_rank(P, rank), fit_rank(Q, rank)
-
-
-def _subspace_iteration(group: Group, rank: int) -> Pair:
-    wide = min(rank + OVERSAMPLING, group.total_rank)
-    solver = AlternatingLeastSquares(tolerance=1e-10, max_sweeps=300)
-    pair = solver.solve(group, solve_fedavg(group), wide)
-    return balance(group, pair, rank)

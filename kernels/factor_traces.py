@@ -1,4 +1,4 @@
-"""Inner products of the clients' factors in the metric of a small matrix: the normal matrices of FLoRA-NA's estimate."""
+"""Inner products of the clients' factors in the metric of a small matrix: what FLoRA-NA's normal equations hold."""
 
 from __future__ import annotations
 

@@ -1,0 +1,81 @@
+"""The best rank-r pair without Grams: a block Krylov space of dW, orthonormal in coefficients (Golub and Kahan)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .als import starting_rows
+from .coefficients import Pair, balance, inverse_or_zero, orthonormaliser
+from .divergence import energies
+from .fedavg import solve_fedavg
+from .group import Group
+
+OVERSAMPLING = 8
+TOLERANCE = 1e-8
+"""Stop once one more block lowers the squared error by less than this fraction of it."""
+MAX_BLOCKS = 64
+DEPENDENT = 1e-7
+"""A direction that loses all but this part of its length to the space already spanned is rounding."""
+
+
+def solve_krylov(group: Group, rank: int) -> Pair:
+    """The best pair of rank ``rank`` within ``span{A^T, (dW^T dW) A^T, ...}`` of the averaged rows A and a fixed sketch.
+
+    Where singular values lie close together, power iteration needs hundreds of sweeps; the space spanned by its
+    iterates holds the answer after some ten. Each block costs one product with either Gram, linear in the clients.
+    """
+    wide = min(rank + OVERSAMPLING, group.total_rank)
+    space = _Space(group)
+    Y = starting_rows(group, solve_fedavg(group), wide)
+    energy, before, status, blocks = energies(group), None, "max-sweeps", 0
+    for blocks in range(1, MAX_BLOCKS + 1):
+        Y = space.extend(Y)
+        captured = torch.linalg.eigvalsh(space.H)[:, -rank:].sum(-1)
+        left = (energy - captured).clamp_min(1e-13 * energy)
+        if before is not None and bool((captured - before <= TOLERANCE * left).all()):
+            status = "converged"
+            break
+        before = captured
+        if space.size >= group.total_rank:
+            status = "converged"
+            break
+    vectors = torch.linalg.eigh(space.H).eigenvectors[:, :, -min(wide, space.size) :]
+    return balance(group, Pair(space.P @ vectors, space.V @ vectors, status, blocks), rank)
+
+
+class _Space:
+    """Coefficients V of orthonormal rows ``V^T As``, their images ``P = D G_A V`` (``Bs P = dW (V^T As)^T``), and the
+    small matrix ``H = P^T G_B P`` whose eigenvalues are the squared singular values that the space has found."""
+
+    def __init__(self, group: Group) -> None:
+        empty = group.D.new_zeros(len(group.targets), group.total_rank, 0)
+        self.group, self.V, self.C, self.P = group, empty, empty, empty
+        self.H = group.D.new_zeros(len(group.targets), 0, 0)
+
+    @property
+    def size(self) -> int:
+        """The columns of V."""
+        return self.V.shape[-1]
+
+    def extend(self, Y: Tensor) -> Tensor:
+        """Add the span of ``Y^T As``; returns the coefficients of its image under ``dW^T dW``."""
+        group = self.group
+        Y = Y * inverse_or_zero(Y.abs().amax(-2, keepdim=True))  # so that no square leaves float64's range
+        C = group.apply("A", Y)
+        length = _norms(Y, C)
+        for _ in range(2):
+            inside = self.C.mT @ Y
+            Y, C = Y - self.V @ inside, C - self.C @ inside
+        T = orthonormaliser(Y.mT @ C, DEPENDENT * length)
+        Y, C = Y @ T, C @ T
+        P = group.D * C
+        Z = group.apply("B", P)
+        corner, side = P.mT @ Z, self.P.mT @ Z
+        self.H = torch.cat([torch.cat([self.H, side], -1), torch.cat([side.mT, 0.5 * (corner + corner.mT)], -1)], -2)
+        self.V, self.C, self.P = (torch.cat(pair, -1) for pair in ((self.V, Y), (self.C, C), (self.P, P)))
+        return group.D * Z
+
+
+def _norms(Y: Tensor, C: Tensor) -> Tensor:
+    return (Y * C).sum(-2).clamp_min(0.0).sqrt()
