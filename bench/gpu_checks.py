@@ -29,6 +29,25 @@ def correctness(journal: Journal, device: torch.device) -> None:
     """Every operation against float64, its outputs poisoned and guarded; the torch twin on the device beside it."""
     for case in all_cases(device):
         journal.guard(case.name, lambda case=case: _check(case))
+    for method in flora_na.batched.METHODS:
+        journal.guard(f"estimate_modules({method})", lambda method=method: _estimated(method, device))
+
+
+def _estimated(method: str, device: torch.device) -> dict[str, Any]:
+    """The rho that is claimed, and that of ``estimate``, against dense float64 products."""
+    B, A = _factors(device)
+    weights = torch.tensor([8.0, 1.0, 1.0], dtype=torch.float64, device=device)
+    with poisoned():
+        found = flora_na.estimate_modules(B, A, weights, method=method, sweeps=60, backend=KERNELS)
+    error, behind = 0.0, 0.0
+    for l, (bs, as_) in enumerate(zip(B, A, strict=True)):
+        w = weights / weights.sum()
+        dense = sum(x * b.double() @ a.double() for x, b, a in zip(w, bs, as_, strict=True))
+        true = float((dense - found.B[l].double() @ found.A[l].double()).norm() / dense.norm())
+        error = max(error, abs(float(found.rho[l]) / true - 1))
+        behind = max(behind, true / flora_na.estimate(bs, as_, weights.cpu(), method=method).rho - 1)
+    right = error <= 1e-3 and behind <= 1e-3 and bool(found.certain.all())
+    return {"op": "estimate_modules", "ok": right, "error": error, "tolerance": 1e-3, "behind_estimate": behind}
 
 
 def _check(case: OpCase) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _resident(bench: Bench, model: Model, pinned: Pinned) -> None:
     B, A = _sides(clients)
     f = kernels.prepare(B, A)
     for method in flora_na.batched.METHODS:
-        run = partial(_held, f, w, method)
+        run = partial(_held, f, w.to(bench.device), method)
         bench.row(f"{name} estimate_modules({method})", partial(_modules, bench, run, cost), 8)
         if bench.device.type == "cuda":
             bench.row(f"{name} estimate_modules({method}) replayed", partial(_replayed, bench, run, cost), 10)
@@ -189,7 +189,7 @@ def _sides(clients: Layers) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
 
 def _held(f: kernels.PreparedFactors, w: Tensor, method: str) -> flora_na.BatchedEstimate:
     with f.held():
-        return flora_na.estimate_modules(f.B, f.A, w.to(f.B.device), method=method)
+        return flora_na.estimate_modules(f.B, f.A, w, method=method)
 
 
 def _modules(bench: Bench, run: Callable[[], flora_na.BatchedEstimate], cost: Cost) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def _replayed(bench: Bench, run: Callable[[], flora_na.BatchedEstimate], cost: C
 def _filled(bench: Bench, model: Model, pinned: Pinned, sent: float) -> dict[str, Any]:
     """Clients put into a slab one after the other as they arrive, then aggregated: from the host to one pair."""
     slab = kernels.FactorSlab(model.shapes, [model.rank] * model.clients, dtype=model.dtype, device=bench.device)
-    clients, w = pinned.layers(pinned.host), sample_weights(model.clients)
+    clients, w = pinned.layers(pinned.host), sample_weights(model.clients).to(bench.device)
 
     def run() -> flora_na.BatchedEstimate:
         for u, client in enumerate(clients):

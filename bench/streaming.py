@@ -6,6 +6,7 @@ process's whole resident set (interpreter and torch included); its anonymous and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,36 +107,40 @@ def measure(root: Path, task: str, method: str = "", *, kill_at: float | None = 
     for path in root.glob("client-*/*.safetensors"):
         drop_cached(path)
     command = [sys.executable, "-P", "-m", "fedgram.bench._streaming_run", task, method, str(root)]
+    facts: dict[str, Any] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        peaks = {"RssAnon": 0, "RssFile": 0}
-        facts: dict[str, Any] = {}
-        for line in _sampled(child, peaks):
-            facts |= json.loads(line)
-            if kill_at is not None and facts.get("done", 0) >= kill_at * facts.get("of", 1e9):
-                child.send_signal(signal.SIGKILL)
-                return {"killed_after": facts["done"], "of": facts["of"]}
+        assert child.stdout is not None
         assert child.stderr is not None
+        with sampled(child.pid) as peaks:
+            for line in child.stdout:
+                facts |= json.loads(line)
+                if kill_at is not None and facts.get("done", 0) >= kill_at * facts.get("of", 1e9):
+                    child.send_signal(signal.SIGKILL)
+                    return {"killed_after": facts["done"], "of": facts["of"]}
         errors = child.stderr.read().strip().splitlines()
     if child.returncode:
         raise RuntimeError(f"{task} {method}: {errors[-1] if errors else f'ended with {child.returncode}'}")
     facts |= {"peak_anonymous_bytes": peaks["RssAnon"], "peak_file_bytes": peaks["RssFile"]}
-    return {key: value for key, value in facts.items() if key not in ("start", "done", "of")}
+    return {key: value for key, value in facts.items() if key not in ("done", "of")}
 
 
-def _sampled(child: subprocess.Popen[str], peaks: dict[str, int]) -> Iterator[str]:
-    """The lines of a process as they come, its memory sampled meanwhile."""
-    assert child.stdout is not None
-    os.set_blocking(child.stdout.fileno(), False)
-    rest = ""
-    while True:
-        text = child.stdout.read()
-        if text:
-            *lines, rest = (rest + text).split("\n")
-            yield from lines
-        elif text == "" or (child.poll() is not None and not text):
-            return
-        _sample(child.pid, peaks)
-        time.sleep(SAMPLE_SECONDS)
+@contextlib.contextmanager
+def sampled(pid: int) -> Iterator[dict[str, int]]:
+    """The largest anonymous and file-mapped resident memory of a process, as seen at intervals while the block runs."""
+    peaks = {"RssAnon": 0, "RssFile": 0}
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SAMPLE_SECONDS):
+            _sample(pid, peaks)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _sample(pid: int, peaks: dict[str, int]) -> None:
@@ -218,7 +223,9 @@ def streaming_command(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1) + "\n")
-    show(results, Console())
+    console = Console()
+    console.width = max(console.width, 110)
+    show(results, console)
 
 
 def show(results: dict[str, Any], console: Console) -> None:

@@ -7,6 +7,7 @@ counted: a budget bounds time and memory.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from re import _constants as c  # type: ignore[attr-defined]
@@ -50,7 +51,7 @@ def parse(expression: str) -> Any:
         with warnings.catch_warnings():  # of syntax that may change its meaning one day
             warnings.simplefilter("ignore")
             return _parser.parse(expression)
-    except (_parser.error, OverflowError, RecursionError) as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"is not a regular expression ({getattr(error, 'msg', error)})") from error
 
 

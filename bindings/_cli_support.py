@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ._documents import unambiguous
+
 ProgressCallback = Callable[[int, int, str], None]
 LONGEST = 1000
 """Characters of a message before it is shortened."""
@@ -95,7 +97,7 @@ def read_weights(path: Path | None, clients: Sequence[Path]) -> list[float] | No
     if path is None:
         return None
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unambiguous)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if isinstance(document, dict):

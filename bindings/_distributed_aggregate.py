@@ -14,6 +14,7 @@ from torch import distributed as dist
 from fedgram import flora_na
 from fedgram.flora_na import Adapter, AdapterLike, Aggregation, ModuleReport, Report
 from fedgram.flora_na.layer import as_adapter
+from fedgram.flora_na.rank_choice import Rank
 
 from ._distributed_clients import Clients, everyone_has_all, everyone_has_own
 from ._distributed_plan import Unit, plan
@@ -50,7 +51,7 @@ def aggregate_sharded(
     clients: str = "all",
     result: str = "root",
     method: str = "als",
-    rank: int | None = None,
+    rank: Rank = None,
     shared: bool = False,
     anchor: AdapterLike | None = None,
     align_to: AdapterLike | None = None,

@@ -60,15 +60,9 @@ def launched_ranks(patience: float) -> Iterator[Watch]:
         patience: seconds without a sign of life after which a rank is given up.
     """
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _stay_on_loopback()
-    wait = timedelta(seconds=max(patience, 30.0))
-    store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=wait))
-    dist.init_process_group(
-        "gloo", store=dist.PrefixStore("fedgram/group", store), rank=rank, world_size=count, timeout=wait
-    )
-    own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)
+    own = _join(rank, count, timedelta(seconds=max(patience, 30.0)))
     speaker = _Speaker()
-    watch = Watch(dist.PrefixStore("fedgram/watch", own), rank, count, patience=patience, last_resort=speaker.end)
+    watch = Watch(own, rank, count, patience=patience, last_resort=speaker.end)
     speaker.watch = watch
     before = signal.signal(signal.SIGTERM, _told_to_stop)
     try:
@@ -81,6 +75,25 @@ def launched_ranks(patience: float) -> Iterator[Watch]:
         speaker.end(_message(rank, error))
     signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
+
+
+def _join(rank: int, count: int, wait: timedelta) -> dist.Store:
+    """Meet the other ranks; a store of this job's own, over a connection of its own."""
+    _stay_on_loopback()
+    name = f"fedgram/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # a restart must not find what had failed
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=wait))
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore(f"{name}/group", store), rank=rank, world_size=count, timeout=wait
+        )
+        own = dist.TCPStore(address, port, is_master=False, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            fail(f"the {count} ranks did not meet at {address}:{port}: {text[0]}")
+        raise SystemExit(1) from None
+    return dist.PrefixStore(f"{name}/watch", own)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,9 @@ from torch import distributed as dist
 from ._distributed_parcels import here, pack, unpack
 from ._distributed_watch import RankError, Watch
 
+PIECE = 64 << 20
+"""Bytes to one rank that travel in one collective: each must be done within the group's timeout."""
+
 
 class Ranks:
     """The ranks of one job.
@@ -64,8 +67,9 @@ class Ranks:
         values = []
         for k, size in enumerate(sizes):
             parcel = own if k == self.rank else torch.empty(size, dtype=torch.uint8, device=self.device)
-            with _lost():
-                dist.broadcast(parcel, group=self.group, group_src=k)
+            for piece in parcel.split(PIECE):
+                with _lost():
+                    dist.broadcast(piece, group=self.group, group_src=k)
             values.append(unpack(parcel))
         self.sent += own.numel() * (self.count - 1)
         self.received += sum(sizes) - own.numel()
@@ -86,13 +90,23 @@ class Ranks:
     def exchange(self, parcels: Sequence[Tensor]) -> list[Tensor]:
         """All to all: ``parcels[k]`` goes to rank k; the parcel of every rank for this one comes back."""
         sizes = [parcel.numel() for parcel in parcels]
-        incoming = [row[self.rank] for row in self._settle(sizes)]
-        received = torch.empty(sum(incoming), dtype=torch.uint8, device=self.device)
-        with _lost():
-            dist.all_to_all_single(received, _joined(parcels), incoming, sizes, group=self.group)
+        table = self._settle(sizes)
+        incoming = [row[self.rank] for row in table]
+        received = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in incoming]
+        for start in range(0, max(map(max, table)), PIECE):
+            outgoing, arriving = ([one[start : start + PIECE] for one in side] for side in (parcels, received))
+            self._all_to_all(arriving, outgoing)
         self.sent += sum(sizes) - sizes[self.rank]
         self.received += sum(incoming) - incoming[self.rank]
-        return list(received.split(incoming))
+        return received
+
+    def _all_to_all(self, arriving: Sequence[Tensor], outgoing: Sequence[Tensor]) -> None:
+        come, go = [one.numel() for one in arriving], [one.numel() for one in outgoing]
+        buffer = torch.empty(sum(come), dtype=torch.uint8, device=self.device)
+        with _lost():
+            dist.all_to_all_single(buffer, torch.cat(list(outgoing)), come, go, group=self.group)
+        for target, source in zip(arriving, buffer.split(come), strict=True):
+            target.copy_(source)
 
     def gather_numbers(self, numbers: Tensor) -> list[Tensor]:
         """A tensor of one shape and dtype from every rank, in rank order, on the device it is on."""
@@ -123,14 +137,13 @@ class Ranks:
         raise error if error is not None else RankError(reasons[first])
 
 
-def _joined(parcels: Sequence[Tensor]) -> Tensor:
-    full = [parcel for parcel in parcels if parcel.numel()]
-    return full[0] if len(full) == 1 else torch.cat(full or list(parcels))
-
-
 def reason(rank: int, error: BaseException) -> str:
     """An error as other ranks report it."""
-    return error.args[0] if isinstance(error, RankError) else f"rank {rank}: {error or type(error).__name__}"
+    if isinstance(error, RankError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"rank {rank}: {error.filename}: {error.strerror}"
+    return f"rank {rank}: {str(error) or type(error).__name__}"
 
 
 def check_alike(told: Sequence[Any], what: str) -> None:

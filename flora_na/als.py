@@ -59,7 +59,7 @@ class AlternatingLeastSquares:
 
 
 def starting_rows(group: Group, start: Pair, rank: int) -> Tensor:
-    """Coefficients (L, R, rank) of rows of A to start from; what the start lacks a fixed sketch of the members fills."""
+    """Coefficients (L, R, rank) of rows of A to start from; a fixed sketch of the members fills what is lacking."""
     Q = start.Q if start.Q.shape[-1] <= rank else balance(group, start, rank).Q
     missing = rank - Q.shape[-1]
     return Q if missing <= 0 else torch.cat([Q, _sketch(group, missing)], -1)

@@ -95,7 +95,12 @@ def _member_norms(group: Group) -> dict[Side, Tensor]:
     if "norms B" not in group.memo:
         for side in ("B", "A"):
             factors = [t.B if side == "B" else t.A for t in group.targets]
-            norms = torch.stack([torch.stack([x.double().norm() for x in members]) for members in factors])
+            norms = torch.stack(
+                [
+                    torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in members])
+                    for members in factors
+                ]
+            )
             group.memo[f"norms {side}"] = norms[:, group.member] * group.row_scale[side].squeeze(-1).abs()
     return {"B": group.memo["norms B"], "A": group.memo["norms A"]}
 

@@ -20,7 +20,7 @@ DEPENDENT = 1e-7
 
 
 def solve_krylov(group: Group, rank: int) -> Pair:
-    """The best pair of rank ``rank`` within ``span{A^T, (dW^T dW) A^T, ...}`` of the averaged rows A and a fixed sketch.
+    """The best pair of rank ``rank`` in ``span{A^T, (dW^T dW) A^T, ...}`` of the averaged rows A and a fixed sketch.
 
     Where singular values lie close together, power iteration needs hundreds of sweeps; the space spanned by its
     iterates holds the answer after some ten. Each block costs one product with either Gram, linear in the clients.

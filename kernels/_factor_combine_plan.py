@@ -60,7 +60,8 @@ class Output:
     def of(self, buffers: dict[torch.dtype, Tensor]) -> Tensor:
         """The output as a matrix."""
         rows, columns = self.shape[::-1] if self.stored_transposed else self.shape
-        stored = buffers[self.dtype][self.offset : self.offset + rows * columns].view(rows, columns)
+        # one call, not a slice and a view: there may be hundreds of modules
+        stored = buffers[self.dtype].as_strided((rows, columns), (columns, 1), self.offset)
         return stored.T.contiguous() if self.stored_transposed else stored
 
 

@@ -22,6 +22,7 @@ from ._dispatch import interpreting, resolve
 WIDEST = 16  # bytes of the widest load of a GPU thread
 T = TypeVar("T")
 Key = tuple  # of a place and what else a plan depends on
+READ_BY_GRAPHS: list[Tensor] = []  # a few kilobytes for each call that was captured
 _TYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
@@ -101,12 +102,15 @@ def capturing(device: torch.device) -> bool:
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """Copy a host array to the device without making the host wait for the work queued there.
 
-    Within a capture the copy becomes part of the graph, and torch keeps the pinned memory for as long as the graph.
+    Within a capture the copy becomes part of the graph, whose replays read the pinned memory again: it is kept.
     """
     host = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cpu":
         return host
-    return host.pin_memory().to(device, non_blocking=True)
+    host = host.pin_memory()
+    if capturing(device):
+        READ_BY_GRAPHS.append(host)
+    return host.to(device, non_blocking=True)
 
 
 def check_runnable(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from ._factor_inputs import Factors, check_factors
 
 CORE_SHARE = 4  # R-only QR where 4 R <= min(m, n): there its 2 (m + n) R^2 flops undercut the 2 m n R of the product
 STRIP_BYTES = 1 << 22
+STRIP_COLUMNS = 1024
 
 
 def lowrank_norm(B: Factors, A: Factors, coefficients: Sequence[Tensor]) -> list[Tensor]:
@@ -18,7 +19,7 @@ def lowrank_norm(B: Factors, A: Factors, coefficients: Sequence[Tensor]) -> list
 
     A divergence ``||dW - B A||`` is such a norm, with the estimate as one more client of coefficient -1. Computed from
     Gram matrices it would be a difference of squares, worthless below a relative 1e-8. Here the differences are taken
-    between numbers, not between squares: on strips of rows of the sum, or, where the ranks sum to little, on the small
+    between numbers, not between squares: on strips of the sum, or, where the ranks sum to little, on the small
     core ``R_B diag(c) R_A^T`` of the two QR factorisations. Either holds a relative divergence down to about 1e-13.
     The work is float64 matrix products and QR, which cuBLAS, LAPACK and BLAS do at the floor on any device: there is no
     Triton variant.
@@ -48,15 +49,33 @@ def _norm(B: Sequence[Tensor], A: Sequence[Tensor], c: Tensor) -> Tensor:
     m, n, R = B[0].shape[0], A[0].shape[1], sum(b.shape[1] for b in B)
     if not m * n * R:
         return torch.zeros((), dtype=torch.float64, device=c.device)
-    left = torch.cat([b.double() * w for b, w in zip(B, c, strict=True)], 1)
-    right = torch.cat([a.double() for a in A], 0)
+    rows = [a.T for a in A]
+    ones = torch.ones_like(c)
     if min(m, n) >= CORE_SHARE * R:
-        core = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
-        return torch.linalg.matrix_norm(core)
-    rows = max(1, STRIP_BYTES // (8 * n))
-    strip = torch.empty(min(rows, m), n, dtype=torch.float64, device=c.device)
-    norms = [
-        torch.linalg.vector_norm(torch.mm(left[i : i + rows], right, out=strip[: min(rows, m - i)]))
-        for i in range(0, m, rows)
-    ]
+        return torch.linalg.matrix_norm(_triangle(B, c, R) @ _triangle(rows, ones, R).T)
+    width = min(n, STRIP_COLUMNS)
+    height = min(m, max(1, STRIP_BYTES // (8 * width)))
+    strip = torch.empty(height * width, dtype=torch.float64, device=c.device)
+    norms = []
+    for j in range(0, n, width):
+        right = _stacked(rows, ones, j, j + width)
+        for i in range(0, m, height):
+            left = _stacked(B, c, i, i + height)
+            part = strip[: left.shape[0] * right.shape[0]].view(left.shape[0], right.shape[0])
+            norms.append(torch.linalg.vector_norm(torch.mm(left, right.T, out=part)))
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _stacked(columns: Sequence[Tensor], coefficients: Tensor, start: int, stop: int) -> Tensor:
+    """Rows ``start:stop`` of the clients' tall factors side by side, each times its coefficient, in float64."""
+    return torch.cat([t[start:stop].double() * w for t, w in zip(columns, coefficients, strict=True)], 1)
+
+
+def _triangle(columns: Sequence[Tensor], coefficients: Tensor, width: int) -> Tensor:
+    """R of the QR of the stacked columns, in blocks of rows folded together (TSQR): memory for three triangles."""
+    triangle = torch.zeros(0, width, dtype=torch.float64, device=coefficients.device)
+    step = max(2 * width, 1)
+    for start in range(0, columns[0].shape[0], step):
+        block = _stacked(columns, coefficients, start, start + step)
+        triangle = torch.linalg.qr(torch.cat([triangle, block]), mode="r").R
+    return triangle

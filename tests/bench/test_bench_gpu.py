@@ -47,13 +47,17 @@ def test_the_dry_run_goes_through_every_section(dry_run):
     checked = {row["op"] for row in report["sections"]["correctness"]["rows"]}
     assert checked == {
         "factor_gram", "factor_cross", "factor_combine", "lowrank_sum", "grad_gram", "grad_combine", "ghost_gram",
-        "subset_select",
+        "subset_select", "estimate_modules",
     }  # fmt: skip
     for row in report["sections"]["correctness"]["rows"]:
         assert row["ok"] is True
         assert row["error"] <= row["tolerance"]
     names = {row["name"] for row in report["sections"]["end_to_end"]["rows"]}
     assert {"W1 aggregate(als)", "W2 streamed from the host", "V1 match", "V2 grad_gram", "duals"} <= names
+    assert {"W2 estimate_modules(als)", "W2 slab filled from the host"} <= names
+    traced = {row["name"]: row["ok"] for row in report["sections"]["compiled"]["rows"]}
+    assert traced["whole match"] is True
+    assert traced["whole estimate_modules(als)"] is True
     assert all(row["seconds"] > 0 for row in report["sections"]["end_to_end"]["rows"] if row["name"] == "V1 match")
 
 

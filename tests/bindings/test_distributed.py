@@ -95,6 +95,7 @@ def test_other_ranks_keep_their_own_modules(group):
 def test_the_whole_result_reaches_all_ranks(group):
     for found in group:
         same_bits(found["everyone"], module_by_module(adapters()))
+        same_bits(found["pieces"], module_by_module(adapters()))
         assert list(found["everyone"]["extras"]) == ["layers.3.proj.bias", "head.weight"]
 
 

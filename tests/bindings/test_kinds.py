@@ -8,7 +8,7 @@ from fedgram.bindings._peft_names import LayerName
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
 from fedgram.flora_na import Adapter
 from fedgram_testing.peft_adapters import quietly
-from fedgram_testing.peft_kinds import KINDS, Kind, loaded, matrices, tied_llama, trained, write_kind
+from fedgram_testing.peft_kinds import KINDS, Kind, loaded, matrices, mixtral, tied_llama, trained, write_kind
 
 RANKS, ALPHAS, WEIGHTS = (3, 2, 4), (5, 3, 4), [1.0, 2.0, 5.0]
 
@@ -152,3 +152,20 @@ def test_embeddings_that_are_not_tied_count_twice(tmp_path):
     deltas = matrices(model)
     [norm] = flora_na.inspect([load_adapter(tmp_path / "c")]).client_norms.tolist()
     assert norm == pytest.approx(float(sum(d.double().square().sum() for d in deltas.values()).sqrt()), rel=1e-6)
+
+
+@pytest.mark.parametrize("role", ["anchor", "align_to"])
+def test_the_padding_of_a_written_result_does_not_count_in_the_next_round(tmp_path, role):
+    """Parameters of two ranks are written with the larger; read again as a last result, they have their own."""
+    options = KINDS["experts"].options | {"rank_pattern": {"experts.gate_up_proj": 4, "q_proj": 2}}
+    for i in range(2):
+        write_kind(Kind(mixtral, options), tmp_path / f"c{i}", r=2, seed=i)
+    adapters = load_adapters([tmp_path / "c0", tmp_path / "c1"])
+    first = flora_na.aggregate(adapters, method="svd").adapter
+    save_adapter(first, tmp_path / "out")
+    written = load_adapter(tmp_path / "out")
+    assert {layer.rank for name, layer in written.modules.items() if "expert" in name} == {4}
+    again = flora_na.aggregate(adapters, method="svd", **{role: written}).adapter
+    for name, layer in first.modules.items():
+        assert again.modules[name].rank == layer.rank
+        torch.testing.assert_close(again.modules[name].delta(), layer.delta(), rtol=1e-4, atol=1e-5)

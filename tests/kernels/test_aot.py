@@ -39,31 +39,37 @@ def test_every_kernel_compiles_without_a_fault(compiled):
 
 
 BREAK = """
-import dataclasses, json, sys
-from fedgram.bench import aot, aot_machine_code
-_, _, config = next(c for c in aot.shipped_configs("factor_gram bf16 tile 64") if c[2].name.endswith("tile 64"))
-narrow = dataclasses.replace(config, constexprs=config.constexprs | {"TALL_I": 1, "WIDE_I": 1})
-deep = dataclasses.replace(config, constexprs=config.constexprs | {"BLOCK_K": 256}, num_warps=1)
-variants = {"as shipped": config, "hint dropped": narrow, "block too deep": deep}
-rows = aot.measure([aot.compile_config(c, "sm90") for c in variants.values()], "sm90")
-committed = aot.read_table().get(aot.triton_version(), {}).get("sm90", {}).get(config.name)
-print(json.dumps({n: [aot.gate(config, "sm90", row, held) for held in (None, committed)]
-                  for n, row in zip(variants, rows)}))
+import dataclasses, json
+from fedgram.bench import aot
+
+def shipped(name):
+    return next(c for _, _, c in aot.shipped_configs(name) if c.name == name)
+
+gram, combine = shipped("factor_gram bf16 tile 64"), shipped("factor_combine bf16 rank 64 blocks")
+variants = {
+    "as shipped": gram,
+    "hint dropped": dataclasses.replace(gram, constexprs=gram.constexprs | {"TALL_I": 1, "WIDE_I": 1}),
+    "too few warps": dataclasses.replace(combine, num_warps=4),
+}
+rows = aot.measure([aot.compile_config(c, "sm80") for c in variants.values()], "sm80")
+table = aot.read_table().get(aot.triton_version(), {}).get("sm80", {})
+print(json.dumps({n: [aot.gate(c, "sm80", row, held) for held in (None, table.get(c.name))]
+                  for (n, c), row in zip(variants.items(), rows)}))
 """
 
 
 @pytest.mark.slow
 def test_real_breakages_are_caught(tmp_path, monkeypatch):
-    """The same kernel without its alignment hint, and with a contraction block that does not fit the registers."""
+    """A kernel without its alignment hint, and one with half of the registers that it needs."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     result = run_python("-c", BREAK)
     assert result.returncode == 0, result.stderr
     faults = json.loads(result.stdout)
     assert faults["as shipped"] == [[], []]
     by_rule, by_table = faults["hint dropped"]
-    assert by_rule == ["no wide_loads"]
+    assert "no wide_loads" in by_rule
     assert any(f.startswith("wide_loads: 0, committed ") for f in by_table)
-    for found in faults["block too deep"]:
+    for found in faults["too few warps"]:
         assert any(f.startswith("stack = ") for f in found)
         assert any(f.startswith("spills = ") for f in found)
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgram.kernels import _factor_gram_plan
+from fedgram.kernels import _factor_gram_plan, _plan
 from fedgram.kernels._factor_combine_plan import CombinePlan, tile_k
 from fedgram.kernels._factor_combine_plan import Task as CombineTask
 from fedgram.kernels._factor_gram_plan import GramPlan, Task
 from fedgram.kernels._factor_plan import ColumnTable, Piece, is_wide, tile_of
-from fedgram.kernels._plan import AddressTable, PlanCache, addresses, power_of_two_divisor, survey
+from fedgram.kernels._plan import AddressTable, PlanCache, addresses, place, power_of_two_divisor, survey
 
 CPU = torch.device("cpu")
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -214,11 +214,25 @@ def test_survey_tells_layouts_apart():
 def test_the_cache_keeps_the_latest_plans():
     cache, built = PlanCache[int](size=2), []
 
-    def build(key):
-        return cache.get(key, lambda: built.append(key) or key)
+    def build(number):
+        return cache.get((place(CPU), number), lambda: built.append(number) or number)
 
     assert [build(k) for k in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
     assert built == [1, 2, 3, 2]
+
+
+def test_nothing_made_within_a_capture_is_kept(monkeypatch):
+    """Its memory is the graph's, and only replays fill it; plans of other streams serve instead."""
+    cache, table = PlanCache[str](), AddressTable(np.array([0]), np.array([0]), CPU)
+    cache.get(((CPU, 1), "layout"), lambda: "warm")
+    warm = table.of(np.array([100]))
+    monkeypatch.setattr(_plan, "capturing", lambda device: True)
+    assert cache.get(((CPU, 2), "layout"), lambda: "built within") == "warm"
+    assert cache.get(((CPU, 2), "other"), lambda: "built within") == "built within"
+    assert cache.get(((torch.device("meta"), 1), "layout"), lambda: "elsewhere") == "elsewhere"
+    assert list(cache.plans) == [((CPU, 1), "layout")]
+    assert table.of(np.array([200])).tolist() == [200]
+    assert table.of(np.array([100])) is warm
 
 
 def test_addresses_are_copied_only_when_tensors_move():

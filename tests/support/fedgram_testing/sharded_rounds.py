@@ -8,6 +8,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from fedgram.bindings import _distributed_ranks as ranks
 from fedgram.bindings.distributed import Watch, aggregate_sharded, match_sharded
 from fedgram.flora_na import METHODS, Adapter, LoraLayer
 
@@ -132,6 +133,9 @@ def in_group(rank, count, group):
     found["factors"] = (kept.owned, kept.sent, kept.received)
     even = aggregate_sharded([wide()[rank]], method="fedavg", clients="own", result="sharded", group=group)
     found["even"] = (even.sent, even.received)
+    ranks.PIECE, piece = 1000, ranks.PIECE  # every parcel in several collectives
+    found["pieces"] = plain(aggregate_sharded(mine, result="all", **local))
+    ranks.PIECE = piece
     counted = [Counted(c.modules) for c in clients]
     done = aggregate_sharded(counted, **whole)
     found["read"] = (done.owned, [c.read for c in counted])
