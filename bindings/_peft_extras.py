@@ -30,6 +30,9 @@ def extra_roles(file: TensorSource, keys: AdapterKeys, settings: LoraSettings) -
         (keys.tokens, bool(settings.tokens), "trainable tokens are", TOKENS),
     ):
         _check_declared(file, table, declared, kind, suffix)
+    for path, key in (keys.biases | keys.magnitudes).items():
+        if path not in keys.factors:
+            raise ValueError(f"{file.path}: {path}: {key.removeprefix(PREFIX)} is there, but no factors are")
     for path, pair in keys.factors.items():
         _check_beside(file, keys, settings, path, file.specs[pair["B"]].shape)
     for path, key in keys.tokens.items():

@@ -66,7 +66,7 @@ def read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorSpec]:
     for key, entry in _entries(file.read(length), path).items():
         if key != "__metadata__":
             specs[key] = _spec(path, key, entry, 8 + length)
-        elif not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        elif not _is_metadata(entry):
             raise _broken(path, "__metadata__ is not an object of strings")
     _check_layout(specs, 8 + length, size, path)
     return specs
@@ -105,10 +105,16 @@ def _spec(path: Path, key: str, entry: Any, base: int) -> TensorSpec:
         raise ValueError(f"{path}: {key}: dtype {entry.dtype} is not supported")
     start, stop = entry.data_offsets
     spec = TensorSpec(entry.dtype, tuple(entry.shape), base + start)
-    # The product of the dimensions other than 0 too: strides are computed from it.
-    if spec.nbytes != stop - start or prod(n or 1 for n in spec.shape) >= 1 << 60:
+    if spec.nbytes != stop - start:
         raise _broken(path, f"{key}: offsets do not fit shape and dtype")
+    # Without the zeros: strides are computed from this product.
+    if prod(n or 1 for n in spec.shape) >= 1 << 60:
+        raise ValueError(f"{path}: {key}: shape {spec.shape} is not supported")
     return spec
+
+
+def _is_metadata(entry: Any) -> bool:
+    return entry is None or (isinstance(entry, dict) and all(isinstance(value, str) for value in entry.values()))
 
 
 def _check_name(path: Path, key: str) -> None:

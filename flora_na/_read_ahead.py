@@ -14,7 +14,7 @@ from . import portions
 from .layer import Adapter, LoraLayer
 
 HELD = 1.5
-"""Factors held at most, those being worked on and those read ahead, in units of the largest portion."""
+"""Factors held at most, those being worked on and those read ahead, in units of the largest portion (or of 8 MiB)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +137,7 @@ class ReadAhead:
         with self._change:
             self._held += nbytes
             while (
-                not self._closed
-                and not self._starving
-                and self._held > max(2 * portions.CHUNK_BYTES, HELD * self._largest)
+                not self._closed and not self._starving and self._held > HELD * max(portions.CHUNK_BYTES, self._largest)
             ):
                 self._change.wait()
             if self._closed:

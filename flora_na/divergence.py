@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedgram import kernels
 
@@ -130,7 +131,7 @@ def measured_errors(groups: Sequence[Group], results: Sequence[Factors], backend
 
 def _measured(group: Group, factors: Factors, rows: list[tuple[Tensor, ...]]) -> Errors:
     R = group.total_rank
-    (X_B, S_B), (X_A, S_A) = ((X[:, :R], X[:, R:]) for X in (torch.stack([row[i] for row in rows]) for i in range(2)))
+    (X_B, S_B), (X_A, S_A) = ((X[:, :R], X[:, R:]) for X in (_stacked([row[i] for row in rows]) for i in range(2)))
     inner = (group.D * group.row_scale["B"] * group.row_scale["A"] * X_B * X_A).sum((-2, -1))
     norms_B, norms_A = (S.diagonal(dim1=-2, dim2=-1).sqrt() for S in (S_B, S_A))
 
@@ -138,6 +139,12 @@ def _measured(group: Group, factors: Factors, rows: list[tuple[Tensor, ...]]) ->
         return [factors[0][i] for i in ids], [factors[1][i] for i in ids]
 
     return _certified(group, inner, trace_product(S_B, S_A), (norms_B * norms_A).sum(-1), pick)
+
+
+def _stacked(products: list[Tensor]) -> Tensor:
+    """(L, R + r, r) of modules whose pairs differ in rank (``stack`` leaves out what has no weight), by zeros."""
+    rank = max(x.shape[1] for x in products)
+    return torch.stack([pad(x, (0, rank - x.shape[1], 0, rank - x.shape[1])) for x in products])
 
 
 def _certified(

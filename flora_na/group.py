@@ -20,9 +20,22 @@ from fedgram import kernels
 from .target import Target
 
 Side = Literal["B", "A"]
-GRAM_RANK_LIMIT = 1024
-"""The rule between the two regimes of MATH.md 1.3: up to this total rank R the R x R Grams are formed once; above it
-products with them are taken implicitly, at a cost linear in the number of clients."""
+GRAM_RANK_LIMIT = 2048
+SMALL_RANK = 512
+
+
+def forms_grams(total_rank: int, length: int) -> bool:
+    """The rule between the two regimes: whether R x R Grams are formed once, or products with them taken implicitly.
+
+    Grams and their factorisations cost ``R^2 (m + n)`` and some ``R^3`` operations; without them iterations and exact
+    norms cost some ``m n R``, linear in the clients. They meet near ``R = (m + n) / 2``. Grams above
+    ``GRAM_RANK_LIMIT`` would take hundreds of megabytes; below ``SMALL_RANK`` they cost nothing either way.
+
+    Args:
+        total_rank: R, the members' ranks together.
+        length: m + n, of the largest module.
+    """
+    return total_rank <= min(GRAM_RANK_LIMIT, max(SMALL_RANK, length // 2))
 
 
 class Operator(Protocol):
@@ -197,7 +210,12 @@ def make_groups(targets: Sequence[Target], backend: str = "auto") -> list[tuple[
     order: dict[tuple[int, ...], list[int]] = {}
     for i, target in enumerate(targets):
         order.setdefault(target.ranks, []).append(i)
-    formed = [i for ranks, members in order.items() if sum(ranks) <= GRAM_RANK_LIMIT for i in members]
+    formed = [
+        i
+        for ranks, ids in order.items()
+        if forms_grams(sum(ranks), max(sum(targets[i].B[0].shape[:1] + targets[i].A[0].shape[1:]) for i in ids))
+        for i in ids
+    ]
     grams = dict(zip(formed, _scaled_grams([targets[i] for i in formed], backend), strict=True))
     for target in (targets[i] for i in range(len(targets)) if i not in grams):
         check_finite(target)
@@ -210,10 +228,14 @@ def _make_group(targets: list[Target], grams: list[tuple[Tensor, Tensor] | None]
     if grams[0] is None:
         return Group(tuple(targets), None, ImplicitOperator(targets, backend), backend)
     gram: dict[Side, Tensor] = {
-        "B": torch.stack([g[0] for g in grams if g is not None]),
-        "A": torch.stack([g[1] for g in grams if g is not None]),
+        "B": _stacked([g[0] for g in grams if g is not None]),
+        "A": _stacked([g[1] for g in grams if g is not None]),
     }
     return Group(tuple(targets), gram, GramOperator(gram), backend)
+
+
+def _stacked(grams: list[Tensor]) -> Tensor:
+    return grams[0].unsqueeze(0) if len(grams) == 1 else torch.stack(grams)  # one large Gram is not copied
 
 
 def _scaled_grams(targets: list[Target], backend: str) -> list[tuple[Tensor, Tensor]]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from ._factor_inputs import Factors, check_factors
 
 CORE_SHARE = 4  # R-only QR where 4 R <= min(m, n): there its 2 (m + n) R^2 flops undercut the 2 m n R of the product
-STRIP_BYTES = 1 << 22
-STRIP_COLUMNS = 1024
+STRIP_BYTES = 1 << 21
+STRIP_COLUMNS = 512
 
 
 def lowrank_norm(B: Factors, A: Factors, coefficients: Sequence[Tensor]) -> list[Tensor]:

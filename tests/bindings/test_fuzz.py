@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fedgram.bindings._cli_support import read_weights
 from fedgram.bindings._documents import MAX_BYTES, read_json
 from fedgram.bindings._tensor_file import TensorFile
 from fedgram.bindings._tensor_header import MAX_HEADER
@@ -159,7 +160,7 @@ def header_file(path: Path, text: bytes) -> Path:
         (b'{"a":{"dtype":"F32","dtype":"F32","shape":[0],"data_offsets":[0,0]}}', "'dtype' is there twice"),
         (b'{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,0]}}', "not lists of sizes"),
         (b'{"a":{"dtype":"F32","shape":[-1,-1],"data_offsets":[0,4]}}', "not lists of sizes"),
-        (b'{"a":{"dtype":"F32","shape":[4611686018427387904,4,0],"data_offsets":[0,0]}}', "do not fit"),
+        (b'{"a":{"dtype":"F32","shape":[4611686018427387904,4,0],"data_offsets":[0,0]}}', "is not supported"),
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "end at byte 66 of 62"),
         (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"x":1}}', "nothing else"),
         (b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', "not Unicode"),
@@ -170,7 +171,7 @@ def header_file(path: Path, text: bytes) -> Path:
     ],
 )
 def test_headers_that_lie_are_refused(tmp_path, text, reason):
-    with pytest.raises(ValueError, match="not a whole safetensors file") as caught:
+    with pytest.raises(ValueError, match="not a whole safetensors file|is not supported") as caught:
         TensorFile(header_file(tmp_path / "x.safetensors", text))
     assert str(tmp_path / "x.safetensors") in str(caught.value)
     assert reason in str(caught.value)
@@ -278,3 +279,26 @@ def test_the_report_of_the_long_run(tmp_path):
     assert report["cases"] == 40 == report["accepted"] + report["refused"]
     assert sum(report["command_line"].values()) >= 4
     assert report["broken"] == []
+
+
+@pytest.mark.parametrize(("rank", "fits"), [(1024, True), (1025, False)])
+def test_a_rank_far_above_the_matrix_is_refused(tmp_path, rank, fits):
+    """A file of a few kilobytes would keep a server busy for hours: work grows with the cube of the rank."""
+    draft = BASES[0].copy()
+    draft.config |= {"r": rank}
+    draft.tensors = {
+        "base_model.model.q_proj.lora_A.weight": ("F32", [rank, 2], [0.0] * 2 * rank),
+        "base_model.model.q_proj.lora_B.weight": ("F32", [3, rank], [0.0] * 3 * rank),
+    }
+    client = write(draft, tmp_path / "c")
+    if fits:
+        assert load_adapter(client).modules["q_proj"].rank == rank
+    else:
+        with pytest.raises(ValueError, match=f"{WEIGHTS}: q_proj: rank 1025 of a 3 x 2 matrix: more than 1024"):
+            load_adapter(client)
+
+
+def test_weights_of_one_client_twice_are_refused(tmp_path):
+    (tmp_path / "w.json").write_text('{"c": 1, "c": 2}')
+    with pytest.raises(ValueError, match=r"w\.json: not valid JSON \('c' is there twice\)"):
+        read_weights(tmp_path / "w.json", [tmp_path / "c"])

@@ -83,6 +83,15 @@ def many_tensors(rng: random.Random, draft: Draft) -> None:
     draft.tensors |= {f"base_model.model.m{i}.{rng.choice(['lora_A.weight', 'x'])}": empty for i in range(50)}
 
 
+def enormous_rank(rng: random.Random, draft: Draft) -> None:
+    rank = rng.choice([300, 1025, 20_000])
+    draft.config["r"] = rank
+    draft.tensors = {
+        "base_model.model.q_proj.lora_A.weight": ("F16", [rank, 1], [1.0] * rank),
+        "base_model.model.q_proj.lora_B.weight": ("F16", [1, rank], [1.0] * rank),
+    }
+
+
 def another_adapter(rng: random.Random, draft: Draft) -> None:
     draft.folder = rng.choice(["", "other", "x y", "名前", "-o", "adapter_config.json.d"])
 
@@ -348,7 +357,7 @@ def _remove(path: Path) -> None:
 STAGES = {
     "draft": (0.35, [
         special_values, scaled_values, other_name, additional_tensor, dropped_tensor, other_shape, other_dtype,
-        many_tensors, another_adapter,
+        many_tensors, enormous_rank, another_adapter,
     ]),
     "config": (0.25, [
         other_option, other_option, other_size, other_patterns, other_selection, dropped_option, repeated_option,
