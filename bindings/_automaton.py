@@ -62,8 +62,8 @@ class Automaton:
     groups, possessive repeats and inline flags are not.
     """
 
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
+    def __init__(self, budget: Budget, cost: int = 1) -> None:
+        self._budget, self._cost = budget, cost
         self._starts: frozenset[int] = frozenset()
         self._tests: dict[int, Callable[[str], bool]] = {}  # states that take a character
         self._next: list[tuple[int, ...]] = []
@@ -104,7 +104,7 @@ class Automaton:
                 return
 
     def _step(self, states: int, context: tuple[bool, ...], character: str) -> Step:
-        self._budget.spend(1 + 4 * len(context))
+        self._budget.spend(self._cost + 4 * len(context))
         found = self._steps.get((states, context, character))
         if found is None:
             found = self._steps[states, context, character] = self._make_step(states, context, character)
@@ -194,7 +194,7 @@ class Automaton:
     def _look(self, op: Any, direction: int, items: Any, after: int) -> int:
         if len(self._assertions) >= MAX_ASSERTIONS:
             raise ValueError(f"is too large: more than {MAX_ASSERTIONS} look-arounds")
-        inner = Automaton(self._budget)
+        inner = Automaton(self._budget, cost=4)  # begun anew at every character
         inner.add(items, 0)
         width = 0
         if direction < 0:

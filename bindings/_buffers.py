@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import time
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -24,3 +27,28 @@ def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+class Trimmer:
+    """Gives freed memory that the C library keeps back to the system, now and then (glibc only).
+
+    Blocks freed by one thread are kept for that thread: a long run that works on large portions would hold, beside the
+    present one, what earlier ones have left.
+    """
+
+    def __init__(self, seconds: float = 0.25) -> None:
+        self._seconds, self._last = seconds, 0.0
+        self._trim = _malloc_trim()
+
+    def __call__(self) -> None:
+        """Trim, if the last time was long enough ago for it not to matter."""
+        if self._trim is not None and time.monotonic() - self._last >= self._seconds:
+            self._trim(0)
+            self._last = time.monotonic()
+
+
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None

@@ -112,7 +112,7 @@ def _curves(axis: Axes, inspection: Inspection) -> None:
 
 def _clients(axis: Axes, inspection: Inspection) -> None:
     """Norm against cosine to the mean; outliers and dropped clients marked."""
-    columns = (x.tolist() for x in (inspection.client_norms, inspection.cosines, inspection.outlier_scores))
+    columns = tuple(x.tolist() for x in (inspection.client_norms, inspection.cosines, inspection.outlier_scores))
     screening = inspection.screening
     dropped = set() if screening is None else set(screening.dropped)
     many = len(inspection.names) > LABELS
@@ -126,6 +126,12 @@ def _clients(axis: Axes, inspection: Inspection) -> None:
         axis.axhline(screening.bound, color=INK, lw=0.8, ls=":")
     if screening is not None and screening.min_cosine is not None:
         axis.axvline(screening.min_cosine, color=INK, lw=0.8, ls=":")
+    norms = [norm for norm in columns[0] if norm > 0]
+    if norms and max(norms) > 10 * min(norms):
+        if len(norms) == len(inspection.names):
+            axis.set_yscale("log")
+        else:
+            axis.set_yscale("symlog", linthresh=min(norms))
     axis.set_xlabel("cosine to the mean update", color=INK, fontsize=9)
     axis.margins(0.12)
     _dress(axis, "norm of the updates (orange: outlier; cross: filtered out)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from re import _constants as c  # type: ignore[attr-defined]
+from threading import Lock
 from typing import Any, TypeVar
 
 from ._automaton import Automaton, Budget, parse
@@ -36,7 +37,7 @@ class PatternTable(Mapping[str, T]):
     def __init__(self, values: Mapping[str, T], where: str = "") -> None:
         self._where = where
         self._values = dict(values)
-        self._budget = Budget()
+        self._budget, self._lock = Budget(), Lock()
         self._names = _Names(self._budget)
         self._rest: Automaton | None = None
         self._found: dict[str, list[T]] = {}
@@ -79,7 +80,8 @@ class PatternTable(Mapping[str, T]):
 
     def _tags(self, module: str) -> set[int]:
         try:
-            return self._names.match(module) | (set() if self._rest is None else self._rest.match(module))
+            with self._lock:  # steps are remembered as they are made
+                return self._names.match(module) | (set() if self._rest is None else self._rest.match(module))
         except ValueError as error:
             raise ValueError(f"{self._where}{module}: {error}") from error
 

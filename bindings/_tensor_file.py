@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._buffers import empty_tensor
 from ._documents import filed_errors, open_regular
+from ._kept_file import KeptFile, read_into
 from ._tensor_header import DTYPES, TensorSpec, read_header
 
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -21,9 +22,10 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 class TensorFile:
     """The header of a safetensors file, and its tensors when asked for.
 
-    Every read opens the file anew and copies: no mapping grows with the file, and a file cut short by someone else
-    is an error here instead of a bus error. The header is checked as strictly as the format's own reader does it, and
-    further: no tensor twice, no name longer than 2,000 characters, nothing between tensors, and at most 24 MiB.
+    Every read copies: no mapping grows with the file, and a file cut short by someone else is an error here instead of
+    a bus error. The file stays open as long as it is among those read last (``KeptFile``). The header is checked as
+    strictly as the format's own reader does it, and further: no tensor twice, no name longer than 2,000 characters,
+    nothing between tensors, and at most 24 MiB.
 
     Raises:
         ValueError: the file is not a whole safetensors file, or holds a dtype that is not read.
@@ -32,6 +34,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = KeptFile(path)
         with open_regular(path) as file, filed_errors(path):
             status = os.fstat(file.fileno())
             self._identity = _identity(status)
@@ -46,12 +49,11 @@ class TensorFile:
         spec = self.specs[key]
         if stop is not None:
             spec = TensorSpec(spec.dtype, (stop - start,), spec.start + start * DTYPES[spec.dtype].itemsize)
-        with open_regular(self.path) as file, filed_errors(self.path):
-            if _identity(os.fstat(file.fileno())) != self._identity:
+        with filed_errors(self.path), self._file.descriptor() as descriptor:
+            if _identity(os.fstat(descriptor)) != self._identity:
                 raise ValueError(f"{self.path}: changed while it was being read")
             tensor = _empty(spec, f"{self.path}: {key}")
-            file.seek(spec.start)
-            if file.readinto(_bytes_of(tensor)) != spec.nbytes:
+            if not read_into(descriptor, _bytes_of(tensor), spec.start):
                 raise ValueError(f"{self.path}: {key}: truncated while it was being read")
         return tensor
 

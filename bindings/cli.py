@@ -169,7 +169,7 @@ def aggregate(
                 console.print(f"{streamed.resumed} of {len(report.modules)} modules were done by an interrupted run")
             console.print(tables.aggregate_table(report))
             if report.screening is not None:
-                console.print(tables.screening_text(report.screening))
+                console.print(tables.screening_text(report.screening), soft_wrap=True)
             console.print(f"wrote {' and '.join(map(str, outputs))}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -221,13 +221,13 @@ def _print_inspection(result: flora_na.Inspection) -> None:
     console.print()
     console.print(tables.clients_table(result))
     if result.screening is not None:
-        console.print(tables.screening_text(result.screening))
+        console.print(tables.screening_text(result.screening), soft_wrap=True)
     ranks, rhos = tables.rank_curve(result)
     if ranks:
         console.print()
         console.print(tables.curve_table(ranks, rhos))
     for warning in tables.warning_texts(result):
-        console.print(warning)
+        console.print(warning, soft_wrap=True)
 
 
 def _save(result: Aggregation, config: dict[str, Any] | None, output: Path, residual: Path | None) -> None:

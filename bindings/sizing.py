@@ -5,29 +5,32 @@ The same model balances the modules over the ranks in ``aggregate_sharded`` and 
 
 - one rank per host, and every client has every module; results are pairs of the clients' rank and dtype;
 - bytes are counted exactly (without headers of some kilobytes a message); a rank's phases follow each other;
-- flops are those of ``als`` with the report's three yardsticks, on CPUs, in float64. Up to the total rank
-  ``GRAM_RANK_LIMIT`` of a module that is the Grams and dense algebra on them; above it products with the factors,
-  as many as the iterations may take at most, and four norms of sums of the clients' products;
-- memory is that of the factors of the largest module of all clients, as stored and in the float64 copies that the
-  norms take of them, and of the results that a rank holds.
+- flops are those of ``als`` with the report's yardsticks, on CPUs, in float64: where Grams are formed
+  (``flora_na.group.forms_grams``) these and dense algebra on them, elsewhere some products with the factors and four
+  exact norms of sums of the clients' products;
+- memory is that of the factors of the largest module of all clients and of the work on it, and of the results that a
+  rank holds.
+
+The constants of the work are measured: fitted to CPU seconds and to the growth of the process, see docs/sizing.md.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from fedgram.flora_na.group import GRAM_RANK_LIMIT
+from fedgram.flora_na.group import forms_grams
 
-DENSE = 12
-"""Float64 flops, in R^3, of the factorisations of R x R Grams."""
-PRODUCTS = 300
-"""Products with both Grams that the optimum's subspace iteration takes at most, in the implicit regime."""
-OVERSAMPLING = 8
-NORMS = 4
-"""Norms behind a report: of the target, of what the pair leaves out, and of what the two yardsticks do."""
-COPIES = 7.5
-"""Memory at work on a module, in units of its factors as stored in 16 bits: they, and float64 copies of both sides."""
+DENSE, SQUARES = 13, 12.5
+"""With Grams: flops of the algebra on them, in R^3, and matrices of R x R that are held."""
+PRODUCTS, NORMS, OVERSAMPLING = 13, 4, 8
+"""Without: products with the Grams of both sides, exact norms, and columns of a product beyond the rank."""
+COPIES = 3.5
+"""Without: the factors and what the work on them takes, in units of the factors in 16 bits."""
+WORK = 10e6
+"""Bytes of buffers that do not depend on the clients."""
 OPENING, LAYER = 55e-6, 70e-6
 """Seconds of one core, measured: to open a client's file, by its modules; and to read a layer, beside its bytes."""
 PROCESS = 350e6
@@ -56,12 +59,12 @@ class Host:
     Attributes:
         storage: bytes/s that it reads from where the adapters are, all other hosts reading too.
         network: bytes/s in each direction.
-        arithmetic: flop/s of the float64 work on all its cores: 16 of those on which the model was checked.
+        arithmetic: flop/s of the float64 work on all its cores: 16 of those that the model was fitted to.
     """
 
     storage: float = 1e9
     network: float = 2.5e9
-    arithmetic: float = 16 * 16e9
+    arithmetic: float = 16 * 22e9
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,18 @@ def llama_7b(rank: int = 16, itemsize: int = 2) -> list[Module]:
 def flops(module: Module, clients: int) -> float:
     """Float64 operations of one module: estimate, rho and yardsticks."""
     R, length = clients * module.rank, module.m + module.n
-    if R <= GRAM_RANK_LIMIT:
-        return float(R * R * length + DENSE * R**3)
+    if forms_grams(R, length):
+        return 2.0 * R * R * length + DENSE * R**3
     products = 4.0 * R * (module.rank + OVERSAMPLING) * length * PRODUCTS
     return products + NORMS * 2.0 * module.m * module.n * R
+
+
+def working_memory(module: Module, clients: int) -> float:
+    """Bytes at work on one module: the factors of all clients, and the Grams or converted pieces of them."""
+    R, factors = clients * module.rank, clients * module.bytes
+    if forms_grams(R, module.m + module.n):
+        return factors + SQUARES * 8 * R * R + WORK
+    return COPIES * factors + WORK
 
 
 def seconds(module: Module, clients: int, host: Host | None = None) -> float:
@@ -174,7 +185,7 @@ def aggregation(modules: Sequence[Module], clients: int, hosts: int, *, own: boo
         sent if hosts > 1 else 0,
         received if hosts > 1 else 0,
         gathered,
-        PROCESS + COPIES * clients * largest + outgoing * (2 if hosts > 1 else 0) + 2 * adapter,
+        PROCESS + max(working_memory(m, clients) for m in modules) + outgoing * (2 if hosts > 1 else 0) + 2 * adapter,
         OPENING * opened * len(modules) + LAYER * layers,
         read / host.storage,
         (exchanged + gathered) / host.network,
@@ -213,8 +224,25 @@ def _time(value: float) -> str:
     return f"{value:.3g} s" if value >= 0.01 else "< 0.01 s"
 
 
+def write_tables(page: Path) -> None:
+    """Put the tables into a page that holds earlier ones: that of files all hosts read first."""
+    kept, tables = [], [table(llama_7b(), own=own) for own in (True, False)]
+    inside = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        starts = line.startswith("| clients | hosts |")
+        inside = starts or (inside and line.startswith("|"))
+        if starts:
+            kept.append(tables.pop())
+        elif not inside:
+            kept.append(line)
+    page.write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Print the tables of docs/sizing.md."""
+    """Print the tables of docs/sizing.md, or write them into a page that is named."""
+    if len(sys.argv) > 1:
+        write_tables(Path(sys.argv[1]))
+        return
     for own in (False, True):
         print(f"### {'Clients on different hosts' if own else 'Files that all hosts read'}\n")
         print(table(llama_7b(), own=own), end="\n\n")

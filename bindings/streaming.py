@@ -21,6 +21,7 @@ from fedgram.flora_na.layer import AdapterLike
 from fedgram.flora_na.streamed import Stream, stream
 from fedgram.flora_na.weights import Weights
 
+from ._buffers import Trimmer
 from ._staging import reserved_output
 from ._streaming_extras import extra_pieces, extra_shapes
 from ._streaming_identity import run_identity
@@ -161,7 +162,7 @@ class _Run:
 
     def solve(self, progress: Progress | None) -> None:
         """Aggregate the modules that are not done."""
-        done = set(self.layers())
+        done, trim = set(self.layers()), Trimmer()
         for part in self._parts(done):
             self._keep(part)
             for module in part.adapter.modules:
@@ -169,6 +170,7 @@ class _Run:
                 if progress is not None:
                     progress(len(done), len(self.stream.cohort.modules), module)
             del part  # its tensors are in the journal
+            trim()
 
     def average(self) -> None:
         """Average the tensors beside the factors that are not done."""

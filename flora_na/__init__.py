@@ -19,6 +19,7 @@ from .rank_collapse import RankCollapse
 from .report import ModuleReport, Report
 from .scalar import ScalarLeastSquares
 from .screening import Screening
+from .streamed import iter_aggregate
 
 __all__ = [
     "METHODS",
@@ -42,4 +43,5 @@ __all__ = [
     "estimate",
     "estimate_modules",
     "inspect",
+    "iter_aggregate",
 ]

@@ -41,7 +41,7 @@ class ReadAhead:
         self._adapters, self._modules = adapters, modules
         self._change = threading.Condition()
         self._ready: deque[Portion | BaseException | None] = deque()
-        self._held, self._largest = 0, 0
+        self._held = self._layer = self._largest = 0
         self._starving, self._closed = False, False
         self._thread = threading.Thread(target=self._run, name="fedgram-read-ahead", daemon=True)
 
@@ -126,22 +126,28 @@ class ReadAhead:
         read: list[LoraLayer | None] = []
         total = 0
         for adapter in self._adapters:
+            self._wait_for_room()
             read.append(adapter.modules.get(module))
-            nbytes = _nbytes(read[-1])
-            total += nbytes
-            self._take(nbytes)
+            total += self._count(_nbytes(read[-1]))
         return read, total
 
-    def _take(self, nbytes: int) -> None:
-        """Count bytes as held; wait while they are too many and the consumer will give some back."""
+    def _wait_for_room(self) -> None:
+        """Wait while another layer (as large as the last) were too much and the consumer will give some back."""
         with self._change:
-            self._held += nbytes
-            while (
-                not self._closed and not self._starving and self._held > HELD * max(portions.CHUNK_BYTES, self._largest)
-            ):
+            while not self._closed and not self._starving and self._held + self._layer > self._limit():
                 self._change.wait()
             if self._closed:
                 raise _StoppedError
+
+    def _limit(self) -> float:
+        return HELD * max(portions.CHUNK_BYTES, self._largest)
+
+    def _count(self, nbytes: int) -> int:
+        """Count a layer as held."""
+        with self._change:
+            self._held += nbytes
+            self._layer = nbytes
+        return nbytes
 
 
 def _add(layers: Sequence[dict[str, LoraLayer]], module: str, read: Sequence[LoraLayer | None]) -> None:

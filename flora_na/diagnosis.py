@@ -161,13 +161,13 @@ class Inspection:
         return [{"kind": "screening", "message": f"{share}: clip as well, or lower min_cosine"}]
 
     def _collapse_warnings(self) -> list[dict[str, str]]:
-        whole = self.rank_collapse
-        names = [name for name, m in self.modules.items() if m.rank_collapse is not None and m.rank_collapse.collapsed]
-        if whole is None or not names:
+        found = {name: c for name, m in self.modules.items() if (c := m.rank_collapse) is not None and c.collapsed}
+        whole, names = RankCollapse.total(found.values()), list(found)
+        if whole is None:
             return []
         message = (
             f"rank collapse in {len(names)} of {len(self.modules)} modules (the first: {names[0]}): beyond rank "
-            f"{whole.smallest_rank} lies {whole.aggregate_share:.1%} of the aggregate's energy, "
+            f"{whole.smallest_rank} lies {whole.aggregate_share:.1%} of the aggregate's energy there, against "
             f"{whole.clients_share:.1%} of that of the clients of higher rank"
         )
         return [{"kind": "rank-collapse", "message": message}]

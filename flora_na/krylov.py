@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .als import starting_rows
-from .coefficients import Pair, balance, inverse_or_zero, orthonormaliser
+from .als import AlternatingLeastSquares, starting_rows
+from .coefficients import Pair, fit_rank, inverse_or_zero, orthonormaliser
 from .divergence import energies
 from .fedavg import solve_fedavg
 from .group import Group
@@ -41,7 +41,10 @@ def solve_krylov(group: Group, rank: int) -> Pair:
             status = "converged"
             break
     vectors = torch.linalg.eigh(space.H).eigenvectors[:, :, -min(wide, space.size) :]
-    return balance(group, Pair(space.P @ vectors, space.V @ vectors, status, blocks), rank)
+    # coefficients of ill-conditioned factors are orthonormal to rounding times their condition only: one sweep from
+    # the block, which orthonormalises again, takes the error that this leaves to rounding
+    pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(space.P @ vectors, space.V @ vectors, status))
+    return Pair(fit_rank(pair.P, rank), fit_rank(pair.Q, rank), status, blocks)
 
 
 class _Space:

@@ -128,17 +128,20 @@ def gram_reduce_kernel(
     # read more than was written there, whole groups of four, so that loads stay wide; the store keeps what is real
     m_read = (r < n_rows - row0)[:, None] & (c < (n_columns - column0 + 3) // 4 * 4)[None, :]
     p = p_partials + slot + r[:, None] * TILE_J + c[None, :]
+    b = tl.zeros((ROWS, TILE_J), tl.float64)
+    for s in range(trips(n_slots, INTERPRET)):
+        part = tl.load(p + s * (TILE_I * TILE_J), mask=m_read, other=0.0)
+        if INTERPRET:  # NumPy warns when it widens what was never written
+            written = (r < n_rows - row0)[:, None] & (c < n_columns - column0)[None, :]
+            if SYMMETRIC:
+                written = written & ((row0 + r)[:, None] <= (column0 + c)[None, :])
+            part = tl.where(written, part, 0.0)
+        b += part.to(tl.float64)
     row = (row0 + r)[:, None]
     column = (column0 + c)[None, :]
     m = (row < n_rows) & (column < n_columns)
     if SYMMETRIC:
         m = m & (row <= column)
-    b = tl.zeros((ROWS, TILE_J), tl.float64)
-    for s in range(trips(n_slots, INTERPRET)):
-        part = tl.load(p + s * (TILE_I * TILE_J), mask=m_read, other=0.0)
-        if INTERPRET:  # NumPy warns when it widens what was never written
-            part = tl.where(m, part, 0.0)
-        b += part.to(tl.float64)
     tl.store(p_matrix + row * n_columns + column, b, mask=m)
     if SYMMETRIC:
         tl.store(p_matrix + column * n_columns + row, b, mask=m)

@@ -41,6 +41,7 @@ def main() -> int:
     text = json.dumps(report, indent=2)
     print(text)
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(text + "\n")
     return 1 if report["broken"] else 0
 
@@ -68,6 +69,8 @@ def _run(options: argparse.Namespace, folder: Path) -> dict:
         (folder / "current").write_text(str(i))
         try:
             outcomes.append(fuzzer.case(f"{options.seed}-{i}", cli=i % options.every == 0))
+        except KeyboardInterrupt:
+            break  # what was done until now is told
         except (Exception, Hang) as error:
             broken.append(_told(i, error))
     faulthandler.cancel_dump_traceback_later()

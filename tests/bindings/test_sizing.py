@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgram.bindings import sizing
-from fedgram.bindings.sizing import Host, Module, aggregation, assign, flops, llama_7b, table
+from fedgram.bindings.sizing import Host, Module, aggregation, assign, flops, llama_7b, table, working_memory
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "sizing.md"
 
@@ -51,13 +51,15 @@ def test_bytes_by_hand():
     assert (alone.sent, alone.received, alone.gathered, alone.exchange_seconds) == (0, 0, 0, 0)
 
 
-def test_flops_of_both_regimes():
+def test_work_of_both_regimes():
     square = Module(4096, 4096, 16)
-    assert flops(square, 60) == 960**2 * 8192 + sizing.DENSE * 960**3
-    products = sizing.PRODUCTS * 4 * 1600 * (16 + sizing.OVERSAMPLING) * 8192
-    assert flops(square, 100) == products + sizing.NORMS * 2 * 4096**2 * 1600
-    # where factors are not multiplied with each other, the cost is linear in the clients
+    assert flops(square, 60) == 2 * 960**2 * 8192 + sizing.DENSE * 960**3
+    assert working_memory(square, 60) == 60 * square.bytes + sizing.SQUARES * 8 * 960**2 + sizing.WORK
+    # where factors are not multiplied with each other, work and memory are linear in the clients
+    products = sizing.PRODUCTS * 4 * 16000 * (16 + sizing.OVERSAMPLING) * 8192
+    assert flops(square, 1000) == products + sizing.NORMS * 2 * 4096**2 * 16000
     assert flops(square, 2000) == 2 * flops(square, 1000)
+    assert working_memory(square, 1000) == sizing.COPIES * 1000 * square.bytes + sizing.WORK
 
 
 def test_time_follows_the_rates_and_the_hosts():
@@ -92,3 +94,10 @@ def test_bad_numbers_are_refused():
 def test_the_page_holds_the_tables_of_the_model(own):
     assert table(llama_7b(), own=own) in PAGE.read_text()
     assert table(llama_7b(), own=own, host=replace(Host(), storage=3e9)) not in PAGE.read_text()
+
+
+def test_tables_are_written_into_the_page_in_place(tmp_path):
+    page = tmp_path / "sizing.md"
+    page.write_text(PAGE.read_text().replace("800 GB", "1 GB"))
+    sizing.write_tables(page)
+    assert page.read_text() == PAGE.read_text()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fedgram import flora_na
 from fedgram.flora_na import LoraLayer
+from fedgram.flora_na import group as group_module
 from fedgram_testing.stress import FAMILIES, draw, reference
 
 LADDER = ("svd", "als", "flora-na", "fedavg")
@@ -101,19 +102,36 @@ def test_any_output_rank(problem, rank):
 @pytest.mark.parametrize(
     ("family", "count", "rank"),
     [
-        ("common", 300, 3),
+        ("common", 150, 3),
         ("common", 300, 4),
-        ("nearly-opposite", 300, 3),
+        ("nearly-opposite", 150, 3),
         ("nearly-opposite", 300, 4),
         ("duplicates", 300, 4),
         ("opposite", 300, 4),
-        ("gauge", 300, 3),
+        ("gauge", 150, 3),
         ("gauge", 100, 12),
     ],
 )
 def test_hundreds_of_clients(family, count, rank):
-    """In both regimes (total rank 900 from Grams, 1200 without) and far more rank than dimensions."""
+    """In both regimes (total rank 450 from Grams, 1200 without) and far more rank than dimensions."""
     check(*build(family, count, rank, 24, 18, -30, 30, torch.float64, 0, 1e6))
+
+
+@pytest.mark.parametrize("exponent", [0, -30])
+@pytest.mark.parametrize(
+    ("family", "count", "rank", "m", "n"),
+    [
+        ("ill", 7, 6, 9, 8),
+        ("one-ill", 8, 3, 10, 20),
+        ("one-ill", 30, 3, 40, 50),
+        ("nearly-opposite", 12, 3, 40, 17),
+        ("hollow", 7, 6, 9, 8),
+    ],
+)
+def test_hard_families_without_grams(family, count, rank, m, n, exponent, monkeypatch):
+    monkeypatch.setattr(group_module, "GRAM_RANK_LIMIT", 0)
+    dtype = torch.float64 if exponent == 0 else torch.float32
+    check(*build(family, count, rank, m, n, exponent, exponent, dtype, 0, 1e12))
 
 
 @pytest.mark.parametrize("method", [*LADDER, "stack"])

@@ -1,0 +1,77 @@
+"""The streaming benchmark, tiny: what it writes is what it measures, a kill is real, and nothing is left behind."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from fedgram.bench import streaming
+from fedgram.bindings.peft import load_adapters
+
+SHAPES = {"q": (640, 480), "up": (960, 480)}
+
+
+def test_the_files_have_the_promised_size_and_are_adapters(tmp_path):
+    layers = streaming.layers_for(0.001, 3, 4, SHAPES)
+    assert layers * 3 * streaming.layer_bytes(4, SHAPES) == pytest.approx(1e6, rel=0.1)
+    dirs = streaming.write_clients(tmp_path, 3, layers, 4, SHAPES)
+    adapters = load_adapters(dirs)
+    assert [len(adapter.modules) for adapter in adapters] == [2 * layers] * 3
+    stored = sum((folder / "adapter_model.safetensors").stat().st_size for folder in dirs)
+    assert 0.9 < stored / 1e6 < 1.3  # with headers
+    first, second = (adapter.modules["model.layers.0.q"].A for adapter in adapters[:2])
+    assert not first.equal(second)
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """One tiny run of the command."""
+    folder = tmp_path_factory.mktemp("bench")
+    app = typer.Typer()
+    app.command()(streaming.streaming_command)
+    shapes, streaming.SHAPES = streaming.SHAPES, SHAPES
+    try:
+        options = ["--gigabytes", "0.003", "--clients", "2", "--rank", "8", "--methods", "svd"]
+        result = CliRunner().invoke(app, [*options, "--folder", str(folder / "x"), "--out", str(folder / "f.json")])
+    finally:
+        streaming.SHAPES = shapes
+    assert result.exit_code == 0, result.output
+    return folder, json.loads((folder / "f.json").read_text()), result.stdout
+
+
+def test_the_figures_are_consistent(figures):
+    _, found, _ = figures
+    svd, best = found["methods"]["svd"], min(read["seconds"] for read in found["reading"].values())
+    assert svd["share_of_reading"] == pytest.approx(best / svd["seconds"])
+    assert svd["share_met"] == (svd["share_of_reading"] >= 0.5)
+    assert svd["peak_met"] == (svd["peak_bytes"] <= found["peak_bound_bytes"])
+    assert found["peak_bound_bytes"] == 1.5 * 2 * 2 * 8 * (960 + 480) + 300e6
+    assert svd["modules"] == 2 * found["layers"]
+    assert 0 < svd["rho"] < 1
+    assert svd["peak_anonymous_bytes"] <= svd["peak_bytes"]
+
+
+def test_a_kill_in_the_middle_is_resumed(figures):
+    _, found, _ = figures
+    resume = found["resume"]
+    assert 0 < resume["killed_after"] < resume["of"]
+    assert resume["resumed"] >= resume["killed_after"]
+
+
+def test_the_table_says_what_is_met_and_the_adapters_are_gone(figures):
+    folder, found, shown = figures
+    assert ("peak met" in shown) == found["methods"]["svd"]["peak_met"]
+    assert "read with safetensors" in shown
+    assert list((folder / "x").iterdir()) == []
+
+
+def test_a_task_that_fails_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match="nothing : KeyError"):
+        streaming.measure(tmp_path, "nothing")
+
+
+def test_without_room_nothing_is_written(tmp_path):
+    with pytest.raises(OSError, match="are free"):
+        streaming.run(tmp_path, gigabytes=1e6, clients=2, rank=4, methods=["svd"], shapes=SHAPES)
+    assert list(tmp_path.iterdir()) == []
