@@ -111,13 +111,16 @@ def measure(root: Path, task: str, method: str = "", *, kill_at: float | None = 
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stderr is not None
-        with sampled(child.pid) as peaks:
-            for line in child.stdout:
-                facts |= json.loads(line)
-                if kill_at is not None and facts.get("done", 0) >= kill_at * facts.get("of", 1e9):
-                    child.send_signal(signal.SIGKILL)
-                    return {"killed_after": facts["done"], "of": facts["of"]}
-        errors = child.stderr.read().strip().splitlines()
+        try:
+            with sampled(child.pid) as peaks:
+                for line in child.stdout:
+                    facts |= json.loads(line)
+                    if kill_at is not None and facts.get("done", 0) >= kill_at * facts.get("of", 1e9):
+                        return {"killed_after": facts["done"], "of": facts["of"]}
+            errors = child.stderr.read().strip().splitlines()
+            child.wait()
+        finally:
+            child.kill()  # SIGKILL: on purpose, or because this process is told to stop
     if child.returncode:
         raise RuntimeError(f"{task} {method}: {errors[-1] if errors else f'ended with {child.returncode}'}")
     facts |= {"peak_anonymous_bytes": peaks["RssAnon"], "peak_file_bytes": peaks["RssFile"]}
@@ -213,6 +216,7 @@ def streaming_command(
     """Aggregate adapters larger than a budget of memory from disk; needs Linux. The adapters are removed at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="streaming-", dir=folder))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the adapters are removed then too
     try:
         results = run(root, gigabytes=gigabytes, clients=clients, rank=rank, methods=methods.split(","), shapes=SHAPES)
     except (OSError, RuntimeError) as error:
@@ -220,6 +224,7 @@ def streaming_command(
         raise typer.Exit(1) from None
     finally:
         shutil.rmtree(root, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1) + "\n")

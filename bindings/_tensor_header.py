@@ -114,16 +114,21 @@ def _spec(path: Path, key: str, entry: Any, base: int) -> TensorSpec:
 
 
 def _is_metadata(entry: Any) -> bool:
-    return entry is None or (isinstance(entry, dict) and all(isinstance(value, str) for value in entry.values()))
+    if not isinstance(entry, dict):
+        return entry is None
+    return all(isinstance(value, str) and _is_unicode(key) and _is_unicode(value) for key, value in entry.items())
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it holds no lone surrogates, which JSON can escape and UTF-8 cannot encode."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _check_name(path: Path, key: str) -> None:
     if len(key) > MAX_NAME:
         raise _broken(path, f"{key[:100]}...: a name of {len(key)} characters")
-    try:
-        key.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _broken(path, f"{key}: a name that is not Unicode") from error
+    if not _is_unicode(key):
+        raise _broken(path, f"{key}: a name that is not Unicode")
 
 
 def _sizes(values: Any) -> bool:

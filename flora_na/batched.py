@@ -20,9 +20,10 @@ from ._batched_group import BatchedGroup, Factors
 from ._batched_solvers import alternating, scalars
 from .coefficients import fit_rank
 from .divergence import MARGIN, ROUNDING, ZERO
-from .group import GRAM_RANK_LIMIT
 
 METHODS = ("fedavg", "flora-na", "als")
+GRAM_RANK_LIMIT = 1024
+"""Total rank up to which the Grams of all modules are kept: at 224 modules they take 4 GB there, and 9 GB at 1600."""
 
 
 class BatchedEstimate(NamedTuple):
