@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-flower test-nvflare fuzz lint bench gpu wheel clean
+.PHONY: demo test test-flower test-nvflare fuzz aot aot36 lint bench gpu wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/fedgram demo flora-na
 
 test: $(VENV)/.ready
 	$(BIN)/pytest
+
+fuzz: $(VENV)/.ready
+	PYTHONPATH=tests/support $(BIN)/python -P tests/fuzz.py
 
 # The frameworks' own pins meet in venvs of their own.
 test-flower: .venv-flower/.ready
@@ -24,6 +27,14 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/fedgram bench
+
+# Every shipped kernel compiled for four GPUs, with the pinned Triton and with 3.6.
+aot: $(VENV)/.ready
+	$(BIN)/python -P -m fedgram.bench.aot
+
+aot36: $(VENV)/.ready
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)-triton36 triton==3.6.0
+	PYTHONPATH=$(VENV)-triton36 $(BIN)/python -P -m fedgram.bench.aot
 
 gpu: $(VENV)/.ready
 	$(BIN)/python -P -m fedgram.bench.gpu

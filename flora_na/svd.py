@@ -17,6 +17,7 @@ from .krylov import solve_krylov
 
 IMPLICIT_FLOOR = 1e-11
 """Squared errors below this part of ``||dW||^2`` are lost in the orthonormalisations of the implicit regime."""
+SPECTRUM_RANK = 512
 RESOLVED = 1e-15
 """Singular values below this part of the largest are rounding of the float64 QR."""
 
@@ -67,10 +68,10 @@ def solve_svd(group: Group, rank: int) -> Pair:
     """The best pair of rank ``rank``, balanced; trailing columns are zero where dW has lower rank.
 
     Modules whose remaining error is too small for their Grams to resolve are solved again from QR factors, which
-    resolve singular values down to 1e-16 of the largest. In the implicit regime the pair comes from a
-    block Krylov space.
+    resolve singular values down to 1e-16 of the largest. Without Grams, or where
+    their decomposition would cost more than it, the pair comes from a block Krylov space.
     """
-    if group.gram is None:
+    if by_krylov(group):
         return settle(group, solve_krylov(group, rank))
     s = spectrum(group)
     V = group.D * (s.L @ s.vectors[..., :rank])
@@ -83,6 +84,11 @@ def solve_svd(group: Group, rank: int) -> Pair:
     for i in unresolved(group, s, rank).nonzero().flatten().tolist():
         P[i], Q[i] = _from_triangles(group, i, rank)
     return Pair(P, Q, "closed-form")
+
+
+def by_krylov(group: Group) -> bool:
+    """Whether the optimum comes from a Krylov space: R x R decompositions cost some ``R^3`` and memory to match."""
+    return group.gram is None or group.total_rank > SPECTRUM_RANK
 
 
 def unresolved(group: Group, s: Spectrum, rank: int) -> Tensor:

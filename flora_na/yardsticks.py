@@ -10,7 +10,7 @@ import torch
 from .divergence import Errors, energies, pair_errors
 from .fedavg import solve_fedavg
 from .group import Group
-from .svd import solve_svd, spectrum, unresolved
+from .svd import by_krylov, solve_svd, spectrum, unresolved
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Yardsticks:
         if self.rank >= self.group.total_rank:
             energy = energies(self.group)
             return Errors(energy, torch.zeros_like(energy))
-        if self.group.gram is None:
+        if by_krylov(self.group):
             return pair_errors(self.group, solve_svd(self.group, self.rank))
         s = spectrum(self.group)
         tail, doubtful = s.energies[:, self.rank :].sum(-1), unresolved(self.group, s, self.rank)

@@ -25,7 +25,7 @@ ABI = 1  # of native.c: an extension left over from other sources is not called
 SLOTS = 32
 # Work (vector operations, about) below which a range is not worth a thread of its own.
 SLOT_WORK = 1 << 18
-PART_NUMBERS = 1 << 21  # of all ranges' results together: 16 MiB
+PART_NUMBERS = 1 << 20  # of all ranges' results together: 8 MiB, or one range
 CACHE_BYTES = 1 << 19  # of one block of factors: half of an L2 cache of today's servers
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -111,7 +111,7 @@ def _ranges(length: int, unit: int, rows: int, part: int = 0) -> list[tuple[int,
 
     How many depends on the shapes only.
     """
-    most = min(SLOTS, max(2, PART_NUMBERS // max(part, 1)))
+    most = min(SLOTS, max(1, PART_NUMBERS // max(part, 1)))
     slots = max(1, min(most, length * max(rows, 1) // SLOT_WORK))
     step = -(-length // (slots * unit)) * unit if length else 1
     return [(first, min(first + step, length)) for first in range(0, length, step)]
@@ -249,7 +249,10 @@ def factor_products(sides: Sequence[tuple[Stacks, Stacks | None]]) -> list[list[
             parts = np.zeros((max(len(ranges), 1), *shape))
             for i, (first, last) in enumerate(ranges):
                 jobs.append((rows * (block + pad), S.at[l], S.counts[l], R, x, k, first, last, block, _at(parts[i])))
-            out = torch.empty(R, k, dtype=torch.float64)
+            if len(parts) == 1 and shape == (R, k):  # one large part is the result
+                out = torch.from_numpy(parts[0])
+            else:
+                out = torch.empty(R, k, dtype=torch.float64)
             results[-1].append(out)
             finish.append((parts, len(parts), *shape, R, k, X is None, out.data_ptr()))
 

@@ -6,7 +6,8 @@ import inspect
 import pytest
 
 CONTRACT = {
-    "fedgram.flora_na": "LoraLayer Adapter estimate aggregate client_gramian inspect",
+    "fedgram.flora_na": "LoraLayer Adapter estimate aggregate aggregate_for_clients client_gramian inspect iter_aggregate "
+    "estimate_modules",
     "fedgram.stamp": "match match_ solve_dual gramian ghost_gramian select_prototypes PrototypeMemory "
     "TemporalMatcher SpatialMatcher",
     "fedgram.kernels": "factor_gram factor_combine lowrank_sum grad_gram grad_combine ghost_gram subset_select",
@@ -14,7 +15,8 @@ CONTRACT = {
     "fedgram.bindings.modules": "LoraAggregator StateDictAggregator StateDictMatcher",
     "fedgram.bindings.matching": "match_adapters",
     "fedgram.bindings.plain": "aggregate_state_dicts match_state_dicts",
-    "fedgram.bindings.distributed": "aggregate_sharded match_sharded",
+    "fedgram.bindings.distributed": "aggregate_sharded match_sharded Watch",
+    "fedgram.bindings.streaming": "aggregate_directories aggregate_to_directory",
 }
 PARAMETERS = {
     "fedgram.flora_na.estimate": "B A weights scalings method rank anchor align_to",
