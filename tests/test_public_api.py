@@ -6,8 +6,8 @@ import inspect
 import pytest
 
 CONTRACT = {
-    "fedgram.flora_na": "LoraLayer Adapter estimate aggregate aggregate_for_clients client_gramian inspect iter_aggregate "
-    "estimate_modules",
+    "fedgram.flora_na": "LoraLayer Adapter estimate aggregate aggregate_for_clients client_gramian inspect "
+    "iter_aggregate estimate_modules",
     "fedgram.stamp": "match match_ solve_dual gramian ghost_gramian select_prototypes PrototypeMemory "
     "TemporalMatcher SpatialMatcher",
     "fedgram.kernels": "factor_gram factor_combine lowrank_sum grad_gram grad_combine ghost_gram subset_select",
