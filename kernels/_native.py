@@ -13,7 +13,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ ABI = 1  # of native.c: an extension left over from other sources is not called
 SLOTS = 32
 # Work (vector operations, about) below which a range is not worth a thread of its own.
 SLOT_WORK = 1 << 18
+# Work below which waking threads, beside those of torch that may still spin, costs more than it saves: some 1 ms.
+THREADED_WORK = 1 << 22
 PART_NUMBERS = 1 << 20  # of all ranges' results together: 8 MiB, or one range
 CACHE_BYTES = 1 << 19  # of one block of factors: half of an L2 cache of today's servers
 
@@ -84,9 +86,9 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
 
 
-def _each(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
-    """Call ``function(*job)`` for every job, over as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), len(jobs))
+def _each(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]], work: int) -> None:
+    """Call ``function(*job)`` for every job, over as many threads as torch uses where there is enough ``work``."""
+    threads = min(torch.get_num_threads(), len(jobs)) if work >= THREADED_WORK else 1
     if threads <= 1:
         for job in jobs:
             function(*job)
@@ -163,7 +165,7 @@ def grad_gram(columns: Sequence[Sequence[Tensor]], u: Tensor, wide: bool) -> tup
         call(level(), wide, *table.arguments(), unit.data_ptr(), first, last, _at(work), out, out + 8 * rows * rows,
              out + 8 * (rows * rows + rows))  # fmt: skip
 
-    _each(run, ranges)
+    _each(run, ranges, table.length * (K * K // 8 + K))
     total = parts[0] if len(parts) == 1 else _ordered_sum(parts)
     H = _mirrored(total[: rows * rows].reshape(rows, rows)[:K, :K])
     h = total[rows * rows : rows * rows + K].copy()
@@ -192,7 +194,7 @@ def grad_combine(columns: Sequence[Sequence[Tensor]], v: Tensor, out: Sequence[T
         work = np.empty(2 * block)
         call(level(), wide, *table.arguments(), coefficients.data_ptr(), _at(to), _at(to_type), first, last, _at(work))
 
-    _each(run, _ranges(table.length, block, table.tasks))
+    _each(run, _ranges(table.length, block, table.tasks), table.length * table.tasks)
 
 
 class Stacks:
@@ -204,22 +206,18 @@ class Stacks:
 
     def __init__(self, factors: Sequence[Sequence[Tensor]], *, transposed: bool) -> None:
         self.factors = factors  # keeps the memory
-        tensors = list(chain.from_iterable(factors))
-        count, long = len(tensors), int(transposed)
-        sizes, strides = (
-            np.fromiter(chain.from_iterable(map(f, tensors)), np.int64, 2 * count).reshape(count, 2)
-            for f in (Tensor.size, Tensor.stride)
-        )
-        address = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, count)
-        types = np.fromiter((TYPES[t.dtype] for t in tensors), np.int64, count)
-        columns = (address, sizes[:, 1 - long], types, strides[:, long], strides[:, 1 - long])
-        self.table = np.ascontiguousarray(np.stack(columns, 1))
+        long, across = int(transposed), int(not transposed)
+        rows = [
+            (t.data_ptr(), t.size(across), TYPES[t.dtype], t.stride(long), t.stride(across))
+            for clients in factors
+            for t in clients
+        ]
+        self.table = np.array(rows, dtype=np.int64).reshape(-1, 5)
         self.counts = [len(clients) for clients in factors]
-        starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
-        ranks = np.concatenate([[0], np.cumsum(self.table[:, 1])])
-        self.ranks: list[int] = (ranks[starts[1:]] - ranks[starts[:-1]]).tolist()
-        self.lengths: list[int] = sizes[starts[:-1], long].tolist()
-        self.at: list[int] = (_at(self.table) + self.table.itemsize * 5 * starts[:-1]).tolist()
+        self.ranks = [sum(t.size(across) for t in clients) for clients in factors]
+        self.lengths = [clients[0].size(long) for clients in factors]
+        start = _at(self.table)
+        self.at = [start + 40 * before for before in accumulate(self.counts, initial=0)]
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -237,6 +235,7 @@ def factor_products(sides: Sequence[tuple[Stacks, Stacks | None]]) -> list[list[
     jobs: list[tuple[Any, ...]] = []
     results: list[list[Tensor]] = []
     finish: list[tuple[Any, ...]] = []
+    work = 0
     for S, X in sides:
         results.append([])
         for l in range(len(S)):
@@ -246,6 +245,7 @@ def factor_products(sides: Sequence[tuple[Stacks, Stacks | None]]) -> list[list[
             rows = shape[0] + (0 if X is None else shape[1])
             block = _columns_per_block(rows)
             ranges = _ranges(length, block, R * k // 8, shape[0] * shape[1])
+            work += length * (R * k // 8 + R)
             parts = np.zeros((max(len(ranges), 1), *shape))
             for i, (first, last) in enumerate(ranges):
                 jobs.append((rows * (block + pad), S.at[l], S.counts[l], R, x, k, first, last, block, _at(parts[i])))
@@ -257,10 +257,10 @@ def factor_products(sides: Sequence[tuple[Stacks, Stacks | None]]) -> list[list[
             finish.append((parts, len(parts), *shape, R, k, X is None, out.data_ptr()))
 
     def run(size: int, *job: Any) -> None:
-        work = np.empty(size)
-        call(use, *job[:-1], _at(work), job[-1])
+        scratch = np.empty(size)
+        call(use, *job[:-1], _at(scratch), job[-1])
 
-    _each(run, jobs)
+    _each(run, jobs, work)
     for parts, *rest in finish:
         collect(_at(parts), *rest)
     return results
@@ -271,6 +271,7 @@ def factor_combine(sides: Sequence[tuple[Stacks, Sequence[Tensor], Stacks]]) -> 
     call, pad, use = _library().fedgram_factor_combine, _block()[1], level()
     jobs: list[tuple[Any, ...]] = []
     blocks: list[np.ndarray] = []
+    work = 0
     for S, P, to in sides:
         for l, p in enumerate(P):
             R, rank = p.shape
@@ -280,9 +281,10 @@ def factor_combine(sides: Sequence[tuple[Stacks, Sequence[Tensor], Stacks]]) -> 
             block = _columns_per_block(R)
             job = ((R + 4) * (block + pad), S.at[l], S.counts[l], R, _at(coefficients), coefficients.shape[1], to.at[l])
             jobs += [(*job, first, last, block) for first, last in _ranges(S.lengths[l], block, R * rank // 8)]
+            work += S.lengths[l] * (R * rank // 8 + R)
 
     def run(size: int, *job: Any) -> None:
-        work = np.empty(size)
-        call(use, *job, _at(work))
+        scratch = np.empty(size)
+        call(use, *job, _at(scratch))
 
-    _each(run, jobs)
+    _each(run, jobs, work)
