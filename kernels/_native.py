@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 1  # of native.c: an extension left over from other sources is not called
+ABI = 2  # of native.c: an extension left over from other sources is not called
 SLOTS = 32
 # Work (vector operations, about) below which a range is not worth a thread of its own.
 SLOT_WORK = 1 << 18
@@ -64,8 +64,9 @@ def _library() -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype = None
         function.argtypes = [_INT if c == "i" else _POINTER for c in signature.replace(" ", "")]
-    for name in ("fedgram_abi", "fedgram_level", "fedgram_block", "fedgram_pad"):
+    for name in ("fedgram_abi", "fedgram_level", "fedgram_block", "fedgram_pad", "fedgram_grad_gram_work"):
         getattr(library, name).restype = _INT
+    library.fedgram_grad_gram_work.argtypes = [_INT]
     if (abi := library.fedgram_abi()) != ABI:
         raise OSError(f"version {abi}, expected {ABI}: install fedgram again")
     return library
@@ -151,16 +152,16 @@ def grad_gram(columns: Sequence[Sequence[Tensor]], u: Tensor, wide: bool) -> tup
     """``(<c, c>, <c, e_k>, <e_k, e_l>)`` about ``c = sum_k u_k g_k`` of flat gradients; wide: in float64 products."""
     table = Table(columns)
     K, rows = table.tasks, _padded(table.tasks)
-    block, pad = _block()
+    block, _ = _block()
     unit = u.detach().to(torch.float64).contiguous()
     ranges = _ranges(table.length, block, K * K // 8, rows * rows)
     slot = {first: i for i, (first, _) in enumerate(ranges)}
     parts = np.zeros((max(len(ranges), 1), rows * rows + rows + 1))
-    call = _library().fedgram_grad_gram
+    call, scratch = _library().fedgram_grad_gram, int(_library().fedgram_grad_gram_work(K))
 
     def run(first: int, last: int) -> None:
         part = parts[slot[first]]
-        work = np.empty((rows + 1) * (block + pad))
+        work = np.empty(scratch)
         out = _at(part)
         call(level(), wide, *table.arguments(), unit.data_ptr(), first, last, _at(work), out, out + 8 * rows * rows,
              out + 8 * (rows * rows + rows))  # fmt: skip

@@ -2,7 +2,15 @@
  * FN(name) gives each copy a name of its own. */
 
 typedef T FN(vec) __attribute__((vector_size(LANES * sizeof(T)), aligned(sizeof(T)), may_alias));
+typedef double FN(wide) __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
+typedef float FN(single) __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t FN(short) __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef uint32_t FN(bits) __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 #define VEC FN(vec)
+/* LANES values at p as T. */
+#define LOAD_F64(p) __builtin_convertvector(*(const FN(wide) *)(p), VEC)
+#define LOAD_F32(p) __builtin_convertvector(*(const FN(single) *)(p), VEC)
+#define LOAD_BF16(p) __builtin_convertvector((FN(single))(__builtin_convertvector(*(const FN(short) *)(p), FN(bits)) << 16), VEC)
 
 /* Widen n values of type `code` that lie `step` elements apart. */
 static inline __attribute__((always_inline)) void FN(widen)(T *restrict to, const void *from, int code, int64_t at,
@@ -95,56 +103,122 @@ static void FN(gram_block)(const T *E, int64_t rows, int64_t ld, int64_t n, doub
         for (int64_t j = i; j < rows; j += 4) FN(tile)(E + i * ld, E + j * ld, ld, n, out + i * ldo + j, ldo);
 }
 
-/* Subtract c = sum_k u_k e_k from the K rows of E. */
-static void FN(centre)(T *restrict E, int64_t K, int64_t ld, int64_t n, const double *u, T *restrict c) {
-    for (int64_t i = 0; i < n; i += LANES) {
-        VEC sum = {0};
-        for (int64_t k = 0; k < K; k++) sum += (T)u[k] * *(const VEC *)(E + k * ld + i);
-        *(VEC *)(c + i) = sum;
-        for (int64_t k = 0; k < K; k++) *(VEC *)(E + k * ld + i) -= sum;
+/* Columns [at, at + n) of parameter p: c = sum_k u_k g_k, and the K rows of E become g_k - c. */
+static void FN(centred)(const struct table *t, int64_t p, int64_t K, const double *u, int64_t at, int64_t n, T *restrict E,
+                        int64_t ld, T *restrict c) {
+    const int64_t *row = t->address + p * K;
+    int64_t i = 0;
+#define CENTRE(S, LOAD)                                                                                                \
+    for (; i + LANES <= n; i += LANES) {                                                                               \
+        VEC sum = {0};                                                                                                 \
+        for (int64_t k = 0; k < K; k++) sum += (T)u[k] * LOAD((const S *)row[k] + at + i);                             \
+        *(VEC *)(c + i) = sum;                                                                                         \
+        for (int64_t k = 0; k < K; k++) *(VEC *)(E + k * ld + i) = LOAD((const S *)row[k] + at + i) - sum;             \
+    }                                                                                                                  \
+    break;
+    switch (t->type[p]) {
+    case F64: CENTRE(double, LOAD_F64)
+    case F32: CENTRE(float, LOAD_F32)
+    case BF16: CENTRE(uint16_t, LOAD_BF16)
     }
+#undef CENTRE
+    if (i == n) return;
+    for (int64_t k = 0; k < K; k++) FN(widen)(E + k * ld + i, (const void *)row[k], t->type[p], at + i, 1, n - i);
+    for (; i < n; i++) {
+        T sum = 0;
+        for (int64_t k = 0; k < K; k++) sum += (T)u[k] * E[k * ld + i];
+        c[i] = sum;
+        for (int64_t k = 0; k < K; k++) E[k * ld + i] -= sum;
+    }
+}
+
+/* As `tile`, with one sum per lane kept from block to block: their reduction would take as long as a short block. */
+static inline __attribute__((always_inline)) void FN(lanes)(const T *restrict a, const T *restrict b, int64_t ld,
+                                                            int64_t n, FN(wide) *restrict sums) {
+    VEC c[4][4] = {{{0}}};
+    for (int64_t k = 0; k < n; k += LANES) {
+        VEC x0 = *(const VEC *)(a + k), x1 = *(const VEC *)(a + ld + k);
+        VEC x2 = *(const VEC *)(a + 2 * ld + k), x3 = *(const VEC *)(a + 3 * ld + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            VEC y = *(const VEC *)(b + j * ld + k);
+            c[0][j] += x0 * y;
+            c[1][j] += x1 * y;
+            c[2][j] += x2 * y;
+            c[3][j] += x3 * y;
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sums[4 * i + j] += __builtin_convertvector(c[i][j], FN(wide));
 }
 
 /* Columns [first, last) of K gradients: out (rows x rows) += e_k e_l^T, h[k] += <c, e_k>, *n0 += <c, c>. */
 static void FN(grad_gram)(const struct table *t, int64_t K, const double *u, int64_t first, int64_t last,
                           double *work, double *out, double *h, double *n0) {
-    int64_t rows = (K + 3) / 4 * 4, ld = BLOCK + PAD;
+    int64_t rows = (K + 3) / 4 * 4, ld = BLOCK + PAD, keep = rows <= KEPT_ROWS;
     T *E = (T *)work, *c = E + rows * ld;
+    FN(wide) *sums = (FN(wide) *)(work + (rows + 1) * ld), *sum;
     memset(E + K * ld, 0, (rows - K) * ld * sizeof(T));
+    if (keep) memset(sums, 0, rows / 4 * (rows / 4 + 1) / 2 * 16 * sizeof(FN(wide)));
     int64_t p = find(t, first);
     while (first < last) {
         int64_t used = 0;
         while (used < BLOCK && first < last) {
             while (first >= t->start[p + 1]) p++;
             int64_t n = least3(BLOCK - used, last - first, t->start[p + 1] - first);
-            for (int64_t k = 0; k < K; k++)
-                FN(widen)(E + k * ld + used, (const void *)t->address[p * K + k], t->type[p], first - t->start[p], 1, n);
+            FN(centred)(t, p, K, u, first - t->start[p], n, E + used, ld, c + used);
             used += n;
             first += n;
         }
         int64_t padded = (used + LANES - 1) / LANES * LANES;
         for (int64_t k = 0; k < K && padded > used; k++) memset(E + k * ld + used, 0, (padded - used) * sizeof(T));
-        FN(centre)(E, K, ld, padded, u, c);
-        FN(gram_block)(E, rows, ld, padded, out, rows);
+        for (; used < padded; used++) c[used] = 0;
+        if (keep) {
+            sum = sums;
+            for (int64_t i = 0; i < rows; i += 4)
+                for (int64_t j = i; j < rows; j += 4, sum += 16) FN(lanes)(E + i * ld, E + j * ld, ld, padded, sum);
+        } else
+            FN(gram_block)(E, rows, ld, padded, out, rows);
         for (int64_t k = 0; k < rows; k += 4) FN(dots)(c, E + k * ld, ld, padded, h + k);
-        double sum = 0;
-        for (int64_t i = 0; i < padded; i++) sum += (double)c[i] * (double)c[i];
-        *n0 += sum;
+        double square = 0;
+        for (int64_t i = 0; i < padded; i++) square += (double)c[i] * (double)c[i];
+        *n0 += square;
     }
+    if (!keep) return;
+    sum = sums;
+    for (int64_t i = 0; i < rows; i += 4)
+        for (int64_t j = i; j < rows; j += 4, sum += 16)
+            for (int64_t l = 0; l < 16 * LANES; l++)
+                out[(i + l / LANES / 4) * rows + j + l / LANES % 4] += ((double *)sum)[l];
 }
 
 /* Columns [first, last) of out = sum_k v_k g_k, rounded once; parameter p's output is to[p]. */
 static void FN(grad_combine)(const struct table *t, int64_t K, const double *v, const int64_t *to,
                              const int64_t *to_type, int64_t first, int64_t last, double *work) {
-    T *sum = (T *)work, *row = sum + BLOCK;
+    T *sum = (T *)work, *value = sum + BLOCK;
     for (int64_t p = find(t, first); first < last;) {
         while (first >= t->start[p + 1]) p++;
-        int64_t n = least3(BLOCK, last - first, t->start[p + 1] - first), at = first - t->start[p];
-        memset(sum, 0, n * sizeof(T));
-        for (int64_t k = 0; k < K; k++) {
-            T scale = (T)v[k];
-            FN(widen)(row, (const void *)t->address[p * K + k], t->type[p], at, 1, n);
-            for (int64_t i = 0; i < n; i++) sum[i] += scale * row[i];
+        int64_t n = least3(BLOCK, last - first, t->start[p + 1] - first), at = first - t->start[p], i = 0;
+        const int64_t *row = t->address + p * K;
+#define SUM(S, LOAD)                                                                                                   \
+    for (; i + LANES <= n; i += LANES) {                                                                               \
+        VEC x = {0};                                                                                                   \
+        for (int64_t k = 0; k < K; k++) x += (T)v[k] * LOAD((const S *)row[k] + at + i);                               \
+        *(VEC *)(sum + i) = x;                                                                                         \
+    }                                                                                                                  \
+    break;
+        switch (t->type[p]) {
+        case F64: SUM(double, LOAD_F64)
+        case F32: SUM(float, LOAD_F32)
+        case BF16: SUM(uint16_t, LOAD_BF16)
+        }
+#undef SUM
+        if (i < n) memset(sum + i, 0, (n - i) * sizeof(T));
+        for (int64_t k = 0; k < K && i < n; k++) {
+            FN(widen)(value, (const void *)row[k], t->type[p], at + i, 1, n - i);
+            for (int64_t j = i; j < n; j++) sum[j] += (T)v[k] * value[j - i];
         }
         FN(narrow)((void *)to[p], (int)to_type[p], at, 1, n, sum);
         first += n;
@@ -226,3 +300,6 @@ static void FN(factor_combine)(const struct member *m, int64_t count, int64_t R,
 }
 
 #undef VEC
+#undef LOAD_F64
+#undef LOAD_F32
+#undef LOAD_BF16

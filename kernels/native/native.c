@@ -8,6 +8,8 @@
 enum { F64, F32, BF16, F16 };
 /* Columns of a block of gradients; rows lie PAD numbers further apart, so that they do not share cache sets. */
 enum { BLOCK = 512, PAD = 16 };
+/* Up to this many rows the sums of a Gram matrix are kept lane by lane: they fit the cache beside a block. */
+enum { KEPT_ROWS = 64 };
 
 /* K gradients as P tensors each: parameter p holds columns [start[p], start[p + 1]); address is (P x K). */
 struct table {
@@ -111,7 +113,12 @@ int64_t fedgram_level(void) {
 /* `level` is at most fedgram_level(); lower ones are for tests. `wide`: double, else float. */
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 1; }
+int64_t fedgram_abi(void) { return 2; }
+/* Numbers of scratch space that fedgram_grad_gram takes. */
+int64_t fedgram_grad_gram_work(int64_t K) {
+    int64_t rows = (K + 3) / 4 * 4, tiles = rows <= KEPT_ROWS ? rows / 4 * (rows / 4 + 1) / 2 : 0;
+    return (rows + 1) * (BLOCK + PAD) + tiles * 16 * 16; /* 16 lanes at most */
+}
 int64_t fedgram_block(void) { return BLOCK; }
 int64_t fedgram_pad(void) { return PAD; }
 
