@@ -5,6 +5,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wunused-function" /* every loop exists in both number types; not all are called */
+#endif
+
 enum { F64, F32, BF16, F16 };
 /* Columns of a block of gradients; rows lie PAD numbers further apart, so that they do not share cache sets. */
 enum { BLOCK = 512, PAD = 16 };
