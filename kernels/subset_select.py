@@ -79,6 +79,9 @@ def subset_select(
         ValueError: shapes, types, offsets or counts that do not fit; values that are not finite.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
+    if torch.compiler.is_compiling():
+        bounds, sizes = [int(x) for x in offsets], [int(x) for x in counts]
+        return SubsetSelection(*_subset_select_op(X, bounds, sizes, restarts, seed, backend))
     problems = _checked_problems(X, offsets, counts)
     if restarts < 0:
         raise ValueError(f"restarts: expected 0 or more, got {restarts}")
@@ -99,6 +102,23 @@ def subset_select(
                 indices[c] = rows
     everything = torch.cat(indices) if indices else X.new_empty(0, dtype=torch.int64)
     return SubsetSelection(everything, error, random_error, optimal)
+
+
+@torch.library.custom_op("fedgram::subset_select", mutates_args=())
+def _subset_select_op(
+    X: Tensor, offsets: Sequence[int], counts: Sequence[int], restarts: int, seed: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``torch.compile`` sees of ``subset_select``: boundaries and counts are numbers, known when it traces."""
+    return tuple(subset_select(X, offsets, counts, restarts=restarts, seed=seed, backend=backend))
+
+
+@_subset_select_op.register_fake
+def _(
+    X: Tensor, offsets: Sequence[int], counts: Sequence[int], restarts: int, seed: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    C = len(counts)
+    error, random_error = (X.new_empty((C,), dtype=torch.float64) for _ in range(2))
+    return X.new_empty((sum(counts),), dtype=torch.int64), error, random_error, X.new_empty((C,), dtype=torch.bool)
 
 
 def _random_starts(problem: Problem, restarts: int, generator: torch.Generator) -> Tensor:

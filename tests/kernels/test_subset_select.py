@@ -155,3 +155,15 @@ def test_bad_input_is_named(X, offsets, counts, words):
         subset_select(X, offsets, counts)
     with pytest.raises(ValueError, match="restarts"):
         subset_select(torch.ones(4, 2), [0, 4], [1], restarts=-1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operation_is_registered(backend):
+    X = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
+    torch.library.opcheck(torch.ops.fedgram.subset_select, (X, [0, 12, 30], [3, 4], 1, 0, backend))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x):
+        return subset_select(x, [0, 12, 30], [3, 4], restarts=1, backend=backend).error * 2
+
+    assert torch.equal(compiled(X), subset_select(X, [0, 12, 30], [3, 4], restarts=1, backend=backend).error * 2)
