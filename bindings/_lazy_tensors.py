@@ -1,30 +1,24 @@
-"""Full tensors of an adapter file, read whole or in part when they are asked for."""
+"""Mappings whose values are made when they are asked for; full tensors of a file, read whole or in part."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
 from ._peft_shards import TensorSource
 
+T = TypeVar("T")
 
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name that are read each time they are asked for, and not kept; large ones can be read in parts.
 
-    Args:
-        names: of the tensors.
-        make: reads one whole.
-        file: where they lie.
-        made: names of those that ``make`` does more to than read; they are small.
-    """
+class LazyMapping(Mapping[str, T]):
+    """A mapping that makes its values when they are asked for and keeps none."""
 
-    def __init__(
-        self, names: Collection[str], make: Callable[[str], Tensor], file: TensorSource, made: Collection[str] = ()
-    ) -> None:
-        self._names, self._make, self._file, self._made = dict.fromkeys(names), make, file, made
+    def __init__(self, names: Collection[str], make: Callable[[str], T]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> T:
         if name not in self._names:
             raise KeyError(name)
         return self._make(name)
@@ -37,6 +31,23 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class LazyTensors(LazyMapping[Tensor]):
+    """Tensors by name that are read each time they are asked for, and not kept; large ones can be read in parts.
+
+    Args:
+        names: of the tensors.
+        make: reads one whole.
+        file: where they lie.
+        made: names of those that ``make`` does more to than read; they are small.
+    """
+
+    def __init__(
+        self, names: Collection[str], make: Callable[[str], Tensor], file: TensorSource, made: Collection[str] = ()
+    ) -> None:
+        super().__init__(names, make)
+        self._file, self._made = file, made
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""

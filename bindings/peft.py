@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedgram.flora_na import Adapter, LoraLayer
 
-from ._lazy_tensors import LazyTensors
+from ._lazy_tensors import LazyMapping, LazyTensors
 from ._peft_config import IN_FILES, PREFIX, LoraSettings, read_config, refuse_other_kinds
 from ._peft_extras import extra_roles
 from ._peft_initial import check_same_start, since
@@ -41,27 +41,6 @@ OUTPUT_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME})
 
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
-
-
-class LazyMapping(Mapping[str, T]):
-    """A mapping that makes its values when they are asked for and keeps none."""
-
-    def __init__(self, names: Sequence[str], make: Callable[[str], T]) -> None:
-        self._names, self._make = dict.fromkeys(names), make
-
-    def __getitem__(self, name: str) -> T:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._make(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def load_adapter(
