@@ -29,6 +29,7 @@ BLOCK_BYTES = {"cpu": 4 << 20}
 BLOCK_BYTES_DEVICE = 64 << 20
 # Columns of one product: within it the accumulator has the products' type, beyond it float64.
 PRODUCT_COLUMNS = 1024
+ROUNDING = 8 * 2.0**-52  # of the four terms of a recentred entry
 # Up to this many tasks the compiled loops are faster than a matrix product; above, the product decides.
 NATIVE_TASKS = 256
 
@@ -113,7 +114,10 @@ def recentred(n: Tensor, h: Tensor, H: Tensor, u: Tensor) -> GradGram:
     Hu = (H * u).sum(1)
     mm, cm = (Hu * u).sum(), (h * u).sum()
     # Sums of two commute, so H stays symmetric to the bit.
-    return GradGram(n + 2 * cm + mm, h - cm + Hu - mm, H - (Hu[:, None] + Hu[None, :]) + mm)
+    centred = H - (Hu[:, None] + Hu[None, :]) + mm
+    # A task whose squared distance is rounding of what it is a difference of lies at g0: no negative squares.
+    apart = centred.diagonal() > ROUNDING * (H.diagonal() + 2 * Hu.abs() + mm)
+    return GradGram(n + 2 * cm + mm, h - cm + Hu - mm, centred * apart[:, None] * apart[None, :])
 
 
 def _gram_native(gradients: Gradients, layout: Layout, u: Tensor, precise: bool) -> tuple[Tensor, Tensor, Tensor]:
