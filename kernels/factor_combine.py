@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native_factors
 from ._dispatch import resolve
 from ._factor_inputs import (
     CACHE_BYTES,
@@ -148,10 +148,10 @@ def _combine_native(
         lengths = [clients[0].shape[int(turned)] for clients in factors]
         shapes = [(b.shape[1], n) if turned else (n, b.shape[1]) for b, n in zip(blocks, lengths, strict=True)]
         out = [torch.empty(s, dtype=output_dtype(c, dtype)) for s, (c, _) in zip(shapes, pairs, strict=True)]
-        to = _native.Stacks([[t] for t in out], transposed=turned)
-        sides.append((_native.Stacks(factors, transposed=turned), blocks, to))
+        to = _native_factors.Stacks([[t] for t in out], transposed=turned)
+        sides.append((_native_factors.Stacks(factors, transposed=turned), blocks, to))
         outputs.append(out)
-    _native.factor_combine(sides)
+    _native_factors.factor_combine(sides)
     return outputs[0], outputs[1]
 
 

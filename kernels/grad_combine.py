@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native_gradients
 from ._dispatch import resolve
 from ._grad_plan import (
     FLOAT_TYPES,
@@ -115,7 +115,7 @@ def _combine_native(gradients: Gradients, v: Tensor, out: Sequence[Tensor]) -> N
         elif target.numel():
             flat.setdefault(_wide_type(tensors[0]), []).append(columns)
     for wide, columns in flat.items():
-        _native.grad_combine([c[:-1] for c in columns], v, [c[-1] for c in columns], wide == torch.float64)
+        _native_gradients.grad_combine([c[:-1] for c in columns], v, [c[-1] for c in columns], wide == torch.float64)
     if rest:
         _combine_torch([[g[p] for p in rest] for g in gradients], v, [out[p] for p in rest])
 

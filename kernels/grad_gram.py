@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native_gradients
 from ._dispatch import resolve
 from ._grad_plan import (
     Gradients,
@@ -126,7 +126,7 @@ def _gram_native(gradients: Gradients, layout: Layout, u: Tensor, precise: bool)
     flat = [ts for ts in columns if ts[0].numel() and ts[0].ndim == 1 and ts[0].is_contiguous()]
     rest = [ts for ts in columns if ts[0].numel() and not (ts[0].ndim == 1 and ts[0].is_contiguous())]
     wide = precise or torch.float64 in layout.dtypes
-    parts = [_native.grad_gram(flat, u, wide)] if flat else []
+    parts = [_native_gradients.grad_gram(flat, u, wide)] if flat else []
     if rest or not parts:
         shapes, dtypes = tuple(ts[0].shape for ts in rest), tuple(ts[0].dtype for ts in rest)
         parts.append(_gram_about_centre(rest, layout._replace(shapes=shapes, dtypes=dtypes), u, wide))

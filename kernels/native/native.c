@@ -10,10 +10,12 @@
 #endif
 
 enum { F64, F32, BF16, F16 };
-/* Columns of a block of gradients; rows lie PAD numbers further apart, so that they do not share cache sets. */
+/* Columns of a block of gradients at most; rows lie PAD numbers further apart, so that they do not share cache sets. */
 enum { BLOCK = 512, PAD = 16 };
-/* Up to this many rows the sums of a Gram matrix are kept lane by lane: they fit the cache beside a block. */
-enum { KEPT_ROWS = 64 };
+/* Up to this many rows the sums of a Gram matrix of gradients are kept lane by lane: they fit the cache beside a block. */
+enum { KEPT_ROWS = 66 };
+/* A block of centred gradients is to fit the first cache, unless it would be too short. */
+enum { NEAR_BYTES = 24 << 10, SHORTEST = 128 };
 
 /* K gradients as P tensors each: parameter p holds columns [start[p], start[p + 1]); address is (P x K). */
 struct table {
@@ -24,6 +26,25 @@ struct table {
 /* One client's factor: element (row i, column c) lies at i * across + c * along. */
 struct member {
     int64_t address, rank, type, along, across;
+};
+
+/* E^T X, or E^T E, over rows [first, last) of stacked factors with R (and k) columns, in blocks; out is rows x columns. */
+struct product {
+    const struct member *members;
+    int64_t count, R;
+    const struct member *other;
+    int64_t k, first, last, block, rows, columns;
+    double *out;
+};
+
+/* Rows [first, last) of S P for stacked factors with R columns; P is (R x columns). */
+struct combination {
+    const struct member *members;
+    int64_t count, R;
+    const double *P;
+    int64_t columns;
+    const struct member *to;
+    int64_t first, last, block;
 };
 
 static inline float from_bf16(uint16_t x) {
@@ -47,9 +68,14 @@ static inline uint16_t to_f16(float x) {
     return u.i;
 }
 
-static inline int64_t least3(int64_t a, int64_t b, int64_t c) {
-    a = a < b ? a : b;
-    return a < c ? a : c;
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t least3(int64_t a, int64_t b, int64_t c) { return least(least(a, b), c); }
+
+/* Rows of a block of K gradients: their centre with them, in threes. */
+static inline int64_t gram_rows(int64_t K) { return (K + 3) / 3 * 3; }
+static inline int64_t gram_block(int64_t rows, int64_t bytes) {
+    int64_t block = NEAR_BYTES / (rows * bytes) / 64 * 64;
+    return block < SHORTEST ? SHORTEST : block > BLOCK ? BLOCK : block;
 }
 
 /* The parameter that holds a column. */
@@ -63,6 +89,13 @@ static inline int64_t find(const struct table *t, int64_t column) {
     return low;
 }
 
+#define UNROLL_4 _Pragma("GCC unroll 4")
+/* Four numbers of a type. */
+typedef double double4 __attribute__((vector_size(32), aligned(8), may_alias));
+typedef float float4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t bits4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint16_t short4 __attribute__((vector_size(8), aligned(2), may_alias));
+
 #define JOIN_(a, b, c) a##_##b##_##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
 #define FN(name) JOIN(name, TYPE, ISA)
@@ -73,24 +106,30 @@ static inline int64_t find(const struct table *t, int64_t column) {
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c,prefer-vector-width=512")
 #define ISA avx512
 #define BYTES 64
+#define REGISTERS 32
 #include "types.h"
 #undef ISA
 #undef BYTES
+#undef REGISTERS
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define ISA avx2
 #define BYTES 32
+#define REGISTERS 16
 #include "types.h"
 #undef ISA
 #undef BYTES
+#undef REGISTERS
 #pragma GCC pop_options
 #endif
 #define ISA plain
 #define BYTES 16
+#define REGISTERS 16
 #include "types.h"
 #undef ISA
 #undef BYTES
+#undef REGISTERS
 
 /* 2: AVX-512, 1: AVX2, 0: neither. */
 int64_t fedgram_level(void) {
@@ -117,21 +156,25 @@ int64_t fedgram_level(void) {
 /* `level` is at most fedgram_level(); lower ones are for tests. `wide`: double, else float. */
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 2; }
-/* Numbers of scratch space that fedgram_grad_gram takes. */
-int64_t fedgram_grad_gram_work(int64_t K) {
-    int64_t rows = (K + 3) / 4 * 4, tiles = rows <= KEPT_ROWS ? rows / 4 * (rows / 4 + 1) / 2 : 0;
-    return (rows + 1) * (BLOCK + PAD) + tiles * 16 * 16; /* 16 lanes at most */
+int64_t fedgram_abi(void) { return 3; }
+/* Rows of the Gram matrix of K gradients, and numbers of scratch space that it takes. */
+int64_t fedgram_gram_rows(int64_t K) { return gram_rows(K); }
+int64_t fedgram_gram_work(int64_t K) {
+    int64_t rows = gram_rows(K), tiles = rows <= KEPT_ROWS ? rows / 3 * (rows / 3 + 1) / 2 : 1;
+    return rows * (BLOCK + PAD) + tiles * 9 * 16; /* 16 lanes at most */
 }
 int64_t fedgram_block(void) { return BLOCK; }
 int64_t fedgram_pad(void) { return PAD; }
+/* Rows and columns of the tiles of a product: its output is padded to multiples of them. */
+int64_t fedgram_tile_rows(int64_t level) { return level >= 2 ? 12 : 6; }
+int64_t fedgram_tile_columns(int64_t level, int64_t wide) { return 2 * (16 << level) / (wide ? 8 : 4); }
 
 void fedgram_grad_gram(int64_t level, int64_t wide, const int64_t *address, const int64_t *start, const int64_t *type,
                        int64_t parameters, int64_t K, const double *u, int64_t first, int64_t last, double *work,
-                       double *out, double *h, double *n0) {
+                       double *out) {
     struct table t = {address, start, type, parameters};
-    if (wide) CALL(grad_gram, double, &t, K, u, first, last, work, out, h, n0);
-    else CALL(grad_gram, float, &t, K, u, first, last, work, out, h, n0);
+    if (wide) CALL(grad_gram, double, &t, K, u, first, last, work, out);
+    else CALL(grad_gram, float, &t, K, u, first, last, work, out);
 }
 
 void fedgram_grad_combine(int64_t level, int64_t wide, const int64_t *address, const int64_t *start,
@@ -142,26 +185,37 @@ void fedgram_grad_combine(int64_t level, int64_t wide, const int64_t *address, c
     else CALL(grad_combine, float, &t, K, v, to, to_type, first, last, work);
 }
 
-void fedgram_factor_products(int64_t level, const struct member *m, int64_t count, int64_t R,
-                             const struct member *other, int64_t k, int64_t first, int64_t last, int64_t block,
-                             double *work, double *out) {
-    CALL(factor_products, double, m, count, R, other, k, first, last, block, work, out);
+/* A job that no thread has taken yet, or `count`: threads share `next`. */
+static inline int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
+
+void fedgram_products(int64_t level, int64_t wide, const struct product *jobs, int64_t count, int64_t *next, double *work) {
+    for (int64_t i = take(next); i < count; i = take(next)) {
+        if (wide) CALL(products, double, jobs + i, work);
+        else CALL(products, float, jobs + i, work);
+    }
 }
 
-/* out (R x k) = the sum of `count` parts (padded, rows x columns each), in order; mirrored if only one triangle is there. */
-void fedgram_collect(const double *parts, int64_t count, int64_t rows, int64_t columns, int64_t R, int64_t k,
-                     int64_t mirror, double *out) {
-    for (int64_t i = 0; i < R; i++)
-        for (int64_t j = mirror ? i : 0; j < k; j++) {
-            double sum = 0;
-            for (int64_t p = 0; p < count; p++) sum += parts[(p * rows + i) * columns + j];
-            out[i * k + j] = sum;
-            if (mirror) out[j * k + i] = sum;
-        }
+void fedgram_combine(int64_t level, const struct combination *jobs, int64_t count, int64_t *next, double *work) {
+    for (int64_t i = take(next); i < count; i = take(next)) CALL(combine, double, jobs + i, work);
 }
 
-void fedgram_factor_combine(int64_t level, const struct member *m, int64_t count, int64_t R, const double *P,
-                            int64_t columns, const struct member *to, int64_t first, int64_t last, int64_t block,
-                            double *work) {
-    CALL(factor_combine, double, m, count, R, P, columns, to, first, last, block, work);
+/* A product put together: out (R x k) is the sum of `count` parts (rows x columns each), in order; mirrored if only one
+ * triangle is there. */
+struct whole {
+    const double *parts;
+    int64_t count, rows, columns, R, k, mirror;
+    double *out;
+};
+
+void fedgram_collect(const struct whole *jobs, int64_t count, int64_t *next) {
+    for (int64_t at = take(next); at < count; at = take(next)) {
+        const struct whole w = jobs[at];
+        for (int64_t i = 0; i < w.R; i++)
+            for (int64_t j = w.mirror ? i : 0; j < w.k; j++) {
+                double sum = 0;
+                for (int64_t p = 0; p < w.count; p++) sum += w.parts[(p * w.rows + i) * w.columns + j];
+                w.out[i * w.k + j] = sum;
+                if (w.mirror) w.out[j * w.k + i] = sum;
+            }
+    }
 }

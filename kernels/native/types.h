@@ -1,16 +1,16 @@
-/* Both number types for one instruction set, whose vectors hold BYTES bytes. */
+/* Both number types for one instruction set, whose vectors hold BYTES bytes and are REGISTERS in number. */
 
 #define TYPE double
 #define T double
-#define LANES (BYTES / 8)
+#define INDEX int64_t
 #include "loops.h"
 #undef TYPE
 #undef T
-#undef LANES
+#undef INDEX
 #define TYPE float
 #define T float
-#define LANES (BYTES / 4)
+#define INDEX int32_t
 #include "loops.h"
 #undef TYPE
 #undef T
-#undef LANES
+#undef INDEX

@@ -132,7 +132,7 @@ def _norm(G):
 @built
 def test_an_extension_of_other_sources_is_not_called(monkeypatch):
     _native.missing.cache_clear()
-    _native._library.cache_clear()
+    _native.library.cache_clear()
     monkeypatch.setattr(_native, "ABI", -1)
     try:
         assert "expected -1: install fedgram again" in _native.missing()
@@ -140,5 +140,5 @@ def test_an_extension_of_other_sources_is_not_called(monkeypatch):
     finally:
         monkeypatch.undo()
         _native.missing.cache_clear()
-        _native._library.cache_clear()
+        _native.library.cache_clear()
     assert _native.missing() is None

@@ -1,0 +1,130 @@
+"""The compiled CPU loops over the clients' factors: all modules' products and combinations, in one call per thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._native import TYPES, at, constant, level, library, scratch, together
+
+CACHE_BYTES = 3 << 17  # of one block of factors: most of a small L2 cache
+JOB_WORK = 1 << 20  # work (vector operations) below which a range of rows is not worth a job of its own
+RANGES = 32
+PART_SHARE = 4  # the parts of a product have a fourth of the numbers of its factors at most
+
+
+class Stacks:
+    """Modules' factors of one side as stacks of tall factors (length, r_u), described for the loops.
+
+    Attributes:
+        table: (tensors, 5) int64, for every factor its address, rank, type, and strides along and across its length.
+    """
+
+    def __init__(self, factors: Sequence[Sequence[Tensor]], *, transposed: bool) -> None:
+        self.factors = factors  # keeps the memory
+        long, across = int(transposed), int(not transposed)
+        rows = []
+        self.ranks, self.counts = [], [len(clients) for clients in factors]
+        for clients in factors:
+            total = 0
+            for t in clients:
+                strides, rank = t.stride(), t.shape[across]
+                rows.append((t.data_ptr(), rank, TYPES[t.dtype], strides[long], strides[across]))
+                total += rank
+            self.ranks.append(total)
+        self.table = np.array(rows, dtype=np.int64).reshape(-1, 5)
+        self.lengths = [clients[0].shape[long] for clients in factors]
+        start = at(self.table)
+        self.at = [start + 40 * before for before in accumulate(self.counts, initial=0)]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+def _padded(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
+def _rows_per_block(columns: int) -> int:
+    """Rows of a float64 block of ``columns`` that fits the cache: a multiple of 32."""
+    return max(64, min(512, CACHE_BYTES // (8 * max(columns, 1)) // 32 * 32))
+
+
+def _ranges(length: int, block: int, work: int, most: int) -> list[tuple[int, int]]:
+    """Equal ranges of whole blocks of rows, by the shapes only: ``work`` is that of one row."""
+    slots = max(1, min(RANGES, most, length * work // JOB_WORK))
+    step = _padded(-(-length // slots), block) if length else 1
+    return [(first, min(first + step, length)) for first in range(0, length, step)]
+
+
+def factor_products(sides: Sequence[tuple[Stacks, Stacks | None]]) -> list[list[Tensor]]:
+    """Per side and module ``S^T S``, or ``S^T X`` for the other stacks X; float64. All of them in one go."""
+    tile = constant("tile_rows", level()), constant("tile_columns", level(), 1)
+    jobs: list[tuple[int, ...]] = []
+    wholes: list[tuple[int, ...]] = []
+    results: list[list[Tensor]] = []
+    part = work = numbers = 0  # where the next part lies, in numbers
+    for S, X in sides:
+        results.append([])
+        for l, (R, length) in enumerate(zip(S.ranks, S.lengths, strict=True)):
+            k, other = (R, 0) if X is None else (X.ranks[l], X.at[l])
+            rows, columns = _padded(R, tile[0]), _padded(k, tile[1])
+            stacked = _padded(R, tile[1]) + (columns if other else 0)
+            block = _rows_per_block(stacked)
+            ranges = _ranges(length, block, R * k // 8 + R, length * R // (PART_SHARE * rows * columns + 1))
+            numbers, work = max(numbers, stacked * block), work + length * (R * k // 8 + R)
+            out = torch.empty(R, k, dtype=torch.float64)
+            results[-1].append(out)
+            wholes.append((part, len(ranges), rows, columns, R, k, X is None, out.data_ptr()))
+            for first, last in ranges:
+                jobs.append((S.at[l], S.counts[l], R, other, k, first, last, block, rows, columns, part))
+                part += rows * columns
+    _run_products(jobs, wholes, part, numbers, work)
+    return results
+
+
+def _run_products(
+    jobs: list[tuple[int, ...]], wholes: list[tuple[int, ...]], parts: int, numbers: int, work: int
+) -> None:
+    memory = scratch_parts(parts)
+    table = np.array(jobs, dtype=np.int64).reshape(-1, 11)
+    table[:, 10] = at(memory) + 8 * table[:, 10]
+    collected = np.array(wholes, dtype=np.int64).reshape(-1, 8)
+    collected[:, 0] = at(memory) + 8 * collected[:, 0]
+    taken = np.zeros(2, np.int64)
+    multiply, collect = library().fedgram_products, library().fedgram_collect
+    use, at_jobs, next_job = level(), at(table), at(taken)
+    together(lambda: multiply(use, 1, at_jobs, len(jobs), next_job, at(scratch(numbers))), len(jobs), work)
+    at_wholes = at(collected)
+    together(lambda: collect(at_wholes, len(wholes), next_job + 8), len(wholes), 2 * parts)
+
+
+def scratch_parts(numbers: int) -> np.ndarray:
+    """Memory for the parts of a product; the loops set all of it."""
+    return np.empty(numbers)
+
+
+def factor_combine(sides: Sequence[tuple[Stacks, Sequence[Tensor], Stacks]]) -> None:
+    """Write ``S P`` per side and module, for stacks S and (R, r) float64 blocks P, to the third's tall (length, r)."""
+    pad, width = constant("pad"), constant("tile_columns", level(), 1)
+    jobs: list[tuple[int, ...]] = []
+    blocks: list[np.ndarray] = []
+    work = numbers = 0
+    for S, P, to in sides:
+        for l, p in enumerate(P):
+            R, rank = p.shape
+            coefficients = np.zeros((R, _padded(rank, width)))
+            coefficients[:, :rank] = p.detach().numpy()
+            blocks.append(coefficients)  # keeps the memory
+            block = _rows_per_block(_padded(R, width))
+            job = (S.at[l], S.counts[l], R, at(coefficients), coefficients.shape[1], to.at[l])
+            jobs += [(*job, *bounds, block) for bounds in _ranges(S.lengths[l], block, R * rank // 8 + R, RANGES)]
+            numbers, work = max(numbers, (R + 2 * width) * (block + pad)), work + S.lengths[l] * (R * rank // 8 + R)
+    table = np.array(jobs, dtype=np.int64).reshape(-1, 9)
+    taken = np.zeros(1, np.int64)
+    call, use, at_jobs, next_job = library().fedgram_combine, level(), at(table), at(taken)
+    together(lambda: call(use, at_jobs, len(jobs), next_job, at(scratch(numbers))), len(jobs), work)

@@ -1,0 +1,194 @@
+/* The clients' factors of one side: tall matrices (length, rank) side by side, R columns in all. A block of rows is
+ * packed in panels of WIDTH columns, row after row, so that a product of two panels loads vectors and broadcasts. */
+
+#define WIDTH (2 * LANES) /* columns of a panel: two vectors */
+
+/* Two panels are multiplied DEEP rows of the left by WIDTH columns of the right: as many sums as registers hold. */
+#define DEEP (REGISTERS == 32 ? 12 : 6)
+
+/* out (DEEP x WIDTH) += sum over n rows k of a[i][k] b[k][j]; a[i] and b advance by WIDTH numbers a row. */
+static inline __attribute__((always_inline)) void FN(panels)(const T *const *a, const T *restrict b, int64_t n,
+                                                             double *restrict out, int64_t ldo) {
+    VEC c[DEEP][2] = {{{0}}};
+    for (int64_t k = 0; k < n * WIDTH; k += WIDTH) {
+        VEC b0 = *(const VEC *)(b + k), b1 = *(const VEC *)(b + k + LANES);
+#pragma GCC unroll 12
+        for (int i = 0; i < DEEP; i++) {
+            T x = a[i][k];
+            c[i][0] += x * b0;
+            c[i][1] += x * b1;
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < DEEP; i++)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            FN(wide) *sum = (FN(wide) *)(out + i * ldo + h * LANES);
+            *sum += __builtin_convertvector(c[i][h], FN(wide));
+        }
+}
+
+/* Column i of a packed block of n rows; columns past the last panel stand for nothing and repeat the last. */
+static inline const T *FN(column)(const T *E, int64_t i, int64_t columns, int64_t n) {
+    i = i < columns ? i : columns - 1;
+    return E + i / WIDTH * WIDTH * n + i % WIDTH;
+}
+
+/* out (rows x ldo) += E^T X for packed blocks of n rows; with `triangle`, of E = X, what lies on or above the diagonal. */
+static void FN(multiply)(const T *E, int64_t R, const T *X, int64_t k, int64_t n, int triangle, double *out, int64_t ldo) {
+    const T *a[DEEP];
+    int64_t columns = (R + WIDTH - 1) / WIDTH * WIDTH;
+    for (int64_t i = 0; i < R; i += DEEP) {
+        for (int d = 0; d < DEEP; d++) a[d] = FN(column)(E, i + d, columns, n);
+        for (int64_t j = triangle ? i / WIDTH * WIDTH : 0; j < k; j += WIDTH)
+            FN(panels)(a, X + j * n, n, out + i * ldo + j, ldo);
+    }
+}
+
+static inline __attribute__((always_inline)) void FN(transpose)(QUAD x[4]) {
+    QUAD a = SHUFFLE(x[0], x[1], 0, 4, 1, 5), b = SHUFFLE(x[2], x[3], 0, 4, 1, 5);
+    QUAD c = SHUFFLE(x[0], x[1], 2, 6, 3, 7), d = SHUFFLE(x[2], x[3], 2, 6, 3, 7);
+    x[0] = SHUFFLE(a, b, 0, 1, 4, 5);
+    x[1] = SHUFFLE(a, b, 2, 3, 6, 7);
+    x[2] = SHUFFLE(c, d, 0, 1, 4, 5);
+    x[3] = SHUFFLE(c, d, 2, 3, 6, 7);
+}
+
+/* `count` columns of a member from column i on, rows [first, first + n), to one panel whose column is at `to`. */
+static void FN(pack_columns)(T *restrict to, const struct member *m, int64_t i, int64_t count, int64_t first, int64_t n) {
+    int64_t step = m->along, k;
+#define PACK(S, QUAD_OF, EXPRESSION)                                                                                   \
+    {                                                                                                                  \
+        const S *from = (const S *)m->address + first * step + i * m->across;                                          \
+        for (; count >= 4 && m->across == 1; from += 4, to += 4, count -= 4)                                           \
+            for (k = 0; k < n; k++) *(QUAD *)(to + k * WIDTH) = QUAD_OF(from + k * step);                              \
+        for (; count >= 4 && step == 1; from += 4 * m->across, to += 4, count -= 4) {                                  \
+            for (k = 0; k + 4 <= n; k += 4) {                                                                          \
+                QUAD x[4];                                                                                             \
+                for (int j = 0; j < 4; j++) x[j] = QUAD_OF(from + j * m->across + k);                                  \
+                FN(transpose)(x);                                                                                      \
+                for (int j = 0; j < 4; j++) *(QUAD *)(to + (k + j) * WIDTH) = x[j];                                    \
+            }                                                                                                          \
+            for (; k < n; k++)                                                                                         \
+                for (int j = 0; j < 4; j++) { S x = from[j * m->across + k]; to[k * WIDTH + j] = (T)(EXPRESSION); }    \
+        }                                                                                                              \
+        for (; count > 0; from += m->across, to++, count--)                                                            \
+            for (k = 0; k < n; k++) { S x = from[k * step]; to[k * WIDTH] = (T)(EXPRESSION); }                         \
+        break;                                                                                                         \
+    }
+    switch (m->type) {
+    case F64: PACK(double, QUAD_F64, x)
+    case F32: PACK(float, QUAD_F32, x)
+    case BF16: PACK(uint16_t, QUAD_BF16, from_bf16(x))
+    case F16: PACK(uint16_t, QUAD_F16, from_f16(x))
+    }
+#undef PACK
+}
+
+/* Rows [first, first + n) of the stacked members, packed; the last panel is filled up with zeros. */
+static void FN(pack)(T *restrict E, const struct member *m, int64_t count, int64_t first, int64_t n) {
+    int64_t column = 0;
+    for (int64_t u = 0; u < count; u++)
+        for (int64_t i = 0, part; i < m[u].rank; i += part, column += part) {
+            part = least(WIDTH - column % WIDTH, m[u].rank - i);
+            FN(pack_columns)(E + column / WIDTH * WIDTH * n + column % WIDTH, m + u, i, part, first, n);
+        }
+    for (; column % WIDTH; column++)
+        for (int64_t k = 0; k < n; k++) E[column / WIDTH * WIDTH * n + column % WIDTH + k * WIDTH] = 0;
+}
+
+/* The product of a job. */
+static void FN(products)(const struct product *p, double *work) {
+    T *E = (T *)work, *X = E + (p->R + WIDTH - 1) / WIDTH * WIDTH * p->block;
+    memset(p->out, 0, p->rows * p->columns * sizeof(double));
+    for (int64_t first = p->first; first < p->last; first += p->block) {
+        int64_t n = least(p->last - first, p->block);
+        FN(pack)(E, p->members, p->count, first, n);
+        if (p->other) FN(pack)(X, p->other, 1, first, n);
+        FN(multiply)(E, p->R, p->other ? X : E, p->other ? p->k : p->R, n, !p->other, p->out, p->columns);
+    }
+}
+
+/* Y (n x WIDTH) = E P for a packed block and WIDTH columns of P (R x ldp). */
+static void FN(mix_packed)(const T *restrict E, int64_t R, int64_t n, const T *restrict P, int64_t ldp, T *restrict Y) {
+    for (int64_t k = 0; k < n; k += 4) {
+        VEC y[4][2] = {{{0}}};
+        int64_t step[4];
+        for (int d = 0; d < 4; d++) step[d] = (k + d < n ? k + d : n - 1) * WIDTH;
+        for (int64_t i = 0; i < R; i += WIDTH) {
+            const T *e = E + i * n, *p = P + i * ldp;
+            for (int64_t lane = 0, lanes = least(WIDTH, R - i); lane < lanes; lane++, e++, p += ldp) {
+                VEC p0 = *(const VEC *)p, p1 = *(const VEC *)(p + LANES);
+#pragma GCC unroll 4
+                for (int d = 0; d < 4; d++) {
+                    T x = e[step[d]];
+                    y[d][0] += x * p0;
+                    y[d][1] += x * p1;
+                }
+            }
+        }
+        for (int d = 0; d < 4 && k + d < n; d++) {
+            *(VEC *)(Y + (k + d) * WIDTH) = y[d][0];
+            *(VEC *)(Y + (k + d) * WIDTH + LANES) = y[d][1];
+        }
+    }
+}
+
+/* Four rows of Y: y_j = sum_i P_ij e_i, for E whose rows (one per column of the stack) lie ld apart. P is (R x ldp). */
+static inline __attribute__((always_inline)) void FN(mix)(const T *restrict E, int64_t R, int64_t ld, int64_t n,
+                                                          const T *P, int64_t ldp, T *restrict Y) {
+    for (int64_t c = 0; c < n; c += 2 * LANES) {
+        VEC y[4][2] = {{{0}}};
+        for (int64_t i = 0; i < R; i++) {
+            VEC x0 = *(const VEC *)(E + i * ld + c), x1 = *(const VEC *)(E + i * ld + c + LANES);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                T p = P[i * ldp + j];
+                y[j][0] += p * x0;
+                y[j][1] += p * x1;
+            }
+        }
+        for (int j = 0; j < 4; j++) {
+            *(VEC *)(Y + j * ld + c) = y[j][0];
+            *(VEC *)(Y + j * ld + c + LANES) = y[j][1];
+        }
+    }
+}
+
+/* Rows [first, first + n) of the output of a job whose output is contiguous along its rows. */
+static void FN(combine_packed)(const struct combination *c, int64_t first, int64_t n, T *E, T *Y) {
+    const struct member *to = c->to;
+    FN(pack)(E, c->members, c->count, first, n);
+    for (int64_t j = 0; j < to->rank; j += WIDTH) {
+        FN(mix_packed)(E, c->R, n, (const T *)c->P + j, c->columns, Y);
+        for (int64_t k = 0; k < n; k++)
+            FN(narrow)((void *)to->address, to->type, (first + k) * to->along + j * to->across, to->across,
+                       least(WIDTH, to->rank - j), Y + k * WIDTH);
+    }
+}
+
+/* The same for an output that is contiguous along its columns. */
+static void FN(combine_rows)(const struct combination *c, int64_t first, int64_t n, T *E, T *Y) {
+    const struct member *to = c->to;
+    int64_t ld = c->block + PAD, padded = (n + WIDTH - 1) / WIDTH * WIDTH, row = 0;
+    for (const struct member *m = c->members; m < c->members + c->count; m++)
+        for (int64_t i = 0; i < m->rank; i++, row++) {
+            FN(widen)(E + row * ld, (const void *)m->address, m->type, first * m->along + i * m->across, m->along, n);
+            memset(E + row * ld + n, 0, (padded - n) * sizeof(T));
+        }
+    for (int64_t j = 0; j < to->rank; j += 4) {
+        FN(mix)(E, c->R, ld, padded, (const T *)c->P + j, c->columns, Y);
+        for (int64_t i = 0; i < 4 && j + i < to->rank; i++)
+            FN(narrow)((void *)to->address, to->type, first * to->along + (j + i) * to->across, to->along, n, Y + i * ld);
+    }
+}
+
+/* The combination of a job: S P, for P (R x columns) of a multiple of WIDTH columns. */
+static void FN(combine)(const struct combination *c, double *work) {
+    T *E = (T *)work, *Y = E + (c->R + WIDTH) * (c->block + PAD);
+    for (int64_t first = c->first; first < c->last; first += c->block)
+        (c->to->across == 1 ? FN(combine_packed) : FN(combine_rows))(c, first, least(c->last - first, c->block), E, Y);
+}
+
+#undef WIDTH
+#undef DEEP
