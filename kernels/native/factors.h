@@ -22,10 +22,7 @@ static inline __attribute__((always_inline)) void FN(panels)(const T *const *a, 
 #pragma GCC unroll 12
     for (int i = 0; i < DEEP; i++)
 #pragma GCC unroll 2
-        for (int h = 0; h < 2; h++) {
-            FN(wide) *sum = (FN(wide) *)(out + i * ldo + h * LANES);
-            *sum += __builtin_convertvector(c[i][h], FN(wide));
-        }
+        for (int h = 0; h < 2; h++) ADD_WIDE(out + i * ldo + h * LANES, c[i][h]);
 }
 
 /* Column i of a packed block of n rows; columns past the last panel stand for nothing and repeat the last. */

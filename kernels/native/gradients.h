@@ -27,6 +27,7 @@ static void FN(centred)(const struct table *t, int64_t p, int64_t K, const doubl
     case F64: CENTRE(double, LOAD_F64)
     case F32: CENTRE(float, LOAD_F32)
     case BF16: CENTRE(uint16_t, LOAD_BF16)
+    case F16: CENTRE(uint16_t, LOAD_F16)
     }
 #undef CENTRE
     if (i == n) return;
@@ -57,7 +58,7 @@ static inline __attribute__((always_inline)) void FN(lanes)(const T *restrict a,
 #pragma GCC unroll 3
     for (int i = 0; i < 3; i++)
 #pragma GCC unroll 3
-        for (int j = 0; j < 3; j++) sums[3 * i + j] += __builtin_convertvector(c[i][j], FN(wide));
+        for (int j = 0; j < 3; j++) ADD_WIDE(sums + 3 * i + j, c[i][j]);
 }
 
 /* out (3 x 3 of ldo) += the sums over the lanes of nine vectors. */
@@ -91,9 +92,12 @@ static void FN(grad_gram)(const struct table *t, int64_t K, const double *u, int
         }
         int64_t padded = (used + LANES - 1) / LANES * LANES;
         for (int64_t k = 0; k <= K && padded > used; k++) memset(E + k * ld + used, 0, (padded - used) * sizeof(T));
+        struct coming next = {0};
+        if (first < last) next = coming(t, &p, K, first, least(block, last - first), rows / 3 * (rows / 3 + 1) / 2);
         sum = sums;
         for (int64_t i = 0; i < rows; i += 3)
             for (int64_t j = i; j < rows; j += 3) {
+                ask(&next);
                 FN(lanes)(E + i * ld, E + j * ld, ld, padded, sum);
                 if (keep) sum += 9;
                 else {
@@ -131,6 +135,7 @@ static void FN(grad_combine)(const struct table *t, int64_t K, const double *v, 
         case F64: SUM(double, LOAD_F64)
         case F32: SUM(float, LOAD_F32)
         case BF16: SUM(uint16_t, LOAD_BF16)
+        case F16: SUM(uint16_t, LOAD_F16)
         }
 #undef SUM
         if (i < n) memset(sum + i, 0, (n - i) * sizeof(T));

@@ -15,7 +15,7 @@ enum { BLOCK = 512, PAD = 16 };
 /* Up to this many rows the sums of a Gram matrix of gradients are kept lane by lane: they fit the cache beside a block. */
 enum { KEPT_ROWS = 66 };
 /* A block of centred gradients is to fit the first cache, unless it would be too short. */
-enum { NEAR_BYTES = 24 << 10, SHORTEST = 128 };
+enum { NEAR_BYTES = 24 << 10, SHORTEST = 128, LINE = 64 };
 
 /* K gradients as P tensors each: parameter p holds columns [start[p], start[p + 1]); address is (P x K). */
 struct table {
@@ -89,6 +89,28 @@ static inline int64_t find(const struct table *t, int64_t column) {
     return low;
 }
 
+/* The next block of K gradients, asked for line by line while one is multiplied: there are more gradients than streams
+ * that a processor sees coming, and each would be waited for. */
+struct coming {
+    const int64_t *row, *end;
+    int64_t at, lines, line, share;
+};
+
+static inline struct coming coming(const struct table *t, int64_t *p, int64_t K, int64_t first, int64_t n, int64_t steps) {
+    static const int64_t sizes[] = {8, 4, 2, 2};
+    while (first >= t->start[*p + 1]) ++*p;
+    int64_t size = sizes[t->type[*p]], lines = least(n, t->start[*p + 1] - first) * size / LINE + 1;
+    const int64_t *row = t->address + *p * K;
+    return (struct coming){row, row + K, (first - t->start[*p]) * size, lines, 0, (K * lines + steps - 1) / steps};
+}
+
+static inline void ask(struct coming *c) {
+    for (int64_t i = 0; i < c->share && c->row < c->end; i++) {
+        __builtin_prefetch((const char *)*c->row + c->at + c->line * LINE);
+        if (++c->line == c->lines) c->line = 0, c->row++;
+    }
+}
+
 #define UNROLL_4 _Pragma("GCC unroll 4")
 /* Four numbers of a type. */
 typedef double double4 __attribute__((vector_size(32), aligned(8), may_alias));
@@ -102,6 +124,7 @@ typedef uint16_t short4 __attribute__((vector_size(8), aligned(2), may_alias));
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MANY 1
+#include <immintrin.h>
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c,prefer-vector-width=512")
 #define ISA avx512

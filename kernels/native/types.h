@@ -2,15 +2,19 @@
 
 #define TYPE double
 #define T double
+#define DOUBLE 1
 #define INDEX int64_t
 #include "loops.h"
 #undef TYPE
 #undef T
+#undef DOUBLE
 #undef INDEX
 #define TYPE float
 #define T float
+#define DOUBLE 0
 #define INDEX int32_t
 #include "loops.h"
 #undef TYPE
 #undef T
+#undef DOUBLE
 #undef INDEX
