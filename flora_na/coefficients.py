@@ -6,6 +6,7 @@ A pair ``(P, Q)``, both (L, R, r) float64, stands for ``B = Bs P`` and ``A = Q^T
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +35,51 @@ class Pair:
     Q: Tensor
     status: str
     sweeps: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class ScalarPair:
+    """The pair of one scalar per member and side, ``B = sum p_u B_u`` and ``A = sum q_u A_u``; blocks when asked for.
+
+    Attributes:
+        group: the modules.
+        p, q: (L, M) float64.
+        status, sweeps: as of ``Pair``.
+        evidence: what is known of its errors already.
+    """
+
+    group: Group
+    p: Tensor
+    q: Tensor
+    status: str
+    sweeps: int = 0
+    evidence: Evidence | None = None
+
+    @cached_property
+    def P(self) -> Tensor:
+        """(L, R, rank) float64, ``B = Bs P``."""
+        return self.group.expand(self.p)
+
+    @cached_property
+    def Q(self) -> Tensor:
+        """(L, R, rank) float64, ``A = Q^T As``."""
+        return self.group.expand(self.q)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Errors of a pair in exact arithmetic, certified to three digits.
+
+    Attributes:
+        error: (L,) ``||dW - BA||^2``.
+        norms: (L, 2) ``||B||`` and ``||A||``: how far rounding of the factors can move the product.
+    """
+
+    error: Tensor
+    norms: Tensor
+
+
+AnyPair = Pair | ScalarPair
 
 
 def eigh_psd(S: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +132,7 @@ def trace_product(X: Tensor, Y: Tensor) -> Tensor:
     return (X * Y).sum((-2, -1))
 
 
-def balance(group: Group, pair: Pair, rank: int) -> Pair:
+def balance(group: Group, pair: AnyPair, rank: int) -> Pair:
     """The best rank-``rank`` pair within the product, with ``B^T B = A A^T`` diagonal (MATH.md 1.5).
 
     Where the product has lower rank, trailing columns are zero.

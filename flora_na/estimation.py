@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .coefficients import Pair
+from .coefficients import AnyPair, Pair
 from .divergence import Errors, Factors, combine, measured_errors
 from .gauge import align
 from .group import Group, make_groups
@@ -141,21 +141,21 @@ def estimate_targets(
         if align_to is not None:
             pairs = [_align(g, ids, p, align_to, backend) for (g, ids), p in zip(groups, pairs, strict=True)]
         factors = combine([(g, p) for (g, _), p in zip(groups, pairs, strict=True)], backend=backend)
-    errors = measured_errors([group for group, _ in groups], factors, backend)
+    errors = measured_errors([group for group, _ in groups], pairs, factors, backend)
     results: dict[int, Estimate] = {}
     for (group, ids), pair, pieces, error in zip(groups, pairs, factors, errors, strict=True):
         results.update(zip(ids, _estimates(group, pair, pieces, error), strict=True))
     return [results[i] for i in range(len(targets))]
 
 
-def _pairs(groups: list[Group], method: str, ranks: list[int | None], shared: bool) -> list[Pair]:
+def _pairs(groups: list[Group], method: str, ranks: list[int | None], shared: bool) -> list[AnyPair]:
     pairs = solve_each(groups, method, ranks, shared=shared)
     zeros = [zero_targets(g, p) for g, p in zip(groups, pairs, strict=True)]
     return [with_averages(g, p, z) if bool(z.any()) else p for g, p, z in zip(groups, pairs, zeros, strict=True)]
 
 
 def _align(
-    group: Group, ids: list[int], pair: Pair, previous: Sequence[tuple[Tensor, Tensor] | None], backend: str
+    group: Group, ids: list[int], pair: AnyPair, previous: Sequence[tuple[Tensor, Tensor] | None], backend: str
 ) -> Pair:
     chosen = [previous[i] for i in ids]
     empty = [(t.B[0][:, :0], t.A[0][:0]) for t in group.targets]
@@ -167,7 +167,7 @@ def _stacked(group: Group) -> Factors:
     return [b for b, _ in pieces], [a for _, a in pieces]
 
 
-def _estimates(group: Group, pair: Pair, factors: Factors, errors: Errors) -> list[Estimate]:
+def _estimates(group: Group, pair: AnyPair, factors: Factors, errors: Errors) -> list[Estimate]:
     norms, rhos = errors.energy.sqrt().tolist(), errors.rho.tolist()
     yardsticks: dict[int, Yardsticks] = {}
     out = []

@@ -126,6 +126,17 @@ class Group:
         return {"B": s.sign() * root, "A": root}
 
     @cached_property
+    def unscaled(self) -> bool:
+        """Whether all scalings are 1."""
+        return all(t.unscaled for t in self.targets)
+
+    @cached_property
+    def member_scale(self) -> dict[Side, Tensor]:
+        """(L, M) float64 per side: what every member's factor is multiplied by for its scaling."""
+        scales = {"B": [t.scale_B for t in self.targets], "A": [t.scale_A for t in self.targets]}
+        return {side: torch.stack(x).to(self.device) for side, x in scales.items()}
+
+    @cached_property
     def row_norms(self) -> dict[Side, Tensor]:
         """(L, R) float64 per side: the norms of the scaled columns of Bs, or rows of As."""
         assert self.gram is not None
@@ -249,7 +260,7 @@ def _scaled_grams(targets: list[Target], backend: str) -> list[tuple[Tensor, Ten
 
 
 def _scale(G_B: Tensor, G_A: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    if bool((target.scalings == 1).all()):
+    if target.unscaled:
         return G_B, G_A
     rows = torch.tensor(target.ranks)
     b, a = (torch.repeat_interleave(s, rows).to(G_B.device) for s in (target.scale_B, target.scale_A))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._scalar_solver import certified_pair
 from .als import AlternatingLeastSquares
-from .coefficients import Pair, balance, fit_rank
+from .coefficients import AnyPair, Pair, balance, fit_rank
 from .divergence import energies, mass_of_pair, pair_errors
 from .fedavg import scalar_pair, solve_fedavg
 from .group import Group
@@ -31,7 +32,7 @@ def check_method(method: str, rank: Rank, shared: bool) -> None:
         raise ValueError(f"shared: one pair of coefficients for all modules exists for 'flora-na' only, not {method!r}")
 
 
-def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shared: bool = False) -> list[Pair]:
+def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shared: bool = False) -> list[AnyPair]:
     """Coefficients of the estimate for every group.
 
     ``rank=None`` is each group's largest member rank. Where dW is zero (B = 0 in the first round), every method
@@ -39,11 +40,11 @@ def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shar
     """
     if method == "fedavg":
         pairs = [solve_fedavg(group, rank) for group in groups]
-    elif method == "flora-na":
-        found = ScalarLeastSquares().solve(groups, shared=shared)
+    elif method == "flora-na" and shared:
+        found = ScalarLeastSquares().solve(groups, shared=True)
         pairs = [scalar_pair(g, s.p, s.q, rank, s.status, s.sweeps) for g, s in zip(groups, found, strict=True)]
-        if not shared:
-            pairs = [_no_worse(g, p, s.left, rank) for g, p, s in zip(groups, pairs, found, strict=True)]
+    elif method == "flora-na":
+        pairs = [_solve_scalars(group, rank) for group in groups]
     elif method == "als":
         starts = [solve([g], "flora-na", rank if rank is not None and rank < g.rank else None)[0] for g in groups]
         pairs = [
@@ -55,7 +56,17 @@ def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shar
     return pairs
 
 
-def _no_worse(group: Group, pair: Pair, left: Tensor, rank: int | None) -> Pair:
+def _solve_scalars(group: Group, rank: int | None) -> AnyPair:
+    solver = ScalarLeastSquares()
+    if rank is None or rank == group.rank:
+        found = certified_pair(group, tolerance=solver.tolerance, max_sweeps=solver.max_sweeps)
+        if found is not None:
+            return found
+    [s] = solver.solve([group])
+    return _no_worse(group, scalar_pair(group, s.p, s.q, rank, s.status, s.sweeps), s.left, rank)
+
+
+def _no_worse(group: Group, pair: AnyPair, left: Tensor, rank: int | None) -> AnyPair:
     """The pair, with averaged factors in modules where the scalars are worse.
 
     That can be below what their equations resolve, and where both are cut to a smaller rank.
@@ -72,7 +83,7 @@ def _no_worse(group: Group, pair: Pair, left: Tensor, rank: int | None) -> Pair:
     return _choose(pair, average, worse)
 
 
-def _choose(pair: Pair, other: Pair, chosen: Tensor) -> Pair:
+def _choose(pair: AnyPair, other: AnyPair, chosen: Tensor) -> Pair:
     """The pair, with the coefficients of another where ``chosen`` (L,)."""
     at, rank = chosen.view(-1, 1, 1), pair.P.shape[-1]
     P = torch.where(at, fit_rank(other.P, rank), pair.P)
@@ -81,7 +92,7 @@ def _choose(pair: Pair, other: Pair, chosen: Tensor) -> Pair:
 
 def solve_each(
     groups: Sequence[Group], method: str, ranks: Sequence[int | None], *, shared: bool = False
-) -> list[Pair]:
+) -> list[AnyPair]:
     """``solve`` with a rank of its own for every group."""
     if len(set(ranks)) <= 1:
         return solve(groups, method, ranks[0] if ranks else None, shared=shared)
@@ -91,11 +102,11 @@ def solve_each(
     return [p if r in (None, g.rank) else balance(g, p, r) for g, p, r in zip(groups, pairs, ranks, strict=True)]
 
 
-def zero_targets(group: Group, pair: Pair) -> Tensor:
+def zero_targets(group: Group, pair: AnyPair) -> Tensor:
     """(L,) where dW is zero, so that no estimate but the average means anything."""
     return energies(group) == 0
 
 
-def with_averages(group: Group, pair: Pair, zero: Tensor) -> Pair:
+def with_averages(group: Group, pair: AnyPair, zero: Tensor) -> Pair:
     """The pair with averaged factors in the modules where dW is zero."""
     return _choose(pair, solve_fedavg(group), zero)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -49,6 +49,11 @@ class Target:
     def device(self) -> torch.device:
         """The device of the factors and of the result."""
         return self.B[0].device
+
+    @cached_property
+    def unscaled(self) -> bool:
+        """Whether all scalings are 1."""
+        return bool((self.scalings == 1).all())
 
     @property
     def coefficients(self) -> Tensor:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 3  # of native.c: an extension left over from other sources is not called
+ABI = 4  # of native.c
 # Work (vector operations, about) below which waking threads, beside those of torch that may still spin, costs more than
 # it saves: some half a millisecond.
 THREADED_WORK = 1 << 21
@@ -32,6 +32,7 @@ _SIGNATURES = {
     "fedgram_grad_combine": "ii ppp ii ppp ii p",
     "fedgram_products": "ii pip p",
     "fedgram_combine": "i pip p",
+    "fedgram_mix": "i pip p",
     "fedgram_collect": "pip",
 }
 _COUNTS = {
@@ -46,33 +47,59 @@ _COUNTS = {
 }
 
 
-@functools.cache
+class Extension:
+    """A compiled extension without Python's headers: its functions by name, called through ctypes.
+
+    Args:
+        module: the extension's full name.
+        calls: what its functions take, an ``i`` for every int64 and a ``p`` for every pointer; they return nothing.
+        counts: the same for functions that return an int64.
+        abi: what its ``fedgram_abi`` must return: one left over from other sources is not called.
+    """
+
+    def __init__(self, module: str, calls: dict[str, str], counts: dict[str, str], abi: int) -> None:
+        self.module, self.calls, self.counts, self.abi = module, calls, counts, abi
+
+    @functools.cached_property
+    def missing(self) -> str | None:
+        """Why it cannot be used, or None where it can."""
+        if os.environ.get("FEDGRAM_NATIVE", "1") == "0":
+            return "switched off by FEDGRAM_NATIVE=0"
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or spec.origin is None:
+            return "the extension was not built: install fedgram where there is a C compiler"
+        try:
+            self.library  # noqa: B018 - loaded on first access
+        except (OSError, AttributeError) as error:
+            return f"the extension cannot be loaded ({error})"
+        return None
+
+    @functools.cached_property
+    def library(self) -> ctypes.CDLL:
+        """The loaded library."""
+        spec = importlib.util.find_spec(self.module)
+        assert spec is not None
+        library = ctypes.CDLL(spec.origin)
+        for name, signature in (self.calls | self.counts).items():
+            function = getattr(library, name)
+            function.restype = _INT if name in self.counts else None
+            function.argtypes = [_INT if c == "i" else _POINTER for c in signature.replace(" ", "")]
+        if (abi := library.fedgram_abi()) != self.abi:
+            raise OSError(f"version {abi}, expected {self.abi}: install fedgram again")
+        return library
+
+
+LOOPS = Extension("fedgram.kernels._fedgram_native", _SIGNATURES, _COUNTS, ABI)
+
+
 def missing() -> str | None:
     """Why the compiled loops cannot be used, or None where they can."""
-    if os.environ.get("FEDGRAM_NATIVE", "1") == "0":
-        return "switched off by FEDGRAM_NATIVE=0"
-    spec = importlib.util.find_spec("fedgram.kernels._fedgram_native")
-    if spec is None or spec.origin is None:
-        return "the extension was not built: install fedgram where there is a C compiler"
-    try:
-        library()
-    except (OSError, AttributeError) as error:
-        return f"the extension cannot be loaded ({error})"
-    return None
+    return LOOPS.missing
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
-    spec = importlib.util.find_spec("fedgram.kernels._fedgram_native")
-    assert spec is not None
-    library = ctypes.CDLL(spec.origin)
-    for name, signature in (_SIGNATURES | _COUNTS).items():
-        function = getattr(library, name)
-        function.restype = _INT if name in _COUNTS else None
-        function.argtypes = [_INT if c == "i" else _POINTER for c in signature.replace(" ", "")]
-    if (abi := library.fedgram_abi()) != ABI:
-        raise OSError(f"version {abi}, expected {ABI}: install fedgram again")
-    return library
+    """The compiled loops."""
+    return LOOPS.library
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,18 @@ class Stacks:
 
     def __len__(self) -> int:
         return len(self.counts)
+
+    def clients(self, module: int) -> np.ndarray:
+        """The rows of ``table`` of one module."""
+        first = (self.at[module] - self.at[0]) // 40
+        return self.table[first : first + self.counts[module]]
+
+    def alike(self, module: int) -> bool:
+        """Whether a module's factors have one rank and type, and lie in memory without gaps in one order."""
+        rows = self.clients(module)
+        _, rank, _, along, across = rows[0].tolist()
+        dense = (along == rank and across == 1) or (along == 1 and across == self.lengths[module])
+        return dense and bool((rows[:, 1:] == rows[0, 1:]).all())
 
 
 def _padded(count: int, unit: int) -> int:
@@ -109,22 +122,61 @@ def scratch_parts(numbers: int) -> np.ndarray:
 
 
 def factor_combine(sides: Sequence[tuple[Stacks, Sequence[Tensor], Stacks]]) -> None:
-    """Write ``S P`` per side and module, for stacks S and (R, r) float64 blocks P, to the third's tall (length, r)."""
+    """Write ``S P`` per side and module to the third's tall (length, r).
+
+    P are float64 blocks (R, r), or one scalar per client (U,) where ``S.alike`` and the output lies like the factors.
+    """
+    mixed = [(S, l, p, to) for S, P, to in sides for l, p in enumerate(P) if p.ndim == 1]
+    if mixed:
+        _mix(mixed)
+    blocks = [(S, l, p, to) for S, P, to in sides for l, p in enumerate(P) if p.ndim == 2]
+    if blocks:
+        _combine(blocks)
+
+
+Part = tuple[Stacks, int, Tensor, Stacks]
+
+
+def _combine(parts: Sequence[Part]) -> None:
     pad, width = constant("pad"), constant("tile_columns", level(), 1)
     jobs: list[tuple[int, ...]] = []
-    blocks: list[np.ndarray] = []
+    kept: list[np.ndarray] = []
     work = numbers = 0
-    for S, P, to in sides:
-        for l, p in enumerate(P):
-            R, rank = p.shape
-            coefficients = np.zeros((R, _padded(rank, width)))
-            coefficients[:, :rank] = p.detach().numpy()
-            blocks.append(coefficients)  # keeps the memory
-            block = _rows_per_block(_padded(R, width))
-            job = (S.at[l], S.counts[l], R, at(coefficients), coefficients.shape[1], to.at[l])
-            jobs += [(*job, *bounds, block) for bounds in _ranges(S.lengths[l], block, R * rank // 8 + R, RANGES)]
-            numbers, work = max(numbers, (R + 2 * width) * (block + pad)), work + S.lengths[l] * (R * rank // 8 + R)
+    for S, l, p, to in parts:
+        R, rank = p.shape
+        coefficients = np.zeros((R, _padded(rank, width)))
+        coefficients[:, :rank] = p.detach().numpy()
+        kept.append(coefficients)
+        block = _rows_per_block(_padded(R, width))
+        job = (S.at[l], S.counts[l], R, at(coefficients), coefficients.shape[1], to.at[l])
+        jobs += [(*job, *bounds, block) for bounds in _ranges(S.lengths[l], block, R * rank // 8 + R, RANGES)]
+        numbers, work = max(numbers, (R + 2 * width) * (block + pad)), work + S.lengths[l] * (R * rank // 8 + R)
     table = np.array(jobs, dtype=np.int64).reshape(-1, 9)
+    _share(library().fedgram_combine, table, numbers, work)
+
+
+def _mix(parts: Sequence[Part]) -> None:
+    """Factors that lie alike are mixed number by number, as if they were flat."""
+    jobs: list[tuple[int, ...]] = []
+    kept: list[np.ndarray] = []
+    work = 0
+    for S, l, p, to in parts:
+        clients, count = S.clients(l), S.lengths[l] * to.ranks[l]
+        # the addresses in a row; where the numbers end, and the types in and out
+        plan = np.concatenate([clients[:, 0], (0, count), clients[0, 2:3], to.clients(l)[0, [0, 2]]])
+        scalars = p.detach().contiguous().numpy()
+        kept += [plan, scalars]
+        bounds = at(plan) + 8 * len(clients)
+        job = (at(plan), bounds, bounds + 16, len(clients), at(scalars), bounds + 24, bounds + 32)
+        step = max(1, JOB_WORK // len(clients))
+        jobs += [(*job, first, min(first + step, count)) for first in range(0, count, step)]
+        work += len(clients) * count // 4
+    table = np.array(jobs, dtype=np.int64).reshape(-1, 9)
+    _share(library().fedgram_mix, table, 2 * constant("block"), work)
+
+
+def _share(call: Any, table: np.ndarray, numbers: int, work: int) -> None:
+    """Have threads take the jobs of a table one by one."""
     taken = np.zeros(1, np.int64)
-    call, use, at_jobs, next_job = library().fedgram_combine, level(), at(table), at(taken)
-    together(lambda: call(use, at_jobs, len(jobs), next_job, at(scratch(numbers))), len(jobs), work)
+    use, at_jobs, next_job = level(), at(table), at(taken)
+    together(lambda: call(use, at_jobs, len(table), next_job, at(scratch(numbers))), len(table), work)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import _native_factors
 from ._dispatch import resolve
 from ._factor_inputs import (
     CACHE_BYTES,
@@ -24,6 +24,8 @@ from ._factor_inputs import (
     tall_A,
     tall_B,
 )
+from ._native_factors import Stacks
+from ._native_factors import factor_combine as combine_stacks
 from ._plan import PlanCache, addresses, check_one_device, describe, place
 from ._prepared import first, inventory
 
@@ -143,32 +145,35 @@ def _combine_native(
         if factors is None or coefficients is None:
             outputs.append(None)
             continue
-        pairs = list(zip(factors, coefficients, strict=True))
-        blocks = [_blocks(clients, c, turned) for clients, c in pairs]
-        lengths = [clients[0].shape[int(turned)] for clients in factors]
-        shapes = [(b.shape[1], n) if turned else (n, b.shape[1]) for b, n in zip(blocks, lengths, strict=True)]
-        out = [torch.empty(s, dtype=output_dtype(c, dtype)) for s, (c, _) in zip(shapes, pairs, strict=True)]
-        to = _native_factors.Stacks([[t] for t in out], transposed=turned)
-        sides.append((_native_factors.Stacks(factors, transposed=turned), blocks, to))
+        stacks = Stacks(factors, transposed=turned)
+        blocks = [_blocks(stacks, l, c, turned) for l, c in enumerate(coefficients)]
+        out = []
+        for l, (clients, block) in enumerate(zip(factors, blocks, strict=True)):
+            rank = block.shape[1] if block.ndim == 2 else clients[0].shape[int(not turned)]
+            shape = (rank, stacks.lengths[l]) if turned else (stacks.lengths[l], rank)
+            out.append(torch.empty(shape, dtype=output_dtype(clients, dtype)))
+        sides.append((stacks, blocks, Stacks([[t] for t in out], transposed=turned)))
         outputs.append(out)
-    _native_factors.factor_combine(sides)
+    combine_stacks(sides)
     return outputs[0], outputs[1]
 
 
-def _blocks(clients: Sequence[Tensor], coefficients: Tensor, turned: bool) -> Tensor:
-    """Coefficients as blocks (R, r): scalars (U,) as the blocks that they stand for."""
+def _blocks(stacks: Stacks, module: int, coefficients: Tensor, turned: bool) -> Tensor:
+    """Coefficients as tall blocks (R, r), or as scalars (U,) where the factors lie alike, as outputs do."""
     if coefficients.ndim == 2:
         return coefficients.T if turned else coefficients
-    ranks = [t.shape[int(not turned)] for t in clients]
+    lies_as_output = int(stacks.clients(module)[0, 3 if turned else 4]) == 1
+    if lies_as_output and stacks.alike(module):
+        return coefficients
+    ranks = stacks.clients(module)[:, 1].tolist()
     return torch.cat([p * torch.eye(r, max(ranks), dtype=p.dtype) for p, r in zip(coefficients, ranks, strict=True)])
 
 
 def output_dtype(columns: Sequence[Tensor], dtype: torch.dtype | None) -> torch.dtype:
     """The asked type, or the common type of the inputs."""
-    for t in columns if dtype is None else ():
-        dtype = t.dtype if dtype is None else torch.promote_types(dtype, t.dtype)
-    assert dtype is not None
-    return dtype
+    if dtype is not None:
+        return dtype
+    return reduce(torch.promote_types, {t.dtype for t in columns})
 
 
 def _combine(stack: Stack, coefficients: Tensor, dtype: torch.dtype | None, *, transposed: bool) -> Tensor:

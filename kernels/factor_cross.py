@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import _native_factors
 from ._dispatch import resolve
 from ._factor_inputs import FLOATS, Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
+from ._native_factors import Stacks, factor_products
 from ._plan import PlanCache, check_one_device, place
 from ._prepared import first, inventory
 
@@ -103,11 +103,11 @@ def _native_cross(
     B: Factors | None, A: Factors | None, X_B: Sequence[Tensor] | None, X_A: Sequence[Tensor] | None
 ) -> tuple[Crosses, Crosses]:
     sides = [
-        (_native_factors.Stacks(factors, transposed=turned), _native_factors.Stacks([[x] for x in X], transposed=turned))
+        (Stacks(factors, transposed=turned), Stacks([[x] for x in X], transposed=turned))
         for factors, X, turned in ((B, X_B, False), (A, X_A, True))
         if factors is not None and X is not None
     ]
-    products = iter(_native_factors.factor_products(sides))
+    products = iter(factor_products(sides))
     return None if B is None else next(products), None if A is None else next(products)
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import _native_factors
 from ._dispatch import resolve
 from ._factor_inputs import Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
+from ._native_factors import Stacks, factor_products
 from ._plan import PlanCache, check_one_device, place
 from ._prepared import first, inventory
 
@@ -58,8 +58,8 @@ def factor_gram(
     check_factors(B, A)
     resolve("torch", flat(B, A))
     if chosen == "native":
-        sides = [(_native_factors.Stacks(B, transposed=False), None), (_native_factors.Stacks(A, transposed=True), None)]
-        left, right = _native_factors.factor_products(sides)
+        sides = [(Stacks(B, transposed=False), None), (Stacks(A, transposed=True), None)]
+        left, right = factor_products(sides)
         return left, right
     return factor_gram_torch(B, A, precise=precise)
 

@@ -37,6 +37,15 @@ struct product {
     double *out;
 };
 
+/* Numbers [first, last) of sum_k v_k x_k, for K tensors that lie alike. */
+struct mixture {
+    const int64_t *address, *bounds, *type;
+    int64_t K;
+    const double *v;
+    const int64_t *to, *to_type;
+    int64_t first, last;
+};
+
 /* Rows [first, last) of S P for stacked factors with R columns; P is (R x columns). */
 struct combination {
     const struct member *members;
@@ -179,7 +188,7 @@ int64_t fedgram_level(void) {
 /* `level` is at most fedgram_level(); lower ones are for tests. `wide`: double, else float. */
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 3; }
+int64_t fedgram_abi(void) { return 4; }
 /* Rows of the Gram matrix of K gradients, and numbers of scratch space that it takes. */
 int64_t fedgram_gram_rows(int64_t K) { return gram_rows(K); }
 int64_t fedgram_gram_work(int64_t K) {
@@ -220,6 +229,14 @@ void fedgram_products(int64_t level, int64_t wide, const struct product *jobs, i
 
 void fedgram_combine(int64_t level, const struct combination *jobs, int64_t count, int64_t *next, double *work) {
     for (int64_t i = take(next); i < count; i = take(next)) CALL(combine, double, jobs + i, work);
+}
+
+void fedgram_mix(int64_t level, const struct mixture *jobs, int64_t count, int64_t *next, double *work) {
+    for (int64_t i = take(next); i < count; i = take(next)) {
+        const struct mixture *m = jobs + i;
+        struct table t = {m->address, m->bounds, m->type, 1};
+        CALL(grad_combine, double, &t, m->K, m->v, m->to, m->to_type, m->first, m->last, work);
+    }
 }
 
 /* A product put together: out (R x k) is the sum of `count` parts (rows x columns each), in order; mirrored if only one
