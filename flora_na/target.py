@@ -108,10 +108,10 @@ def make_target(
         s = torch.cat([s, s.new_tensor([anchor_scaling])])
         weights = torch.cat([weights, weights.new_zeros(1)])
     _check_factors(B, A, name, labels)
-    dtype = reduce(torch.promote_types, (t.dtype for t in (*B, *A)))
+    dtype = reduce(torch.promote_types, {t.dtype for t in (*B, *A)})
     return Target(
-        tuple(b.detach().to(dtype) for b in B),
-        tuple(a.detach().to(dtype) for a in A),
+        tuple(_plain(b, dtype) for b in B),
+        tuple(_plain(a, dtype) for a in A),
         weights,
         s,
         anchor is not None,
@@ -120,9 +120,18 @@ def make_target(
     )
 
 
+def _plain(t: Tensor, dtype: torch.dtype) -> Tensor:
+    if t.requires_grad:
+        t = t.detach()
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def _check_factors(B: Sequence[Tensor], A: Sequence[Tensor], name: str, labels: Sequence[str]) -> None:
     m, n, device = B[0].shape[0] if B[0].ndim else -1, A[0].shape[-1] if A[0].ndim else -1, B[0].device
     for b, a, label in zip(B, A, labels, strict=True):
+        fits = b.ndim == a.ndim == 2 and b.shape == (m, a.shape[0]) and a.shape[1] == n
+        if fits and b.is_floating_point() and a.is_floating_point() and b.device == a.device == device:
+            continue
         shapes = f"{name}: {label} has B {tuple(b.shape)} and A {tuple(a.shape)}"
         if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
             raise ValueError(f"{shapes}: expected (m, r) and (r, n)")

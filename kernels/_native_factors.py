@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -26,7 +27,7 @@ class Stacks:
     """
 
     def __init__(self, factors: Sequence[Sequence[Tensor]], *, transposed: bool) -> None:
-        self.factors = factors  # keeps the memory
+        self.factors, self.transposed = factors, transposed  # keeps the memory
         long, across = int(transposed), int(not transposed)
         rows = []
         self.ranks, self.counts = [], [len(clients) for clients in factors]
@@ -45,17 +46,22 @@ class Stacks:
     def __len__(self) -> int:
         return len(self.counts)
 
-    def clients(self, module: int) -> np.ndarray:
-        """The rows of ``table`` of one module."""
-        first = (self.at[module] - self.at[0]) // 40
-        return self.table[first : first + self.counts[module]]
+    @cached_property
+    def firsts(self) -> np.ndarray:
+        """(modules,) the row of ``table`` where each module begins."""
+        return np.array([0, *accumulate(self.counts)][:-1], dtype=np.int64)
 
-    def alike(self, module: int) -> bool:
-        """Whether a module's factors have one rank and type, and lie in memory without gaps in one order."""
-        rows = self.clients(module)
-        _, rank, _, along, across = rows[0].tolist()
-        dense = (along == rank and across == 1) or (along == 1 and across == self.lengths[module])
-        return dense and bool((rows[:, 1:] == rows[0, 1:]).all())
+    @cached_property
+    def mixable(self) -> np.ndarray:
+        """(modules,) bool: whether a module's factors have one rank and type and lie as a contiguous output does."""
+        heads = self.table[self.firsts]
+        same = (self.table[:, 1:] == np.repeat(heads[:, 1:], self.counts, axis=0)).all(1)
+        rank, along, across = heads[:, 1], heads[:, 3], heads[:, 4]
+        if self.transposed:
+            dense = (along == 1) & ((across == np.array(self.lengths)) | (rank == 1))
+        else:
+            dense = (across == 1) & ((along == rank) | (np.array(self.lengths) == 1))
+        return np.logical_and.reduceat(same, self.firsts) & dense
 
 
 def _padded(count: int, unit: int) -> int:
@@ -122,22 +128,21 @@ def scratch_parts(numbers: int) -> np.ndarray:
 
 
 def factor_combine(sides: Sequence[tuple[Stacks, Sequence[Tensor], Stacks]]) -> None:
-    """Write ``S P`` per side and module to the third's tall (length, r).
+    """Write ``S P`` per side and module to the third's tall (length, r), which is contiguous.
 
-    P are float64 blocks (R, r), or one scalar per client (U,) where ``S.alike`` and the output lies like the factors.
+    P are float64 blocks (R, r), or one scalar per client (U,) where ``S.mixable``.
     """
-    mixed = [(S, l, p, to) for S, P, to in sides for l, p in enumerate(P) if p.ndim == 1]
-    if mixed:
-        _mix(mixed)
-    blocks = [(S, l, p, to) for S, P, to in sides for l, p in enumerate(P) if p.ndim == 2]
-    if blocks:
-        _combine(blocks)
+    mixed = [(S, [l for l, p in enumerate(P) if p.ndim == 1], P, to) for S, P, to in sides]
+    _mix([side for side in mixed if side[1]])
+    _combine([(S, l, p, to) for S, P, to in sides for l, p in enumerate(P) if p.ndim == 2])
 
 
 Part = tuple[Stacks, int, Tensor, Stacks]
 
 
 def _combine(parts: Sequence[Part]) -> None:
+    if not parts:
+        return
     pad, width = constant("pad"), constant("tile_columns", level(), 1)
     jobs: list[tuple[int, ...]] = []
     kept: list[np.ndarray] = []
@@ -155,24 +160,37 @@ def _combine(parts: Sequence[Part]) -> None:
     _share(library().fedgram_combine, table, numbers, work)
 
 
-def _mix(parts: Sequence[Part]) -> None:
+def _mix(sides: Sequence[tuple[Stacks, list[int], Sequence[Tensor], Stacks]]) -> None:
     """Factors that lie alike are mixed number by number, as if they were flat."""
-    jobs: list[tuple[int, ...]] = []
+    tables: list[np.ndarray] = []
     kept: list[np.ndarray] = []
     work = 0
-    for S, l, p, to in parts:
-        clients, count = S.clients(l), S.lengths[l] * to.ranks[l]
-        # the addresses in a row; where the numbers end, and the types in and out
-        plan = np.concatenate([clients[:, 0], (0, count), clients[0, 2:3], to.clients(l)[0, [0, 2]]])
-        scalars = p.detach().contiguous().numpy()
-        kept += [plan, scalars]
-        bounds = at(plan) + 8 * len(clients)
-        job = (at(plan), bounds, bounds + 16, len(clients), at(scalars), bounds + 24, bounds + 32)
-        step = max(1, JOB_WORK // len(clients))
-        jobs += [(*job, first, min(first + step, count)) for first in range(0, count, step)]
-        work += len(clients) * count // 4
-    table = np.array(jobs, dtype=np.int64).reshape(-1, 9)
-    _share(library().fedgram_mix, table, 2 * constant("block"), work)
+    for S, modules, P, to in sides:
+        ids, scalars = np.array(modules), torch.cat([P[l] for l in modules]).detach().contiguous().numpy()
+        counts, firsts = np.array(S.counts)[ids], S.firsts[ids]
+        numbers = np.array(S.lengths)[ids] * S.table[firsts, 1]
+        addresses, bounds = np.ascontiguousarray(S.table[:, 0]), np.zeros((len(ids), 2), np.int64)
+        bounds[:, 1] = numbers
+        kept += [addresses, bounds, scalars]
+        jobs = np.empty((len(ids), 9), np.int64)
+        jobs[:, 0], jobs[:, 1] = at(addresses) + 8 * firsts, at(bounds) + 16 * np.arange(len(ids))
+        jobs[:, 2], jobs[:, 3] = at(S.table) + 40 * firsts + 16, counts
+        jobs[:, 4] = at(scalars) + 8 * (np.cumsum(counts) - counts)
+        jobs[:, 5], jobs[:, 6] = at(to.table) + 40 * ids, at(to.table) + 40 * ids + 16
+        tables.append(_split(jobs, numbers, JOB_WORK // counts))
+        work += int((numbers * counts).sum()) // 4
+    if tables:
+        _share(library().fedgram_mix, np.concatenate(tables), 2 * constant("block"), work)
+
+
+def _split(jobs: np.ndarray, numbers: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """Every job as jobs over at most ``most`` of its numbers; their bounds are the last two columns."""
+    parts = -(-numbers // np.maximum(most, 1))
+    out = np.repeat(jobs, parts, axis=0)
+    step = np.repeat(np.maximum(most, 1), parts)
+    out[:, 7] = step * (np.arange(len(out)) - np.repeat(np.cumsum(parts) - parts, parts))
+    out[:, 8] = np.minimum(out[:, 7] + step, np.repeat(numbers, parts))
+    return out
 
 
 def _share(call: Any, table: np.ndarray, numbers: int, work: int) -> None:

@@ -159,13 +159,12 @@ def _combine_native(
 
 
 def _blocks(stacks: Stacks, module: int, coefficients: Tensor, turned: bool) -> Tensor:
-    """Coefficients as tall blocks (R, r), or as scalars (U,) where the factors lie alike, as outputs do."""
+    """Coefficients as tall blocks (R, r), or as scalars (U,) where the loops take them as such."""
     if coefficients.ndim == 2:
         return coefficients.T if turned else coefficients
-    lies_as_output = int(stacks.clients(module)[0, 3 if turned else 4]) == 1
-    if lies_as_output and stacks.alike(module):
+    if stacks.mixable[module]:
         return coefficients
-    ranks = stacks.clients(module)[:, 1].tolist()
+    ranks = [t.shape[int(not turned)] for t in stacks.factors[module]]
     return torch.cat([p * torch.eye(r, max(ranks), dtype=p.dtype) for p, r in zip(coefficients, ranks, strict=True)])
 
 
