@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedgram import flora_na
+from fedgram import flora_na, kernels
 from fedgram.flora_na import Adapter, Aggregation, LoraLayer, ModuleReport, Report
 from fedgram.flora_na.cohort import extra_roles
 from fedgram.flora_na.layer import AdapterLike
@@ -123,6 +123,7 @@ def aggregate_to_directory(
     named = {"anchor": anchor, "align_to": align_to, "residual": residual is not None, **options}
     identity = run_identity(adapters, sources, weights, names, named)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(kernels.spread_over_jobs())  # a core is busy with reading ahead
         for path in (output, residual):
             if path is not None:
                 stack.enter_context(reserved_output(path, OUTPUT_FILES))

@@ -13,7 +13,7 @@ from fedgram import kernels
 
 from .divergence import MARGIN, energies, pair_errors, rounding
 from .group import Group
-from .svd import solve_svd, spectrum
+from .svd import solve_svd, squared_singular_values
 
 AUTO = "auto:"
 CURVE_RANKS = 4
@@ -99,7 +99,7 @@ def tails(group: Group) -> list[Tensor]:
 
     From the Grams; for modules where one of these is too small for Grams to resolve, from QR factors.
     """
-    values = spectrum(group).energies
+    values = squared_singular_values(group)
     floors = (MARGIN * rounding(group) * group.mass**2).tolist()
     out = []
     for i, floor in enumerate(floors):

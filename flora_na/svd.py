@@ -41,11 +41,23 @@ class Spectrum:
 
 def spectrum(group: Group) -> Spectrum:
     """The spectrum of every module's dW; needs the formed Grams."""
+    M, L = _core(group)
+    energies, vectors = eigh_psd(M)
+    return Spectrum(energies.flip(-1), vectors.flip(-1), L)
+
+
+def squared_singular_values(group: Group) -> Tensor:
+    """(L, R) float64 of every module's dW, descending; half the work of ``spectrum``."""
+    M, _ = _core(group)
+    return torch.linalg.eigvalsh(0.5 * (M + M.mT)).clamp_min(0.0).flip(-1)
+
+
+def _core(group: Group) -> tuple[Tensor, Tensor]:
+    """``L^T D G_B D L``, whose eigenvalues are dW's squared singular values, and L."""
     assert group.gram is not None
     L = square_root(group.gram["A"])
     DL = group.D * L
-    energies, vectors = eigh_psd(DL.mT @ (group.gram["B"] @ DL))
-    return Spectrum(energies.flip(-1), vectors.flip(-1), L)
+    return DL.mT @ (group.gram["B"] @ DL), L
 
 
 def square_root(G: Tensor) -> Tensor:
@@ -81,7 +93,7 @@ def solve_svd(group: Group, rank: int) -> Pair:
         Q = Q * inverse_or_zero(Q.abs().amax((-2, -1), keepdim=True))
     pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(Q, Q, ""), V.shape[-1])
     P, Q = fit_rank(pair.P, rank), fit_rank(pair.Q, rank)
-    for i in unresolved(group, s, rank).nonzero().flatten().tolist():
+    for i in unresolved(group, s.energies, rank).nonzero().flatten().tolist():
         P[i], Q[i] = _from_triangles(group, i, rank)
     return Pair(P, Q, "closed-form")
 
@@ -91,9 +103,12 @@ def by_krylov(group: Group) -> bool:
     return group.gram is None or group.total_rank > SPECTRUM_RANK
 
 
-def unresolved(group: Group, s: Spectrum, rank: int) -> Tensor:
-    """(L,) where the squared error of the optimum is not safely above the rounding of the Grams."""
-    return s.energies[:, rank:].sum(-1) < MARGIN * rounding(group) * group.mass**2
+def unresolved(group: Group, values: Tensor, rank: int) -> Tensor:
+    """(L,) where the squared error of the optimum is not safely above the rounding of the Grams.
+
+    ``values`` (L, R) are the squared singular values, descending.
+    """
+    return values[:, rank:].sum(-1) < MARGIN * rounding(group) * group.mass**2
 
 
 def settle(group: Group, pair: Pair) -> Pair:

@@ -1,5 +1,6 @@
 """Operations on the big tensors: each a public function with a torch twin and, where it pays, a Triton kernel."""
 
+from ._native import spread_over_jobs
 from ._prepared import FactorSlab, PreparedFactors, PreparedSide, prepare
 from .factor_combine import factor_combine
 from .factor_cross import factor_cross
@@ -30,5 +31,6 @@ __all__ = [
     "lowrank_norm",
     "lowrank_sum",
     "prepare",
+    "spread_over_jobs",
     "subset_select",
 ]

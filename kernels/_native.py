@@ -8,12 +8,13 @@ called from ``_native_gradients`` and ``_native_factors``.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -134,9 +135,31 @@ def scratch(numbers: int) -> np.ndarray:
     return kept
 
 
+_width: int | None = None
+
+
+@contextlib.contextmanager
+def spread_over_jobs() -> Iterator[None]:
+    """Give torch one thread and the loops all that it had, for work that is many independent jobs.
+
+    Libraries that split one small decomposition over threads wait at every step for the slowest of them; where the
+    other cores are busy (with reading ahead, say) that costs three to ten times the work. The setting is the
+    process's: torch has no other.
+    """
+    global _width
+    before, outer = torch.get_num_threads(), _width
+    _width = before if outer is None else outer
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _width = outer
+
+
 def together(function: Callable[[], None], jobs: int, work: int) -> None:
     """Call ``function`` from as many threads as torch uses where ``jobs`` and ``work`` are enough for them."""
-    threads = min(torch.get_num_threads(), jobs) if work >= THREADED_WORK else 1
+    threads = min(_width or torch.get_num_threads(), jobs) if work >= THREADED_WORK else 1
     if threads <= 1:
         function()
         return
