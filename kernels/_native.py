@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 4  # of native.c
+ABI = 5  # of native.c
 # Work (vector operations, about) below which waking threads, beside those of torch that may still spin, costs more than
 # it saves: some half a millisecond.
 THREADED_WORK = 1 << 21
@@ -34,6 +34,7 @@ _SIGNATURES = {
     "fedgram_products": "ii pip p",
     "fedgram_combine": "i pip p",
     "fedgram_mix": "i pip p",
+    "fedgram_lowrank_sum": "ii pip p",
     "fedgram_collect": "pip",
 }
 _COUNTS = {
@@ -45,6 +46,9 @@ _COUNTS = {
     "fedgram_gram_work": "i",
     "fedgram_tile_rows": "i",
     "fedgram_tile_columns": "ii",
+    "fedgram_sum_work": "",
+    "fedgram_sum_rows": "",
+    "fedgram_sum_columns": "",
 }
 
 

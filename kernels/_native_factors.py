@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -198,3 +198,39 @@ def _share(call: Any, table: np.ndarray, numbers: int, work: int) -> None:
     taken = np.zeros(1, np.int64)
     use, at_jobs, next_job = level(), at(table), at(taken)
     together(lambda: call(use, at_jobs, len(table), next_job, at(scratch(numbers))), len(table), work)
+
+
+def lowrank_sum(
+    W: Tensor | None, B: Sequence[Tensor], A: Sequence[Tensor], c: Tensor, beta: float, out: Tensor, *, wide: bool
+) -> None:
+    """Write ``beta W + sum_u c_u B_u A_u`` to ``out``.
+
+    In float64 products where ``wide``, else in float32 ones over 64 ranks at a time.
+    """
+
+    def described(tensors: Sequence[Tensor], along: int) -> np.ndarray:
+        across = 1 - along
+        rows = [(t.data_ptr(), t.shape[along], TYPES[t.dtype], t.stride(along), t.stride(across)) for t in tensors]
+        return np.array(rows, dtype=np.int64)
+
+    if not out.numel():
+        return
+    left, right = described(B, 1), described(A, 0)
+    ends = described([out if W is None or beta == 0 else W, out], 1)
+    coefficients = c.detach().contiguous().numpy()
+    m, n = out.shape
+    R = int(left[:, 1].sum())
+    step = constant("sum_rows"), constant("sum_columns")
+    corners = np.stack(np.meshgrid(np.arange(0, m, step[0]), np.arange(0, n, step[1]), indexing="ij"), -1).reshape(
+        -1, 2
+    )
+    jobs = np.empty((len(corners), 12), np.int64)
+    jobs[:, :9] = (at(left), at(right), len(B), R, at(coefficients), at(ends), at(ends) + 40, m, n)
+    jobs[:, 9:11] = corners
+    jobs[:, 11] = np.array([0.0 if W is None else beta]).view(np.int64)
+    call = partial(_wide_first, library().fedgram_lowrank_sum, int(wide))
+    _share(call, jobs, constant("sum_work"), m * n * (R // 8 + 1))
+
+
+def _wide_first(call: Any, wide: int, use: int, *rest: int) -> None:
+    call(use, wide, *rest)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import _native_factors
 from ._dispatch import resolve
 from ._factor_inputs import FLOATS, check_factors, flat, one_dtype
 from ._plan import PlanCache, check_runnable, place, survey
@@ -41,13 +42,13 @@ def lowrank_sum(
         beta: factor of ``W``.
         out: (m, n) to write into, which may be ``W`` itself; by default a new tensor of the type of ``W``, or of the
             factors where ``W`` is None. It must not share memory with the factors, nor with a ``W`` that it is not.
-        backend: ``auto``, ``triton`` or ``torch``. On a GPU ``auto`` takes Triton while the ranks sum to less than
-            ``CUBLAS_RANK``, where the sum is bound by memory; from there on cuBLAS for bfloat16 and float64 factors.
+        backend: ``auto``, ``triton``, ``native`` or ``torch``. On a GPU ``auto`` takes Triton while the ranks sum to
+            less than ``CUBLAS_RANK``, where the sum is bound by memory; from there on cuBLAS for bfloat16 and float64 factors.
             float32 and float16 stay on Triton, whose tf32x3 products are faster than cuBLAS's float32.
 
     The sum is kept in float64 where a factor or the output is float64, on the torch path also for float32 outputs;
-    else in float32, with the coefficients applied to finished products, never to stored numbers. Clients of several
-    types are left to the torch path.
+    else in float32, on the compiled CPU loops over 64 ranks at a time, and float64 beyond. On a GPU the coefficients
+    are applied to finished products, never to stored numbers, and clients of several types are left to the torch path.
 
     Returns:
         (m, n), ``out`` where it is given.
@@ -65,13 +66,17 @@ def lowrank_sum(
             out, None if in_place else W, list(B), list(A), coefficients, float(beta), in_place, backend
         )
         return out
-    kind = resolve(backend, flat(B, A, [coefficients], [t for t in (W, out) if t is not None]))
+    kind = resolve(backend, flat(B, A, [coefficients], [t for t in (W, out) if t is not None]), native=True)
     check_sum(W, B, A, coefficients, out)
     out = new_output(W, B, A) if out is None else out
     if kind == "triton" and not (backend == "auto" and cublas_wins(B)):
         done = _on_triton(W, B, A, coefficients, beta, out, backend)
         if done is not None:
             return done
+    if kind == "native":
+        double = torch.float64 in {t.dtype for t in (*B, *A, out)}
+        _native_factors.lowrank_sum(W, B, A, coefficients, beta, out, wide=double)
+        return out
     return lowrank_sum_torch(W, B, A, coefficients, beta=beta, out=out)
 
 

@@ -5,6 +5,7 @@
 #include "convert.h"
 #include "gradients.h"
 #include "factors.h"
+#include "sums.h"
 #undef LANES
 #undef VEC
 #undef QUAD

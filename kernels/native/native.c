@@ -46,6 +46,18 @@ struct mixture {
     int64_t first, last;
 };
 
+/* The tile at (row, column) of beta W + sum_u c_u B_u A_u (rows x columns); `along` runs over columns of W and `to`. */
+struct sum {
+    const struct member *B, *A;
+    int64_t count, R;
+    const double *c;
+    const struct member *W, *to;
+    int64_t rows, columns, row, column;
+    double beta;
+};
+/* Its size, and the stacked ranks that are multiplied in one go: within them sums have the products' type. */
+enum { SUM_ROWS = 96, SUM_COLUMNS = 256, RUN = 64 };
+
 /* Rows [first, last) of S P for stacked factors with R columns; P is (R x columns). */
 struct combination {
     const struct member *members;
@@ -130,6 +142,7 @@ typedef uint16_t short4 __attribute__((vector_size(8), aligned(2), may_alias));
 #define JOIN_(a, b, c) a##_##b##_##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
 #define FN(name) JOIN(name, TYPE, ISA)
+#define WIDE_FN(name) JOIN(name, double, ISA)
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MANY 1
@@ -188,7 +201,7 @@ int64_t fedgram_level(void) {
 /* `level` is at most fedgram_level(); lower ones are for tests. `wide`: double, else float. */
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 4; }
+int64_t fedgram_abi(void) { return 5; }
 /* Rows of the Gram matrix of K gradients, and numbers of scratch space that it takes. */
 int64_t fedgram_gram_rows(int64_t K) { return gram_rows(K); }
 int64_t fedgram_gram_work(int64_t K) {
@@ -236,6 +249,17 @@ void fedgram_mix(int64_t level, const struct mixture *jobs, int64_t count, int64
         const struct mixture *m = jobs + i;
         struct table t = {m->address, m->bounds, m->type, 1};
         CALL(grad_combine, double, &t, m->K, m->v, m->to, m->to_type, m->first, m->last, work);
+    }
+}
+
+int64_t fedgram_sum_work(void) { return (SUM_ROWS + 1) * SUM_COLUMNS + (SUM_ROWS + SUM_COLUMNS) * RUN; }
+int64_t fedgram_sum_rows(void) { return SUM_ROWS; }
+int64_t fedgram_sum_columns(void) { return SUM_COLUMNS; }
+
+void fedgram_lowrank_sum(int64_t level, int64_t wide, const struct sum *jobs, int64_t count, int64_t *next, double *work) {
+    for (int64_t i = take(next); i < count; i = take(next)) {
+        if (wide) CALL(lowrank_sum, double, jobs + i, work);
+        else CALL(lowrank_sum, float, jobs + i, work);
     }
 }
 

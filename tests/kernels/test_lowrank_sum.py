@@ -48,10 +48,10 @@ def check(got, W, B, A, c, beta, *, sum_type):
 
 
 def sum_type(backend, dtype, out):
-    """What the docstrings promise: the twin sums in float64 unless the output has 16 bits, Triton as the types ask."""
-    if torch.float64 in (dtype, out):
+    """What the docstrings promise: only the twin sums in float64 where no type is float64, for float32 outputs."""
+    if torch.float64 in (dtype, out) or (backend == "torch" and out == torch.float32):
         return torch.float64
-    return torch.float32 if backend == "triton" or out.itemsize == 2 else torch.float64
+    return torch.float32
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -141,7 +141,17 @@ def test_many_ranks_are_packed_in_chunks(monkeypatch, garbage):
     monkeypatch.setattr(module, "CHUNK", 5)
     monkeypatch.setattr(module, "TILE", (32, 48))
     W, B, A, c = case([4, 3, 16, 0, 7], 70, 100, torch.float32)
-    check(lowrank_sum(W, B, A, c), W, B, A, c, 1.0, sum_type=torch.float64)
+    check(lowrank_sum(W, B, A, c, backend="torch"), W, B, A, c, 1.0, sum_type=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_loops_cut_ranks_and_tiles(dtype, garbage):
+    """Runs of 64 ranks cut through clients, tiles of 96 x 256 through W; float64 beyond a run."""
+    if "native" not in BACKENDS:
+        pytest.skip("the compiled loops are not built")
+    W, B, A, c = case([60, 3, 66, 0, 7, 130], 200, 530, dtype)
+    got = lowrank_sum(W, B, A, c, beta=0.5, backend="native")
+    check(got, W, B, A, c, 0.5, sum_type=sum_type("native", dtype, dtype))
 
 
 def test_split_bfloat16_products_hold_float32(monkeypatch, garbage):

@@ -1,0 +1,48 @@
+/* beta W + sum_u c_u B_u A_u, tile by tile of W: products in T over RUN stacked ranks, and float64 beyond. */
+
+#define WIDTH (2 * LANES)
+
+/* Rows [from, from + n) of the stacked ranks (row k of client u's factor is one of its components), `columns` of the long
+ * dimension from `column` on, times the client's number where there are any: packed in panels. */
+static void FN(pack_ranks)(T *E, const struct member *m, int64_t count, const double *scale, int64_t from, int64_t n,
+                           int64_t column, int64_t columns) {
+    int64_t start = 0;
+    for (int64_t u = 0; u < count; start += m[u++].rank) {
+        int64_t first = from > start ? from - start : 0, last = least(from + n - start, m[u].rank);
+        if (first >= last) continue;
+        for (int64_t at = 0; at < columns; at += WIDTH) {
+            T *to = E + at * n + (start + first - from) * WIDTH;
+            int64_t part = least(WIDTH, columns - at), numbers = (last - first) * WIDTH;
+            if (part < WIDTH) memset(to, 0, numbers * sizeof(T));
+            FN(pack_columns)(to, m + u, column + at, part, first, last - first);
+            if (scale)
+                for (int64_t i = 0; i < numbers; i++) to[i] *= (T)scale[u];
+        }
+    }
+}
+
+static void FN(lowrank_sum)(const struct sum *s, double *work) {
+    double *total = work, *row = total + SUM_ROWS * SUM_COLUMNS;
+    T *B = (T *)(row + SUM_COLUMNS), *A = B + SUM_ROWS * RUN;
+    int64_t rows = least(SUM_ROWS, s->rows - s->row), columns = least(SUM_COLUMNS, s->columns - s->column);
+    memset(total, 0, SUM_ROWS * SUM_COLUMNS * sizeof(double));
+    for (int64_t k = 0; k < s->R; k += RUN) {
+        int64_t n = least(RUN, s->R - k);
+        FN(pack_ranks)(B, s->B, s->count, s->c, k, n, s->row, rows);
+        FN(pack_ranks)(A, s->A, s->count, 0, k, n, s->column, columns);
+        FN(multiply)(B, rows, A, columns, n, 0, total, SUM_COLUMNS);
+    }
+    const struct member *W = s->W, *to = s->to;
+    for (int64_t i = 0; i < rows; i++) {
+        double *y = total + i * SUM_COLUMNS;
+        if (s->beta != 0) {
+            WIDE_FN(widen)(row, (const void *)W->address, (int)W->type, (s->row + i) * W->across + s->column * W->along,
+                           W->along, columns);
+            for (int64_t j = 0; j < columns; j++) y[j] += s->beta * row[j];
+        }
+        WIDE_FN(narrow)((void *)to->address, (int)to->type, (s->row + i) * to->across + s->column * to->along, to->along,
+                        columns, y);
+    }
+}
+
+#undef WIDTH
