@@ -43,8 +43,8 @@ def lowrank_sum(
         out: (m, n) to write into, which may be ``W`` itself; by default a new tensor of the type of ``W``, or of the
             factors where ``W`` is None. It must not share memory with the factors, nor with a ``W`` that it is not.
         backend: ``auto``, ``triton``, ``native`` or ``torch``. On a GPU ``auto`` takes Triton while the ranks sum to
-            less than ``CUBLAS_RANK``, where the sum is bound by memory; from there on cuBLAS for bfloat16 and float64 factors.
-            float32 and float16 stay on Triton, whose tf32x3 products are faster than cuBLAS's float32.
+            less than ``CUBLAS_RANK``, where the sum is bound by memory; from there on cuBLAS for bfloat16 and float64
+            factors. float32 and float16 stay on Triton, whose tf32x3 products are faster than cuBLAS's float32.
 
     The sum is kept in float64 where a factor or the output is float64, on the torch path also for float32 outputs;
     else in float32, on the compiled CPU loops over 64 ranks at a time, and float64 beyond. On a GPU the coefficients
