@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fedgram.kernels._native import Extension, at, scratch, together
+from fedgram.kernels._native import Extension, at, run_jobs
 
 from .coefficients import SAFE_PIVOT, Evidence, ScalarPair
 from .divergence import MARGIN, rounding
@@ -73,8 +73,7 @@ def _solve(group: Group, tolerance: float, max_sweeps: int) -> tuple[np.ndarray,
     jobs[:, 11:14] = np.array([tolerance, SAFE_PIVOT, MARGIN * rounding(group)]).view(np.int64)
     jobs[:, 14], jobs[:, 15] = (at(scalars) + 8 * U * (steps + L * side) for side in range(2))
     jobs[:, 16] = at(found) + 8 * found.shape[1] * steps
-    taken, numbers = np.zeros(1, np.int64), library.fedgram_scalars_work(U, R, rank)
-    call, at_jobs, next_job = library.fedgram_scalars, at(jobs), at(taken)
     # a handful of sweeps of some four products with either Gram
-    together(lambda: call(at_jobs, L, next_job, at(scratch(numbers))), L, L * R * R * (10 if max_sweeps else 1))
+    work = L * R * R * (10 if max_sweeps else 1)
+    run_jobs(library.fedgram_scalars, jobs, library.fedgram_scalars_work(U, R, rank), work)
     return scalars, found

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 5  # of native.c
+ABI = 6  # of native.c
 # Work (vector operations, about) below which waking threads, beside those of torch that may still spin, costs more than
 # it saves: some half a millisecond.
 THREADED_WORK = 1 << 21
@@ -35,7 +35,7 @@ _SIGNATURES = {
     "fedgram_combine": "i pip p",
     "fedgram_mix": "i pip p",
     "fedgram_lowrank_sum": "ii pip p",
-    "fedgram_collect": "pip",
+    "fedgram_collect": "pip p",
 }
 _COUNTS = {
     "fedgram_abi": "",
@@ -174,3 +174,21 @@ def together(function: Callable[[], None], jobs: int, work: int) -> None:
     function()
     for other in others:
         other.result()
+
+
+def run_jobs(call: Callable[[int, int, int, int], None], table: np.ndarray, numbers: int, work: int) -> None:
+    """Have threads take the jobs of a table, a row each, one by one: ``call(table, count, next, scratch)``.
+
+    Args:
+        call: a function of a library, its first arguments bound.
+        table: (jobs, fields) int64.
+        numbers: of float64 scratch space for every thread.
+        work: of all jobs, in vector operations, about.
+    """
+    taken = np.zeros(1, np.int64)
+
+    def run() -> None:
+        memory = scratch(numbers)  # kept until the call is over
+        call(at(table), len(table), at(taken), at(memory))
+
+    together(run, len(table), work)

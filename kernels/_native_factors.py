@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._native import TYPES, at, constant, level, library, scratch, together
+from ._native import TYPES, at, constant, level, library, run_jobs
 
 CACHE_BYTES = 3 << 17  # of one block of factors: most of a small L2 cache
 JOB_WORK = 1 << 20  # work (vector operations) below which a range of rows is not worth a job of its own
@@ -109,22 +108,12 @@ def factor_products(sides: Sequence[tuple[Stacks, Stacks | None]]) -> list[list[
 def _run_products(
     jobs: list[tuple[int, ...]], wholes: list[tuple[int, ...]], parts: int, numbers: int, work: int
 ) -> None:
-    memory = scratch_parts(parts)
-    table = np.array(jobs, dtype=np.int64).reshape(-1, 11)
-    table[:, 10] = at(memory) + 8 * table[:, 10]
-    collected = np.array(wholes, dtype=np.int64).reshape(-1, 8)
-    collected[:, 0] = at(memory) + 8 * collected[:, 0]
-    taken = np.zeros(2, np.int64)
-    multiply, collect = library().fedgram_products, library().fedgram_collect
-    use, at_jobs, next_job = level(), at(table), at(taken)
-    together(lambda: multiply(use, 1, at_jobs, len(jobs), next_job, at(scratch(numbers))), len(jobs), work)
-    at_wholes = at(collected)
-    together(lambda: collect(at_wholes, len(wholes), next_job + 8), len(wholes), 2 * parts)
-
-
-def scratch_parts(numbers: int) -> np.ndarray:
-    """Memory for the parts of a product; the loops set all of it."""
-    return np.empty(numbers)
+    memory = np.empty(parts)  # the loops set all of it
+    multiply, collect = np.array(jobs, np.int64).reshape(-1, 11), np.array(wholes, np.int64).reshape(-1, 8)
+    multiply[:, 10] = at(memory) + 8 * multiply[:, 10]
+    collect[:, 0] = at(memory) + 8 * collect[:, 0]
+    run_jobs(partial(library().fedgram_products, level(), 1), multiply, numbers, work)
+    run_jobs(library().fedgram_collect, collect, 0, 2 * parts)
 
 
 def factor_combine(sides: Sequence[tuple[Stacks, Sequence[Tensor], Stacks]]) -> None:
@@ -157,7 +146,7 @@ def _combine(parts: Sequence[Part]) -> None:
         jobs += [(*job, *bounds, block) for bounds in _ranges(S.lengths[l], block, R * rank // 8 + R, RANGES)]
         numbers, work = max(numbers, (R + 2 * width) * (block + pad)), work + S.lengths[l] * (R * rank // 8 + R)
     table = np.array(jobs, dtype=np.int64).reshape(-1, 9)
-    _share(library().fedgram_combine, table, numbers, work)
+    run_jobs(partial(library().fedgram_combine, level()), table, numbers, work)
 
 
 def _mix(sides: Sequence[tuple[Stacks, list[int], Sequence[Tensor], Stacks]]) -> None:
@@ -180,7 +169,7 @@ def _mix(sides: Sequence[tuple[Stacks, list[int], Sequence[Tensor], Stacks]]) ->
         tables.append(_split(jobs, numbers, JOB_WORK // counts))
         work += int((numbers * counts).sum()) // 4
     if tables:
-        _share(library().fedgram_mix, np.concatenate(tables), 2 * constant("block"), work)
+        run_jobs(partial(library().fedgram_mix, level()), np.concatenate(tables), 2 * constant("block"), work)
 
 
 def _split(jobs: np.ndarray, numbers: np.ndarray, most: np.ndarray) -> np.ndarray:
@@ -191,13 +180,6 @@ def _split(jobs: np.ndarray, numbers: np.ndarray, most: np.ndarray) -> np.ndarra
     out[:, 7] = step * (np.arange(len(out)) - np.repeat(np.cumsum(parts) - parts, parts))
     out[:, 8] = np.minimum(out[:, 7] + step, np.repeat(numbers, parts))
     return out
-
-
-def _share(call: Any, table: np.ndarray, numbers: int, work: int) -> None:
-    """Have threads take the jobs of a table one by one."""
-    taken = np.zeros(1, np.int64)
-    use, at_jobs, next_job = level(), at(table), at(taken)
-    together(lambda: call(use, at_jobs, len(table), next_job, at(scratch(numbers))), len(table), work)
 
 
 def lowrank_sum(
@@ -221,16 +203,11 @@ def lowrank_sum(
     m, n = out.shape
     R = int(left[:, 1].sum())
     step = constant("sum_rows"), constant("sum_columns")
-    corners = np.stack(np.meshgrid(np.arange(0, m, step[0]), np.arange(0, n, step[1]), indexing="ij"), -1).reshape(
-        -1, 2
-    )
+    rows, columns = np.meshgrid(np.arange(0, m, step[0]), np.arange(0, n, step[1]), indexing="ij")
+    corners = np.stack([rows.ravel(), columns.ravel()], -1)
     jobs = np.empty((len(corners), 12), np.int64)
     jobs[:, :9] = (at(left), at(right), len(B), R, at(coefficients), at(ends), at(ends) + 40, m, n)
     jobs[:, 9:11] = corners
     jobs[:, 11] = np.array([0.0 if W is None else beta]).view(np.int64)
-    call = partial(_wide_first, library().fedgram_lowrank_sum, int(wide))
-    _share(call, jobs, constant("sum_work"), m * n * (R // 8 + 1))
-
-
-def _wide_first(call: Any, wide: int, use: int, *rest: int) -> None:
-    call(use, wide, *rest)
+    call = partial(library().fedgram_lowrank_sum, level(), int(wide))
+    run_jobs(call, jobs, constant("sum_work"), m * n * (R // 8 + 1))

@@ -201,7 +201,7 @@ int64_t fedgram_level(void) {
 /* `level` is at most fedgram_level(); lower ones are for tests. `wide`: double, else float. */
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 5; }
+int64_t fedgram_abi(void) { return 6; }
 /* Rows of the Gram matrix of K gradients, and numbers of scratch space that it takes. */
 int64_t fedgram_gram_rows(int64_t K) { return gram_rows(K); }
 int64_t fedgram_gram_work(int64_t K) {
@@ -271,7 +271,8 @@ struct whole {
     double *out;
 };
 
-void fedgram_collect(const struct whole *jobs, int64_t count, int64_t *next) {
+void fedgram_collect(const struct whole *jobs, int64_t count, int64_t *next, double *work) {
+    (void)work;
     for (int64_t at = take(next); at < count; at = take(next)) {
         const struct whole w = jobs[at];
         for (int64_t i = 0; i < w.R; i++)
