@@ -3,12 +3,23 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from fedgram.kernels import _native, factor_combine, factor_cross, factor_gram, ghost_gram, grad_combine, grad_gram
+from fedgram.kernels import (
+    _native,
+    factor_combine,
+    factor_cross,
+    factor_gram,
+    ghost_gram,
+    grad_combine,
+    grad_gram,
+    spread_over_jobs,
+)
 from fedgram.kernels._dispatch import resolve
+from fedgram.kernels._native_factors import Stacks
 from fedgram_testing.factor_ops import draw
 from fedgram_testing.gradients import TYPES, errors, gradients, threads
 
@@ -111,6 +122,42 @@ def test_bits_do_not_follow_the_number_of_threads():
             results.append(everything())
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@built
+def test_loops_keep_their_threads_while_torch_has_one():
+    seen = []
+
+    def look():
+        seen.append(threading.get_ident())
+        barrier.wait(10)  # broken unless as many threads come
+
+    with threads(3):
+        barrier = threading.Barrier(3)
+        with spread_over_jobs():
+            assert torch.get_num_threads() == 1
+            _native.together(look, 8, _native.THREADED_WORK)
+            with spread_over_jobs():
+                assert _native._width == 3
+        assert torch.get_num_threads() == 3
+    assert len(set(seen)) == 3
+    assert _native._width is None
+    with pytest.raises(ValueError, match="inside"), threads(2), spread_over_jobs():
+        raise ValueError("inside")
+    assert _native._width is None
+
+
+@built
+def test_what_can_be_mixed_number_by_number():
+    b, a = torch.randn(6, 4), torch.randn(4, 6)
+    tall = {
+        True: [[b, b.clone()], [b[:1], b[1:2]], [b[:, :1].contiguous()]],
+        False: [[b, b[:, :2]], [b, b.double()], [b.T.contiguous().T], [b[::2]]],
+    }
+    for mixable, modules in tall.items():
+        assert Stacks(modules, transposed=False).mixable.tolist() == [mixable] * len(modules)
+    assert Stacks([[a, a.clone()], [a[:1]]], transposed=True).mixable.tolist() == [True, True]
+    assert Stacks([[a, a[:2]], [a.T.contiguous().T], [a[:, :5]]], transposed=True).mixable.tolist() == [False] * 3
 
 
 @built
