@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 6  # of native.c
+ABI = 7  # of native.c
 # Work (vector operations, about) below which waking threads, beside those of torch that may still spin, costs more than
 # it saves: some half a millisecond.
 THREADED_WORK = 1 << 21
@@ -31,7 +31,7 @@ _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
     "fedgram_grad_gram": "ii ppp ii p ii pp",
     "fedgram_grad_combine": "ii ppp ii ppp ii p",
-    "fedgram_products": "ii pip p",
+    "fedgram_products": "i pip p",
     "fedgram_combine": "i pip p",
     "fedgram_mix": "i pip p",
     "fedgram_lowrank_sum": "ii pip p",

@@ -112,7 +112,7 @@ def _run_products(
     multiply, collect = np.array(jobs, np.int64).reshape(-1, 11), np.array(wholes, np.int64).reshape(-1, 8)
     multiply[:, 10] = at(memory) + 8 * multiply[:, 10]
     collect[:, 0] = at(memory) + 8 * collect[:, 0]
-    run_jobs(partial(library().fedgram_products, level(), 1), multiply, numbers, work)
+    run_jobs(partial(library().fedgram_products, level()), multiply, numbers, work)
     run_jobs(library().fedgram_collect, collect, 0, 2 * parts)
 
 

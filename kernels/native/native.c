@@ -1,6 +1,6 @@
 /* The CPU path of the operations on gradients and factors: tensors read where they lie, widened block by block into a
- * buffer that fits the cache, multiplied there. Plain C, called through ctypes; threads are the caller's: every entry
- * point works on a range of columns and writes nothing shared, so results do not depend on how ranges are spread. */
+ * buffer that fits the cache, multiplied there. Plain C, called through ctypes; threads are the caller's: every job is a
+ * range that the shapes decide, and writes where no other does, so results do not depend on which thread takes it. */
 
 #include <stdint.h>
 #include <string.h>
@@ -201,7 +201,7 @@ int64_t fedgram_level(void) {
 /* `level` is at most fedgram_level(); lower ones are for tests. `wide`: double, else float. */
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 6; }
+int64_t fedgram_abi(void) { return 7; }
 /* Rows of the Gram matrix of K gradients, and numbers of scratch space that it takes. */
 int64_t fedgram_gram_rows(int64_t K) { return gram_rows(K); }
 int64_t fedgram_gram_work(int64_t K) {
@@ -233,11 +233,8 @@ void fedgram_grad_combine(int64_t level, int64_t wide, const int64_t *address, c
 /* A job that no thread has taken yet, or `count`: threads share `next`. */
 static inline int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
-void fedgram_products(int64_t level, int64_t wide, const struct product *jobs, int64_t count, int64_t *next, double *work) {
-    for (int64_t i = take(next); i < count; i = take(next)) {
-        if (wide) CALL(products, double, jobs + i, work);
-        else CALL(products, float, jobs + i, work);
-    }
+void fedgram_products(int64_t level, const struct product *jobs, int64_t count, int64_t *next, double *work) {
+    for (int64_t i = take(next); i < count; i = take(next)) CALL(products, double, jobs + i, work);
 }
 
 void fedgram_combine(int64_t level, const struct combination *jobs, int64_t count, int64_t *next, double *work) {
