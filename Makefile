@@ -2,17 +2,30 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Workers take whole files, in order: what a file's tests share is made once, and no two of them run at once.
+PYTEST := -m pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
+SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 
-.PHONY: demo test test-flower test-nvflare fuzz aot aot36 lint bench gpu wheel clean
+.PHONY: demo test test-wheel test-flower test-nvflare fuzz aot aot36 lint bench gpu wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/fedgram demo flora-na
 
 test: $(VENV)/.ready
-	$(BIN)/pytest
+	$(BIN)/python -P $(PYTEST)
 
 fuzz: $(VENV)/.ready
 	PYTHONPATH=tests/support $(BIN)/python -P tests/fuzz.py
+
+# The built wheel in a venv of its own, which reads .venv's packages, but not its .pth files, hence not the sources. It
+# is the sources that the two files left out test.
+test-wheel: wheel
+	$(PYTHON) -m venv --clear .venv-wheel
+	$(BIN)/python -P -c "$(SITE)" > $$(.venv-wheel/bin/python -P -c "$(SITE)")/packages.pth
+	.venv-wheel/bin/python -P -m pip install -q --no-deps --force-reinstall dist/fedgram-*.whl
+	.venv-wheel/bin/python -P -m pip install -q -c constraints.txt "$$(ls dist/fedgram-*.whl)[test]"
+	.venv-wheel/bin/python -P -c "import fedgram.kernels as k; assert '/.venv-wheel/' in k.__file__, k.__file__"
+	.venv-wheel/bin/python -P $(PYTEST) --ignore=tests/kernels/test_aot.py --ignore=tests/bench/test_bench_gpu.py
 
 # The frameworks' own pins meet in venvs of their own.
 test-flower: .venv-flower/.ready
@@ -43,7 +56,7 @@ wheel: $(VENV)/.ready
 	rm -rf build dist
 	$(BIN)/python -P -m build --wheel
 
-$(VENV)/.ready: pyproject.toml constraints.txt $(wildcard kernels/native/*)
+$(VENV)/.ready: pyproject.toml constraints.txt $(wildcard kernels/native/* flora_na/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -P -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@

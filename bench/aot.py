@@ -15,7 +15,7 @@ import pkgutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
@@ -131,10 +131,7 @@ def run(
     figures: dict[str, Any] = {}
     faults: dict[str, list[str]] = {}
     committed = read_table().get(triton_version(), {})
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn"), _fresh_cache, (cache,)) as pool,
-    ):
+    with tempfile.TemporaryDirectory() as cache, _compilers(jobs or os.cpu_count() or 1, cache) as pool:
         compiling = {t: [pool.submit(work, (f, i, t)) for f, i, _ in shipped] for t in targets}
         for target, futures in compiling.items():
             results = dict(future.result() for future in futures)
@@ -147,6 +144,13 @@ def run(
                 if found := gate(by_name[name], target, row, committed.get(target, {}).get(name)):
                     faults[f"{target} {name}"] = found
     return figures, faults
+
+
+def _compilers(jobs: int, cache: str) -> Executor:
+    """Processes that compile; a single one would only import everything again, so it is a thread of this process."""
+    if jobs == 1:
+        return ThreadPoolExecutor(1, initializer=_fresh_cache, initargs=(cache,))
+    return ProcessPoolExecutor(jobs, get_context("spawn"), _fresh_cache, (cache,))
 
 
 def _fresh_cache(folder: str) -> None:
@@ -171,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this target (may be repeated)")
     parser.add_argument("--only", default="", help="only configurations whose name contains this")
     parser.add_argument("--sample", action="store_true", help="only the first configuration of each kernel")
-    parser.add_argument("--jobs", type=int, help="processes; by default one per core")
+    parser.add_argument("--jobs", type=int, help="compilations at once; by default one per core")
     parser.add_argument("--write", action="store_true", help="renew the committed figures of this Triton version")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":

@@ -6,7 +6,9 @@ import re
 import struct
 import subprocess
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 SASS = {
@@ -70,10 +72,11 @@ def instructions(cubin: bytes) -> bytes:
 
 def _split(sass: str, lengths: Sequence[int]) -> Iterator[str]:
     """The lines of each kernel by their addresses."""
-    lines = [(int(found[1], 16), line) for line in sass.splitlines() if (found := LINE.search(line))]
-    start = 0
+    lines = sorted((int(found[1], 16), line) for line in sass.splitlines() if (found := LINE.search(line)))
+    start = first = 0
     for length in lengths:
-        part = [line for at, line in lines if start <= at < start + length]
+        end = bisect_left(lines, start + length, key=itemgetter(0))
+        part, first = [line for _, line in lines[first:end]], end
         if length and len(part) < length // 16:  # of 16 bytes each: nothing may go uncounted
             raise RuntimeError(f"{len(part)} instructions disassembled of {length // 16}")
         yield "\n".join(part)

@@ -175,6 +175,7 @@ def test_quiet_says_nothing(deltas, tmp_path):
     assert run("inspect", *sorted(root.iterdir()), "--quiet").output == ""
 
 
+@pytest.mark.slow
 def test_the_console_script_and_the_module_are_the_same_program(deltas, tmp_path):
     root, _ = deltas
     dirs = [str(path) for path in sorted(root.iterdir())]

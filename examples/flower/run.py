@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 
 APP = Path(__file__).resolve().parent
 SECONDS_TO_START, SECONDS_TO_STOP = 60, 20
+SUBREAPER = 36  # prctl: a process whose parent has ended becomes this one's child, and is not lost from sight
 SETTINGS = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -40,6 +42,7 @@ def main() -> int:
     parser.add_argument("--run-config", default="", help="as of `flwr run`: \"method='svd' steps=20\"")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started ends, too
+    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
     with tempfile.TemporaryDirectory(prefix="flower-") as home, superlink(Path(home)) as environment:
         return run_app(environment, options.clients, options.run_config)
 
@@ -103,12 +106,15 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the SuperLink to end, which ends what it started; what is left after some seconds is ended by force."""
-    started = _descendants(process.pid)
+    """Ask the SuperLink to end, which ends what it started; what is left after some seconds is ended by force.
+
+    That is everything which this process has started: an actor of Ray may outlive all between itself and this one.
+    """
+    started = _descendants(os.getpid())
     process.terminate()
     deadline = time.monotonic() + SECONDS_TO_STOP
     while process.poll() is None or any(map(_runs, started)):
-        started |= _descendants(process.pid)
+        started |= _descendants(os.getpid())
         if time.monotonic() > deadline:
             _kill(started)
             process.kill()

@@ -34,6 +34,7 @@ def dry_run(tmp_path_factory):
     return json.loads((folder / "gpu.json").read_text(), parse_constant=pytest.fail), done.stdout
 
 
+@pytest.mark.slow
 @INTERPRETED
 def test_the_dry_run_goes_through_every_section(dry_run):
     report, printed = dry_run

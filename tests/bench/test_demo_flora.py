@@ -229,6 +229,7 @@ def played(wheels, tmp_path_factory):
     return options, figures, (options.out.parent / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_writes_adapters_picture_and_figures(played):
     options, figures, log = played
     assert json.loads((options.out / FIGURES).read_text()) == json.loads(json.dumps(figures))
@@ -276,6 +277,7 @@ def test_the_clients_of_the_first_round_are_shared_and_of_the_second_are_not(pla
     assert fedavg != als
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures_and_files(played, tmp_path):
     options, figures, _ = played
     again = run(replace(options, out=tmp_path / "again"), Console(quiet=True))

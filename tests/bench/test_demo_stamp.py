@@ -222,6 +222,7 @@ def test_runs_repeat_to_the_bit_and_seeds_differ(digits, runs):
     assert other.curve != runs["FedAvg"].curve
 
 
+@pytest.mark.slow
 def test_fedavg_forgets_and_a_memory_helps(digits):
     setting = replace(SMALL, rounds=4, steps=8, lr=0.1)
     fedavg, full = (run_one(digits, NAMED[name], setting, seed=0) for name in ("FedAvg", "STAMP"))
@@ -229,6 +230,7 @@ def test_fedavg_forgets_and_a_memory_helps(digits):
     assert full.curve[-1] > fedavg.curve[-1] + 0.2
 
 
+@pytest.mark.slow
 def test_the_whole_demo_does_not_depend_on_the_number_of_processes(digits, monkeypatch):
     monkeypatch.setattr(stamp, "load_images", lambda dataset: digits)
     methods = [NAMED["FedAvg"], NAMED["STAMP"]]

@@ -40,6 +40,7 @@ def figures(tmp_path_factory):
     return folder, json.loads((folder / "f.json").read_text()), result.stdout
 
 
+@pytest.mark.slow
 def test_the_figures_are_consistent(figures):
     _, found, _ = figures
     svd, best = found["methods"]["svd"], min(read["seconds"] for read in found["reading"].values())

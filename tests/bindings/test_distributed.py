@@ -64,6 +64,7 @@ def same_bits(found, parts, names=SIZES):
         assert found["report"]["modules"][name] == parts[name].report.modules[name].to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placed", ["all", "own"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_the_bits_of_one_process(group, method, placed):

@@ -19,7 +19,7 @@ from fedgram.bindings.peft import load_adapter, load_adapters
 from fedgram.flora_na import Adapter, aggregate
 from fedgram_testing.ranks import environment, finish, free_port, rank_environments, start
 
-TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+TORCHRUN = [sys.executable, "-P", "-m", "torch.distributed.run"]
 CLI = ["-m", "fedgram.bench.cli"]
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 MARK = f"mark-{uuid.uuid4().hex}"
@@ -110,9 +110,10 @@ def hit(tmp_path):
 
 def torchrun(*options, **variables):
     env = environment(MARK=MARK) | {name: str(value) for name, value in variables.items()}
-    return start([TORCHRUN, *map(str, options)], env, start_new_session=True)
+    return start([*TORCHRUN, *map(str, options)], env, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_two_agents_of_two_ranks_write_what_one_process_makes_of_every_module(clients):
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "round"]
     agent = ["--nnodes", 2, "--nproc-per-node", 2, *meeting, "--local-addr", "127.0.0.1", *CLI]
@@ -133,6 +134,7 @@ def test_two_agents_of_two_ranks_write_what_one_process_makes_of_every_module(cl
     assert nothing_is_left()
 
 
+@pytest.mark.slow
 def test_a_bad_file_is_one_line_of_one_rank(clients):
     path = clients[1] / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:-40])
@@ -147,6 +149,7 @@ def test_a_bad_file_is_one_line_of_one_rank(clients):
     assert nothing_is_left()
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_and_leaves_the_output(clients, hit):
     before = contents(output_of(clients))
     variables = hit(1, signal.SIGKILL)
@@ -160,6 +163,7 @@ def test_a_killed_rank_ends_all_and_leaves_the_output(clients, hit):
     assert nothing_is_left()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("holds_the_store", [False, True])
 def test_a_rank_that_stops_answering_is_given_up_in_the_stated_time(clients, hit, holds_the_store):
     before = contents(output_of(clients))

@@ -32,6 +32,7 @@ def fuzzer(tmp_path_factory):
     return Fuzzer(tmp_path_factory.mktemp("fuzz"))
 
 
+@pytest.mark.slow
 def test_every_damaged_adapter_is_read_right_or_refused_in_one_line(fuzzer):
     outcomes = [fuzzer.case(f"fixed-{i}", cli=i % WITH_CLI == 0) for i in range(CASES)]
     accepted = sum(outcome.accepted for outcome in outcomes)

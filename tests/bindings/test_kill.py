@@ -51,6 +51,7 @@ def results(clients, tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("previous", [True, False], ids=["replaced", "new"])
 def test_a_kill_at_any_change_of_the_file_system_leaves_a_whole_output(clients, results, tmp_path, previous):
     """One moment after the other: before each file that is made, opened, exchanged or removed."""

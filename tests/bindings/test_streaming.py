@@ -286,6 +286,7 @@ print(next(line for line in status if line.startswith("VmHWM")).split()[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from /proc")
 def test_peak_memory_is_bounded_by_one_module(tmp_path):
     # Four modules of 67 MB and an embedding of 67 MB a client; all together they are more than twice the bound.

@@ -183,6 +183,7 @@ def test_nothing_is_looked_at(method, regime):
         flora_na.estimate(B[0], A[0], method="als", backend="torch")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # what torch.compile warns about depends on its version
 @pytest.mark.parametrize(
     ("method", "limit", "backend", "compiler"),

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 @pytest.fixture(scope="module")
 def compiled():
     """The output of the gate on the sample; Triton compiles only in a process that does not interpret."""
-    return run_python("-m", "fedgram.bench.aot", "--sample", "--target", "sm100")
+    return run_python("-m", "fedgram.bench.aot", "--sample", "--target", "sm100", "--jobs", "1")
 
 
 def run_python(*arguments):

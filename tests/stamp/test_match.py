@@ -325,6 +325,7 @@ print(torch.get_num_threads(), hashlib.sha256(blob).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_the_same_bits_for_one_and_two_threads():
     lines = []
     for threads in ("1", "2"):

@@ -7,6 +7,7 @@ from fedgram import stamp
 from fedgram_testing.gradients import BACKENDS
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # what torch.compile warns about depends on its version
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_a_whole_match_is_traced_in_one_graph(backend):
