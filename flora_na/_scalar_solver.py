@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
@@ -59,9 +61,7 @@ def _solve(group: Group, tolerance: float, max_sweeps: int) -> tuple[np.ndarray,
     assert group.gram is not None
     L, U, R, rank = len(group.targets), len(group.ranks), group.total_rank, group.rank
     library = SOLVER.library
-    ranks = np.array(group.ranks, dtype=np.int64)
-    member = np.repeat(np.arange(U), ranks)
-    slot = np.arange(R) - (np.cumsum(ranks) - ranks)[member]
+    layout = _layout(group.ranks)
     weights = group.weights.numpy()
     grams = [group.gram[side].contiguous() for side in ("B", "A")]
     scalars, found = np.empty((2, L, U)), np.empty((L, library.fedgram_figures()))
@@ -69,7 +69,7 @@ def _solve(group: Group, tolerance: float, max_sweeps: int) -> tuple[np.ndarray,
     jobs = np.empty((L, 17), dtype=np.int64)
     jobs[:, 0], jobs[:, 1] = (g.data_ptr() + 8 * R * R * steps for g in grams)
     jobs[:, 2] = at(weights) + 8 * U * steps
-    jobs[:, 3:11] = (at(ranks), at(member), at(slot), U, R, rank, int(max_sweeps > 0), max_sweeps)
+    jobs[:, 3:11] = (*map(at, layout), U, R, rank, int(max_sweeps > 0), max_sweeps)
     jobs[:, 11:14] = np.array([tolerance, SAFE_PIVOT, MARGIN * rounding(group)]).view(np.int64)
     jobs[:, 14], jobs[:, 15] = (at(scalars) + 8 * U * (steps + L * side) for side in range(2))
     jobs[:, 16] = at(found) + 8 * found.shape[1] * steps
@@ -77,3 +77,11 @@ def _solve(group: Group, tolerance: float, max_sweeps: int) -> tuple[np.ndarray,
     work = L * R * R * (10 if max_sweeps else 1)
     run_jobs(library.fedgram_scalars, jobs, library.fedgram_scalars_work(U, R, rank), work)
     return scalars, found
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(ranks: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ranks, and of every stacked row the member that it belongs to and which of his it is; int64."""
+    sizes = np.array(ranks, dtype=np.int64)
+    member = np.repeat(np.arange(len(ranks)), sizes)
+    return sizes, member, np.arange(len(member)) - (np.cumsum(sizes) - sizes)[member]

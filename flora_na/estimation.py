@@ -111,7 +111,7 @@ def estimate(
 def drop_idle(target: Target) -> Target:
     """The target without its clients of weight zero, which would only offer the estimators more to combine from."""
     clients = len(target.B) - target.anchored
-    keep = [u for u in range(len(target.B)) if u >= clients or target.weights[u] > 0]
+    keep = [u for u, weight in enumerate(target.weights.tolist()) if u >= clients or weight > 0]
     if len(keep) == len(target.B):
         return target
     B, A = tuple(target.B[u] for u in keep), tuple(target.A[u] for u in keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,11 +26,12 @@ def normalise_weights(weights: Weights, count: int) -> Tensor:
     w = torch.as_tensor(weights, dtype=torch.float64, device="cpu").flatten()
     if w.numel() != count:
         raise ValueError(f"weights: expected {count} (one per client), got {w.numel()}")
-    for u, value in enumerate(w.tolist()):
+    values = w.tolist()
+    for u, value in enumerate(values):
         if not 0.0 <= value < float("inf"):
             raise ValueError(f"weights: client {u} has {value}; expected a finite number >= 0")
-    if not w.any():
+    if not any(values):
         raise ValueError("weights: all are zero; at least one must be positive")
-    if abs(float(w.sum()) - 1.0) <= count * torch.finfo(w.dtype).eps:
+    if abs(math.fsum(values) - 1.0) <= count * torch.finfo(w.dtype).eps:
         return w.clone()
     return (w / w.max()) / (w / w.max()).sum()

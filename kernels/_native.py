@@ -129,11 +129,12 @@ os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a for
 _own = threading.local()
 
 
-def scratch(numbers: int) -> np.ndarray:
-    """At least so many uninitialised float64 numbers, this thread's own until it asks again."""
+def scratch(numbers: int) -> tuple[np.ndarray, int]:
+    """At least so many uninitialised float64 numbers, this thread's own until it asks again, and their address."""
     kept = getattr(_own, "scratch", None)
-    if kept is None or len(kept) < numbers:
-        kept = np.empty(numbers)
+    if kept is None or len(kept[0]) < numbers:
+        memory = np.empty(numbers)
+        kept = memory, at(memory)
         if numbers <= KEPT_SCRATCH:
             _own.scratch = kept
     return kept
@@ -176,7 +177,7 @@ def together(function: Callable[[], None], jobs: int, work: int) -> None:
         other.result()
 
 
-def run_jobs(call: Callable[[int, int, int, int], None], table: np.ndarray, numbers: int, work: int) -> None:
+def run_jobs(call: Callable[..., None], table: np.ndarray, numbers: int, work: int) -> None:
     """Have threads take the jobs of a table, a row each, one by one: ``call(table, count, next, scratch)``.
 
     Args:
@@ -185,10 +186,12 @@ def run_jobs(call: Callable[[int, int, int, int], None], table: np.ndarray, numb
         numbers: of float64 scratch space for every thread.
         work: of all jobs, in vector operations, about.
     """
-    taken = np.zeros(1, np.int64)
+    address, count, taken = at(table), len(table), ctypes.c_int64(0)
+    next_job = ctypes.byref(taken)
 
     def run() -> None:
-        memory = scratch(numbers)  # kept until the call is over
-        call(at(table), len(table), at(taken), at(memory))
+        memory, start = scratch(numbers)  # kept until the call is over
+        call(address, count, next_job, start)
+        del memory
 
-    together(run, len(table), work)
+    together(run, count, work)

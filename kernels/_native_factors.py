@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -23,44 +23,39 @@ class Stacks:
 
     Attributes:
         table: (tensors, 5) int64, for every factor its address, rank, type, and strides along and across its length.
+        at: addresses of the rows of ``table`` where each module begins.
+        counts, ranks, lengths: of every module, its factors, their ranks together, and their length.
+        mixable: of every module, whether its factors have one rank and type and lie as a contiguous output does.
     """
 
     def __init__(self, factors: Sequence[Sequence[Tensor]], *, transposed: bool) -> None:
         self.factors, self.transposed = factors, transposed  # keeps the memory
         long, across = int(transposed), int(not transposed)
-        rows = []
-        self.ranks, self.counts = [], [len(clients) for clients in factors]
-        for clients in factors:
-            total = 0
+        rows: list[tuple[int, int, int, int, int]] = []
+        self.ranks, self.mixable = [], []
+        self.counts = [len(clients) for clients in factors]
+        self.lengths = [clients[0].shape[long] for clients in factors]
+        for clients, length in zip(factors, self.lengths, strict=True):
+            total, head, same = 0, None, True
             for t in clients:
                 strides, rank = t.stride(), t.shape[across]
-                rows.append((t.data_ptr(), rank, TYPES[t.dtype], strides[long], strides[across]))
-                total += rank
+                kind = (rank, TYPES[t.dtype], strides[long], strides[across])
+                rows.append((t.data_ptr(), *kind))
+                total, head = total + rank, head or kind
+                same = same and kind == head
             self.ranks.append(total)
+            self.mixable.append(same and self._is_dense(length, *rows[-1]))
         self.table = np.array(rows, dtype=np.int64).reshape(-1, 5)
-        self.lengths = [clients[0].shape[long] for clients in factors]
         start = at(self.table)
         self.at = [start + 40 * before for before in accumulate(self.counts, initial=0)]
 
     def __len__(self) -> int:
         return len(self.counts)
 
-    @cached_property
-    def firsts(self) -> np.ndarray:
-        """(modules,) the row of ``table`` where each module begins."""
-        return np.array([0, *accumulate(self.counts)][:-1], dtype=np.int64)
-
-    @cached_property
-    def mixable(self) -> np.ndarray:
-        """(modules,) bool: whether a module's factors have one rank and type and lie as a contiguous output does."""
-        heads = self.table[self.firsts]
-        same = (self.table[:, 1:] == np.repeat(heads[:, 1:], self.counts, axis=0)).all(1)
-        rank, along, across = heads[:, 1], heads[:, 3], heads[:, 4]
+    def _is_dense(self, length: int, _: int, rank: int, __: int, along: int, across: int) -> bool:
         if self.transposed:
-            dense = (along == 1) & ((across == np.array(self.lengths)) | (rank == 1))
-        else:
-            dense = (across == 1) & ((along == rank) | (np.array(self.lengths) == 1))
-        return np.logical_and.reduceat(same, self.firsts) & dense
+            return along == 1 and (across == length or rank == 1)
+        return across == 1 and (along == rank or length == 1)
 
 
 def _padded(count: int, unit: int) -> int:
@@ -151,35 +146,25 @@ def _combine(parts: Sequence[Part]) -> None:
 
 def _mix(sides: Sequence[tuple[Stacks, list[int], Sequence[Tensor], Stacks]]) -> None:
     """Factors that lie alike are mixed number by number, as if they were flat."""
-    tables: list[np.ndarray] = []
+    jobs: list[tuple[int, ...]] = []
     kept: list[np.ndarray] = []
     work = 0
     for S, modules, P, to in sides:
-        ids, scalars = np.array(modules), torch.cat([P[l] for l in modules]).detach().contiguous().numpy()
-        counts, firsts = np.array(S.counts)[ids], S.firsts[ids]
-        numbers = np.array(S.lengths)[ids] * S.table[firsts, 1]
-        addresses, bounds = np.ascontiguousarray(S.table[:, 0]), np.zeros((len(ids), 2), np.int64)
-        bounds[:, 1] = numbers
-        kept += [addresses, bounds, scalars]
-        jobs = np.empty((len(ids), 9), np.int64)
-        jobs[:, 0], jobs[:, 1] = at(addresses) + 8 * firsts, at(bounds) + 16 * np.arange(len(ids))
-        jobs[:, 2], jobs[:, 3] = at(S.table) + 40 * firsts + 16, counts
-        jobs[:, 4] = at(scalars) + 8 * (np.cumsum(counts) - counts)
-        jobs[:, 5], jobs[:, 6] = at(to.table) + 40 * ids, at(to.table) + 40 * ids + 16
-        tables.append(_split(jobs, numbers, JOB_WORK // counts))
-        work += int((numbers * counts).sum()) // 4
-    if tables:
-        run_jobs(partial(library().fedgram_mix, level()), np.concatenate(tables), 2 * constant("block"), work)
-
-
-def _split(jobs: np.ndarray, numbers: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """Every job as jobs over at most ``most`` of its numbers; their bounds are the last two columns."""
-    parts = -(-numbers // np.maximum(most, 1))
-    out = np.repeat(jobs, parts, axis=0)
-    step = np.repeat(np.maximum(most, 1), parts)
-    out[:, 7] = step * (np.arange(len(out)) - np.repeat(np.cumsum(parts) - parts, parts))
-    out[:, 8] = np.minimum(out[:, 7] + step, np.repeat(numbers, parts))
-    return out
+        scalars = torch.cat([P[l] for l in modules]).detach().contiguous().numpy()
+        addresses = np.ascontiguousarray(S.table[:, 0])
+        bounds = np.array([(0, S.lengths[l] * to.ranks[l]) for l in modules], dtype=np.int64)
+        kept += [scalars, addresses, bounds]
+        p, bound, column = at(scalars), at(bounds), at(addresses)
+        for l in modules:
+            clients, numbers, row = S.counts[l], S.lengths[l] * to.ranks[l], S.at[l]
+            first_address = column + (row - S.at[0]) // 5
+            job = (first_address, bound, row + 16, clients, p, to.at[l], to.at[l] + 16)
+            step = max(1, JOB_WORK // clients)
+            jobs += [(*job, first, min(first + step, numbers)) for first in range(0, numbers, step)]
+            p, bound, work = p + 8 * clients, bound + 16, work + numbers * clients // 4
+    if jobs:
+        table = np.array(jobs, dtype=np.int64)
+        run_jobs(partial(library().fedgram_mix, level()), table, 2 * constant("block"), work)
 
 
 def lowrank_sum(

@@ -65,8 +65,9 @@ def grad_gram(columns: Sequence[Sequence[Tensor]], u: Tensor, wide: bool) -> tup
     call, arguments, numbers = library().fedgram_grad_gram, table.arguments(), constant("gram_work", K)
 
     def run(i: int, first: int, last: int) -> None:
-        memory = scratch(numbers)  # kept until the call is over
-        call(level(), wide, *arguments, weights.data_ptr(), first, last, at(memory), at(parts[i]))
+        memory, start = scratch(numbers)  # kept until the call is over
+        call(level(), wide, *arguments, weights.data_ptr(), first, last, start, at(parts[i]))
+        del memory
 
     _each(run, ranges, table.length * (K * K // 8 + K))
     # over the outer axis numpy adds part after part
@@ -84,7 +85,8 @@ def grad_combine(columns: Sequence[Sequence[Tensor]], v: Tensor, out: Sequence[T
     call, arguments, numbers = library().fedgram_grad_combine, table.arguments(), 2 * constant("block")
 
     def run(_: int, first: int, last: int) -> None:
-        memory = scratch(numbers)  # kept until the call is over
-        call(level(), wide, *arguments, coefficients.data_ptr(), at(to), at(to_type), first, last, at(memory))
+        memory, start = scratch(numbers)  # kept until the call is over
+        call(level(), wide, *arguments, coefficients.data_ptr(), at(to), at(to_type), first, last, start)
+        del memory
 
     _each(run, _ranges(table.length, table.tasks), table.length * table.tasks)

@@ -155,9 +155,9 @@ def test_what_can_be_mixed_number_by_number():
         False: [[b, b[:, :2]], [b, b.double()], [b.T.contiguous().T], [b[::2]]],
     }
     for mixable, modules in tall.items():
-        assert Stacks(modules, transposed=False).mixable.tolist() == [mixable] * len(modules)
-    assert Stacks([[a, a.clone()], [a[:1]]], transposed=True).mixable.tolist() == [True, True]
-    assert Stacks([[a, a[:2]], [a.T.contiguous().T], [a[:, :5]]], transposed=True).mixable.tolist() == [False] * 3
+        assert Stacks(modules, transposed=False).mixable == [mixable] * len(modules)
+    assert Stacks([[a, a.clone()], [a[:1]]], transposed=True).mixable == [True, True]
+    assert Stacks([[a, a[:2]], [a.T.contiguous().T], [a[:, :5]]], transposed=True).mixable == [False] * 3
 
 
 @built
