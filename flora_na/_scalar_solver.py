@@ -18,7 +18,7 @@ SOLVER = Extension(
     "fedgram.flora_na._fedgram_solver",
     {"fedgram_scalars": "pip p"},
     {"fedgram_abi": "", "fedgram_figures": "", "fedgram_scalars_work": "iii"},
-    abi=1,
+    abi=2,
 )
 STATUS = ("converged", "max-sweeps")
 DOUBTFUL = 2
@@ -30,7 +30,9 @@ def can_solve(group: Group) -> bool:
     return fits and group.device.type == "cpu" and group.rank > 0 and SOLVER.missing is None
 
 
-def certified_pair(group: Group, *, tolerance: float = 0.0, max_sweeps: int = 0) -> ScalarPair | None:
+def certified_pair(
+    group: Group, *, tolerance: float = 0.0, coarse: float = 0.0, max_sweeps: int = 0
+) -> ScalarPair | None:
     """The least-squares scalars of every module with their errors; None where one is in doubt, or not for this solver.
 
     In doubt is what stands less than ``MARGIN`` clear of the rounding of the Grams: an energy, a squared error, a pivot
@@ -38,12 +40,13 @@ def certified_pair(group: Group, *, tolerance: float = 0.0, max_sweeps: int = 0)
 
     Args:
         group: any.
-        tolerance: as of ``ScalarLeastSquares``.
-        max_sweeps: likewise; 0 leaves the averages as they are.
+        tolerance: stop once a sweep lowers the squared error by less than this fraction of it.
+        coarse: what is still called converged after ``max_sweeps``.
+        max_sweeps: an upper bound; 0 leaves the averages as they are.
     """
     if not can_solve(group):
         return None
-    scalars, found = _solve(group, tolerance, max_sweeps)
+    scalars, found = _solve(group, (tolerance, coarse), max_sweeps)
     if (found[:, 0] == DOUBTFUL).any():
         return None
     status = STATUS[int(found[:, 0].max())] if max_sweeps else "closed-form"
@@ -56,7 +59,7 @@ def certified_pair(group: Group, *, tolerance: float = 0.0, max_sweeps: int = 0)
     return ScalarPair(group, p, q, status, int(found[:, 1].max()), Evidence(error, norms))
 
 
-def _solve(group: Group, tolerance: float, max_sweeps: int) -> tuple[np.ndarray, np.ndarray]:
+def _solve(group: Group, tolerances: tuple[float, float], max_sweeps: int) -> tuple[np.ndarray, np.ndarray]:
     """p and q (2, L, U), and the solver's figures (L, 7)."""
     assert group.gram is not None
     L, U, R, rank = len(group.targets), len(group.ranks), group.total_rank, group.rank
@@ -66,13 +69,13 @@ def _solve(group: Group, tolerance: float, max_sweeps: int) -> tuple[np.ndarray,
     grams = [group.gram[side].contiguous() for side in ("B", "A")]
     scalars, found = np.empty((2, L, U)), np.empty((L, library.fedgram_figures()))
     steps = np.arange(L)
-    jobs = np.empty((L, 17), dtype=np.int64)
+    jobs = np.empty((L, 18), dtype=np.int64)
     jobs[:, 0], jobs[:, 1] = (g.data_ptr() + 8 * R * R * steps for g in grams)
     jobs[:, 2] = at(weights) + 8 * U * steps
     jobs[:, 3:11] = (*map(at, layout), U, R, rank, int(max_sweeps > 0), max_sweeps)
-    jobs[:, 11:14] = np.array([tolerance, SAFE_PIVOT, MARGIN * rounding(group)]).view(np.int64)
-    jobs[:, 14], jobs[:, 15] = (at(scalars) + 8 * U * (steps + L * side) for side in range(2))
-    jobs[:, 16] = at(found) + 8 * found.shape[1] * steps
+    jobs[:, 11:15] = np.array([*tolerances, SAFE_PIVOT, MARGIN * rounding(group)]).view(np.int64)
+    jobs[:, 15], jobs[:, 16] = (at(scalars) + 8 * U * (steps + L * side) for side in range(2))
+    jobs[:, 17] = at(found) + 8 * found.shape[1] * steps
     # a handful of sweeps of some four products with either Gram
     work = L * R * R * (10 if max_sweeps else 1)
     run_jobs(library.fedgram_scalars, jobs, library.fedgram_scalars_work(U, R, rank), work)

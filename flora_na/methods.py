@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._scalar_solver import certified_pair
 from .als import AlternatingLeastSquares
 from .coefficients import AnyPair, Pair, balance, fit_rank
 from .divergence import energies, mass_of_pair, pair_errors
@@ -59,7 +58,7 @@ def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shar
 def _solve_scalars(group: Group, rank: int | None) -> AnyPair:
     solver = ScalarLeastSquares()
     if rank is None or rank == group.rank:
-        found = certified_pair(group, tolerance=solver.tolerance, max_sweeps=solver.max_sweeps)
+        found = solver.certified(group)
         if found is not None:
             return found
     [s] = solver.solve([group])

@@ -19,7 +19,7 @@ struct module {
     const double *G[2], *weights;
     const int64_t *ranks, *member, *slot;
     int64_t U, R, rank, fit, max_sweeps;
-    double tolerance, safe_pivot, doubt;
+    double tolerance, coarse, safe_pivot, doubt;
     double *p[2];  /* (U) each: p, q */
     double *found; /* what `enum figure` names */
 };
@@ -69,7 +69,7 @@ static int64_t avx2(void) {
 }
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 1; }
+int64_t fedgram_abi(void) { return 2; }
 int64_t fedgram_figures(void) { return FIGURES; }
 int64_t fedgram_scalars_work(int64_t U, int64_t R, int64_t rank) { return space_numbers(U, R, rank); }
 

@@ -140,9 +140,10 @@ INLINE void FN(hold_gauge)(const struct module *m) {
     for (int64_t u = 0; u < m->U; u++) m->p[0][u] *= c, m->p[1][u] /= c;
 }
 
-/* Alternate until a sweep gains less than `tolerance` of what is left, or all to come would. */
+/* Alternate until a sweep gains less than `tolerance` of what is left, or all to come would; MAX_SWEEPS where not even
+ * `coarse` of it is reached. */
 INLINE int64_t FN(alternate)(const struct module *m, const struct space *s, double energy, int64_t *sweeps) {
-    double before = 0;
+    double before = 0, last = INFINITY;
     for (*sweeps = 1; *sweeps <= m->max_sweeps; ++*sweeps) {
         double gain = 0, captured = 0, part;
         for (int side = 0; side < 2; side++) {
@@ -153,12 +154,13 @@ INLINE int64_t FN(alternate)(const struct module *m, const struct space *s, doub
             for (int64_t u = 0; u < m->U; u++) captured += s->h[u] * (m->p[side][u] += s->step[u]);
         }
         double left = fmax(energy - captured, 1e-13 * energy), rest = gain * gain / fmax(before - gain, 1e-300);
-        if (gain <= m->tolerance * left || rest <= 0.1 * m->tolerance * left) return CONVERGED;
-        before = gain;
+        double enough = fmax(m->tolerance * left, 1e-19 * energy);
+        if (gain <= enough || rest <= 0.1 * enough) return CONVERGED;
+        before = gain, last = gain / left;
         if (*sweeps % GAUGE_SWEEPS == 0) FN(hold_gauge)(m);
     }
     *sweeps = m->max_sweeps;
-    return MAX_SWEEPS;
+    return last <= m->coarse ? CONVERGED : MAX_SWEEPS;
 }
 
 /* p and q from the weights on, with the squared errors before and after; DOUBTFUL where Grams do not tell. */
