@@ -32,6 +32,10 @@ SETTINGS = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as on those systems: Ray stays on the loopback interface
+    # Usage statistics or not, Ray asks fixed addresses of Azure, Google and Amazon which cloud it is in. These are its
+    # only plain HTTP requests to other hosts: they end at a port where nobody listens.
+    "http_proxy": "http://127.0.0.1:9",
+    "no_proxy": "127.0.0.1,localhost",
 }
 
 
