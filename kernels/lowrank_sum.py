@@ -76,6 +76,7 @@ def lowrank_sum(
     if kind == "native":
         double = torch.float64 in {t.dtype for t in (*B, *A, out)}
         _native_factors.lowrank_sum(W, B, A, coefficients, beta, out, wide=double)
+        torch.autograd.graph.increment_version(out)  # as every write of torch does: autograd must see it
         return out
     return lowrank_sum_torch(W, B, A, coefficients, beta=beta, out=out)
 

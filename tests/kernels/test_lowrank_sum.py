@@ -3,8 +3,8 @@ import importlib
 import pytest
 import torch
 
-from fedgram.kernels import lowrank_sum
-from fedgram_testing.factor_ops import BACKENDS, LAYOUTS, TYPES, draw, garbage, lay
+from fedgram.kernels import _native, lowrank_sum
+from fedgram_testing.factor_ops import ALL_BACKENDS, LAYOUTS, TYPES, draw, garbage, lay
 
 __all__ = ["garbage"]
 module = importlib.import_module("fedgram.kernels.lowrank_sum")
@@ -54,7 +54,7 @@ def sum_type(backend, dtype, out):
     return torch.float32
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sums_round_once(backend, dtype, shape, garbage):
@@ -67,7 +67,7 @@ def test_sums_round_once(backend, dtype, shape, garbage):
     check(lowrank_sum(None, B, A, c, backend=backend), None, B, A, c, 1.0, sum_type=sum_type(backend, dtype, dtype))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("w_dtype", TYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -78,7 +78,7 @@ def test_types_and_strides_may_differ(backend, dtype, w_dtype, layout, garbage):
     check(got, W, B, A, c, 1.0, sum_type=sum_type(backend, dtype, w_dtype))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_place_is_out_of_place(backend, layout, garbage):
     W, B, A, c = case([8, 3], 70, 48, torch.float32, layout=layout)
@@ -87,7 +87,7 @@ def test_in_place_is_out_of_place(backend, layout, garbage):
     assert torch.equal(W, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_out_of_another_type_and_its_neighbours(backend, garbage):
     """What surrounds a strided output stays as it was."""
     W, B, A, c = case([8, 3], 70, 48, torch.float32)
@@ -99,7 +99,7 @@ def test_out_of_another_type_and_its_neighbours(backend, garbage):
     assert bool((memory == 7).all())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_out_may_be_a_neighbour_of_the_factors_in_memory(backend, garbage):
     """Parameters of one flat buffer: nothing overlaps, and nothing but ``out`` changes."""
     memory = torch.randn(64)
@@ -114,7 +114,7 @@ def test_out_may_be_a_neighbour_of_the_factors_in_memory(backend, garbage):
     assert torch.equal(memory[26:], before[26:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_w_is_not_read_for_beta_zero(backend):
     _, B, A, c = case([8, 3], 20, 30, torch.float32)
     W = torch.full((20, 30), float("nan"))
@@ -122,14 +122,14 @@ def test_w_is_not_read_for_beta_zero(backend):
     assert torch.equal(got, lowrank_sum(None, B, A, c, backend=backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_beta_keeps_its_float64_digits(backend):
     W, B, A, c = case([1], 4, 5, torch.float64)
     got = lowrank_sum(W, B, A, 0 * c, beta=1 / 3, backend=backend)
     assert bool(((got - W / 3).abs() <= 2.0**-52 * W.abs()).all())  # float32 digits of 1/3 would miss by 2^-26
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_the_same_bits_every_time(backend, garbage):
     W, B, A, c = case([5, 16, 33], 130, 150, torch.bfloat16)
     first, *others = (lowrank_sum(W, B, A, c, backend=backend) for _ in range(3))
@@ -147,8 +147,8 @@ def test_many_ranks_are_packed_in_chunks(monkeypatch, garbage):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_loops_cut_ranks_and_tiles(dtype, garbage):
     """Runs of 64 ranks cut through clients, tiles of 96 x 256 through W; float64 beyond a run."""
-    if "native" not in BACKENDS:
-        pytest.skip("the compiled loops are not built")
+    if _native.missing() is not None:
+        pytest.skip(_native.missing())
     W, B, A, c = case([60, 3, 66, 0, 7, 130], 200, 530, dtype)
     got = lowrank_sum(W, B, A, c, beta=0.5, backend="native")
     check(got, W, B, A, c, 0.5, sum_type=sum_type("native", dtype, dtype))
@@ -182,7 +182,7 @@ def test_cublas_takes_much_arithmetic_in_its_fast_types():
         assert module.cublas_wins([torch.empty(2, r, dtype=dtype) for r in ranks]) is expected
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_clients_of_several_types(backend):
     W, B, A, c = case([2, 2], 6, 7, torch.float32)
     A[1] = A[1].bfloat16()
@@ -190,7 +190,8 @@ def test_clients_of_several_types(backend):
         with pytest.raises(ValueError, match="have several types"):
             lowrank_sum(W, B, A, c, backend=backend)
     else:
-        check(lowrank_sum(W, B, A, c, backend=backend), W, B, A, c, 1.0, sum_type=torch.float64)
+        sums = sum_type(backend, torch.float32, torch.float32)
+        check(lowrank_sum(W, B, A, c, backend=backend), W, B, A, c, 1.0, sum_type=sums)
 
 
 z, one = torch.zeros, torch.ones(1, dtype=torch.float64)
@@ -221,7 +222,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("reason", BAD)
 def test_bad_input_is_named(backend, reason):
     W, B, A, c, out = BAD[reason]
