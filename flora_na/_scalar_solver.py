@@ -63,7 +63,7 @@ def _solve(group: Group, tolerances: tuple[float, float], max_sweeps: int) -> tu
     """p and q (2, L, U), and the solver's figures (L, 7)."""
     assert group.gram is not None
     L, U, R, rank = len(group.targets), len(group.ranks), group.total_rank, group.rank
-    library = SOLVER.library
+    library = SOLVER.loaded
     layout = _layout(group.ranks)
     weights = group.weights.numpy()
     grams = [group.gram[side].contiguous() for side in ("B", "A")]

@@ -74,14 +74,14 @@ class Extension:
         if spec is None or spec.origin is None:
             return "the extension was not built: install fedgram where there is a C compiler"
         try:
-            self.library  # noqa: B018 - loaded on first access
+            self.loaded  # noqa: B018 - loaded on first access
         except (OSError, AttributeError) as error:
             return f"the extension cannot be loaded ({error})"
         return None
 
     @functools.cached_property
-    def library(self) -> ctypes.CDLL:
-        """The loaded library."""
+    def loaded(self) -> ctypes.CDLL:
+        """The library, loaded on first access."""
         spec = importlib.util.find_spec(self.module)
         assert spec is not None
         library = ctypes.CDLL(spec.origin)
@@ -104,7 +104,7 @@ def missing() -> str | None:
 
 def library() -> ctypes.CDLL:
     """The compiled loops."""
-    return LOOPS.library
+    return LOOPS.loaded
 
 
 @functools.cache
