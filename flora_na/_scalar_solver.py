@@ -18,7 +18,7 @@ SOLVER = Extension(
     "fedgram.flora_na._fedgram_solver",
     {"fedgram_scalars": "pip p"},
     {"fedgram_abi": "", "fedgram_figures": "", "fedgram_scalars_work": "iii"},
-    abi=2,
+    abi=3,
 )
 STATUS = ("converged", "max-sweeps")
 DOUBTFUL = 2

@@ -1,4 +1,4 @@
-/* FLoRA-NA's scalars from Gram matrices: alternating exact least squares for p and q of one module after the other
+/* FLoRA-NA's scalars from Gram matrices: exact least squares for p and q of one module after the other
  * (fedgram.flora_na.scalar says what it minimises). Everything is small and float64; what float64 does not resolve
  * beyond doubt is left to the caller. Plain C, called through ctypes; threads share the modules. */
 
@@ -12,6 +12,7 @@ typedef double four __attribute__((vector_size(32), aligned(8), may_alias));
 
 enum { CONVERGED, MAX_SWEEPS, DOUBTFUL };
 enum { GAUGE_SWEEPS = 4 };
+#define LEAST_DAMPING 0.03125
 
 /* One module of U clients whose stacked factors have R rows. G[0] = Bs^T Bs and G[1] = As As^T (R x R), `member` and
  * `slot` (R) say whose row it is and which of his, D (R) is its client's weight. */
@@ -26,24 +27,34 @@ struct module {
 
 enum figure { STATUS, SWEEPS, ENERGY, ERROR, ERROR_START, NORM_B, NORM_A, FIGURES };
 
+/* Work space: X and S of either side's combination, L and scale of its normal equations H step = rest, what the second
+ * derivatives need, and an estimate to go back to. */
 struct space {
-    double *X, *T, *S, *H, *h, *scale, *step, *other_S;
+    double *X[2], *S[2], *L[2], *scale[2], *E, *C, *W, *K, *H, *Z, *h, *rest, *step, *safe_q;
 };
 
 static int64_t space_numbers(int64_t U, int64_t R, int64_t rank) {
-    return 2 * R * (rank + 4) + 2 * (rank + 4) * (rank + 4) + 2 * U * U + 4 * U;
+    return 2 * (R * rank + rank * rank + U * U + U) + 5 * U * U + (U * rank * rank + R) + 4 * U;
+}
+
+static double *take_numbers(double **work, int64_t count) {
+    double *taken = *work;
+    *work += count;
+    return taken;
 }
 
 static struct space carve(double *work, int64_t U, int64_t R, int64_t rank) {
     struct space s;
-    s.X = work, work += R * (rank + 4);
-    s.T = work, work += R * (rank + 4);
-    s.S = work, work += (rank + 4) * (rank + 4);
-    s.other_S = work, work += (rank + 4) * (rank + 4);
-    s.H = work, work += 2 * U * U;
-    s.h = work, work += U;
-    s.scale = work, work += U;
-    s.step = work, work += U;
+    for (int side = 0; side < 2; side++) {
+        s.X[side] = take_numbers(&work, R * rank);
+        s.S[side] = take_numbers(&work, rank * rank);
+        s.L[side] = take_numbers(&work, U * U);
+        s.scale[side] = take_numbers(&work, U);
+    }
+    double **square[] = {&s.E, &s.C, &s.W, &s.K, &s.H}, **line[] = {&s.h, &s.rest, &s.step, &s.safe_q};
+    for (int i = 0; i < 5; i++) *square[i] = take_numbers(&work, U * U);
+    for (int i = 0; i < 4; i++) *line[i] = take_numbers(&work, U);
+    s.Z = take_numbers(&work, U * rank * rank + R);
     return s;
 }
 
@@ -69,7 +80,7 @@ static int64_t avx2(void) {
 }
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 2; }
+int64_t fedgram_abi(void) { return 3; }
 int64_t fedgram_figures(void) { return FIGURES; }
 int64_t fedgram_scalars_work(int64_t U, int64_t R, int64_t rank) { return space_numbers(U, R, rank); }
 
