@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,7 +68,7 @@ class Plan:
 
 def plan(first: float, budget: float, least: int, most: int) -> Plan:
     """Runs for a contender whose warm run took ``first`` seconds, within ``budget`` seconds."""
-    inner = min(MOST_INNER, max(1, int(SHORTEST / max(first, 1e-9))))
+    inner = min(MOST_INNER, math.ceil(SHORTEST / max(first, 1e-9)))
     return Plan(min(most, max(least, int(budget / max(first * inner, 1e-9)))), inner)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from array import array
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from fedgram.kernels._native import Extension, at, run_jobs
+from fedgram.kernels._native import Extension, bits, run_jobs, table
 
 from .coefficients import SAFE_PIVOT, Evidence, ScalarPair
 from .divergence import MARGIN, rounding
@@ -46,45 +47,50 @@ def certified_pair(
     """
     if not can_solve(group):
         return None
-    scalars, found = _solve(group, (tolerance, coarse), max_sweeps)
-    if (found[:, 0] == DOUBTFUL).any():
+    scalars, figures = _solve(group, (tolerance, coarse), max_sweeps)
+    found = figures.tolist()
+    state = int(max(row[0] for row in found))
+    if state == DOUBTFUL:  # the other figures may not be set
         return None
-    status = STATUS[int(found[:, 0].max())] if max_sweeps else "closed-form"
-    energy, error, average = torch.from_numpy(np.ascontiguousarray(found[:, 2:5].T))
-    norms = torch.from_numpy(found[:, 5:7])
-    group.memo.setdefault("energies", energy)
-    if bool((average >= 0).all()):
-        group.memo.setdefault("average errors", average)
-    p, q = torch.from_numpy(scalars)
-    return ScalarPair(group, p, q, status, int(found[:, 1].max()), Evidence(error, norms))
+    status, sweeps = STATUS[state] if max_sweeps else "closed-form", int(max(row[1] for row in found))
+    group.memo.setdefault("energies", figures[:, 2])
+    if min(row[4] for row in found) >= 0:
+        group.memo.setdefault("average errors", figures[:, 4])
+    return ScalarPair(group, scalars[0], scalars[1], status, sweeps, Evidence(figures[:, 3], figures[:, 5:7]))
 
 
-def _solve(group: Group, tolerances: tuple[float, float], max_sweeps: int) -> tuple[np.ndarray, np.ndarray]:
+def _solve(group: Group, tolerances: tuple[float, float], max_sweeps: int) -> tuple[Tensor, Tensor]:
     """p and q (2, L, U), and the solver's figures (L, 7)."""
     assert group.gram is not None
     L, U, R, rank = len(group.targets), len(group.ranks), group.total_rank, group.rank
     library = SOLVER.loaded
-    layout = _layout(group.ranks)
-    weights = group.weights.numpy()
-    grams = [group.gram[side].contiguous() for side in ("B", "A")]
-    scalars, found = np.empty((2, L, U)), np.empty((L, library.fedgram_figures()))
-    steps = np.arange(L)
-    jobs = np.empty((L, 18), dtype=np.int64)
-    jobs[:, 0], jobs[:, 1] = (g.data_ptr() + 8 * R * R * steps for g in grams)
-    jobs[:, 2] = at(weights) + 8 * U * steps
-    jobs[:, 3:11] = (*map(at, layout), U, R, rank, int(max_sweeps > 0), max_sweeps)
-    jobs[:, 11:15] = np.array([*tolerances, SAFE_PIVOT, MARGIN * rounding(group)]).view(np.int64)
-    jobs[:, 15], jobs[:, 16] = (at(scalars) + 8 * U * (steps + L * side) for side in range(2))
-    jobs[:, 17] = at(found) + 8 * found.shape[1] * steps
+    layout, addresses = _layout(group.ranks)
+    weights, grams = group.weights.contiguous(), [group.gram[side].contiguous() for side in ("B", "A")]
+    figures = library.fedgram_figures()
+    scalars = torch.empty(2, L, U, dtype=torch.float64)
+    found = torch.empty(L, figures, dtype=torch.float64)
+    limits = map(bits, (*tolerances, SAFE_PIVOT, MARGIN * rounding(group)))
+    common = (*addresses, U, R, rank, int(max_sweeps > 0), max_sweeps, *limits)
+    square, line, row = 8 * R * R, 8 * U, 8 * figures
+    b, a, w, p, f = (t.data_ptr() for t in (*grams, weights, scalars, found))
+    q = p + line * L
+    jobs = [
+        (b + square * l, a + square * l, w + line * l, *common, p + line * l, q + line * l, f + row * l)
+        for l in range(L)
+    ]
     # a handful of sweeps of some four products with either Gram
     work = L * R * R * (10 if max_sweeps else 1)
-    run_jobs(library.fedgram_scalars, jobs, library.fedgram_scalars_work(U, R, rank), work)
+    run_jobs(library.fedgram_scalars, table(jobs), L, library.fedgram_scalars_work(U, R, rank), work)
+    del layout  # kept until here
     return scalars, found
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(ranks: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The ranks, and of every stacked row the member that it belongs to and which of his it is; int64."""
-    sizes = np.array(ranks, dtype=np.int64)
-    member = np.repeat(np.arange(len(ranks)), sizes)
-    return sizes, member, np.arange(len(member)) - (np.cumsum(sizes) - sizes)[member]
+def _layout(ranks: tuple[int, ...]) -> tuple[list[array], list[int]]:
+    """The ranks, and of every stacked row the member that it belongs to and which of his it is; their addresses."""
+    columns = [
+        table([ranks]),
+        table([u] * rank for u, rank in enumerate(ranks)),
+        table(range(rank) for rank in ranks),
+    ]
+    return columns, [column.buffer_info()[0] for column in columns]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -157,10 +158,10 @@ def _exact_errors(group: Group, pair: AnyPair) -> Errors | None:
     if evidence is None:
         return None
     # elements rounded to u = eps / 2 move the product by 2 u |B| |A|, if none of them over- or underflows
-    norms, error = evidence.norms, evidence.error
-    unseen = own.eps * norms.prod(-1) <= SEEN * error.sqrt()
-    within = ((norms < 0.01 * own.max) & (norms > own.tiny / own.eps)).all(-1)
-    return Errors(energies(group), error) if bool((unseen & within).all()) else None
+    norms, errors = evidence.norms.numpy(), evidence.error.numpy()
+    unseen = own.eps * norms[:, 0] * norms[:, 1] <= SEEN * np.sqrt(errors)
+    within = (norms < 0.01 * own.max) & (norms > own.tiny / own.eps)
+    return Errors(energies(group), evidence.error) if unseen.all() and within.all() else None
 
 
 def _evidence(group: Group, pair: AnyPair) -> Evidence | None:

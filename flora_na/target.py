@@ -53,7 +53,7 @@ class Target:
     @cached_property
     def unscaled(self) -> bool:
         """Whether all scalings are 1."""
-        return bool((self.scalings == 1).all())
+        return self.scalings.tolist() == [1.0] * len(self.B)
 
     @property
     def coefficients(self) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Factors = Sequence[Sequence[Tensor]]
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 CACHE_BYTES = 1 << 20  # one float64 block: an L2 cache of today's servers
 CACHE_BYTES_GPU = 1 << 26  # enough to fill a GPU, small beside its memory
 
@@ -23,6 +23,9 @@ def check_factors(B: Factors | None, A: Factors | None) -> None:
             if isinstance(clients, Tensor) or not len(clients):
                 raise ValueError(f"{name}[{l}]: expected a sequence of at least one client's tensor")
             length = clients[0].shape[shared] if clients[0].ndim == 2 else None
+            fits = [t.ndim == 2 and t.dtype in FLOATS and t.shape[shared] == length for t in clients]
+            if all(fits):
+                continue
             for u, t in enumerate(clients):
                 if t.ndim != 2 or t.dtype not in FLOATS:
                     raise ValueError(f"{name}[{l}][{u}]: expected a float matrix, got {tuple(t.shape)} {t.dtype}")
@@ -40,6 +43,8 @@ def _check_pairs(B: Factors, A: Factors) -> None:
     for l, (bs, as_) in enumerate(zip(B, A, strict=True)):
         if len(bs) != len(as_):
             raise ValueError(f"A[{l}]: {len(as_)} clients, B[{l}] has {len(bs)}")
+        if [b.shape[1] for b in bs] == [a.shape[0] for a in as_]:
+            continue
         for u, (b, a) in enumerate(zip(bs, as_, strict=True)):
             if b.shape[1] != a.shape[0]:
                 raise ValueError(f"A[{l}][{u}]: rank {a.shape[0]}, B[{l}][{u}] has rank {b.shape[1]}")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from functools import partial
-from itertools import accumulate
+from functools import cached_property, partial
+from itertools import accumulate, product
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._native import TYPES, at, constant, level, library, run_jobs
+from ._native import TYPES, at, bits, constant, level, library, run_jobs, table
 
 CACHE_BYTES = 3 << 17  # of one block of factors: most of a small L2 cache
 JOB_WORK = 1 << 20  # work (vector operations) below which a range of rows is not worth a job of its own
@@ -22,7 +23,8 @@ class Stacks:
     """Modules' factors of one side as stacks of tall factors (length, r_u), described for the loops.
 
     Attributes:
-        table: (tensors, 5) int64, for every factor its address, rank, type, and strides along and across its length.
+        table: for every factor a row of its address, rank, type, and strides along and across its length, int64.
+        addresses: the first column again.
         at: addresses of the rows of ``table`` where each module begins.
         counts, ranks, lengths: of every module, its factors, their ranks together, and their length.
         mixable: of every module, whether its factors have one rank and type and lie as a contiguous output does.
@@ -36,23 +38,23 @@ class Stacks:
         self.counts = [len(clients) for clients in factors]
         self.lengths = [clients[0].shape[long] for clients in factors]
         for clients, length in zip(factors, self.lengths, strict=True):
-            total, head, same = 0, None, True
-            for t in clients:
-                strides, rank = t.stride(), t.shape[across]
-                kind = (rank, TYPES[t.dtype], strides[long], strides[across])
-                rows.append((t.data_ptr(), *kind))
-                total, head = total + rank, head or kind
-                same = same and kind == head
-            self.ranks.append(total)
-            self.mixable.append(same and self._is_dense(length, *rows[-1]))
-        self.table = np.array(rows, dtype=np.int64).reshape(-1, 5)
-        start = at(self.table)
+            laid = [(t.shape[across], t.dtype, t.stride()) for t in clients]
+            kinds = [(rank, TYPES[dtype], steps[long], steps[across]) for rank, dtype, steps in laid]
+            rows += [(t.data_ptr(), *kind) for t, kind in zip(clients, kinds, strict=True)]
+            self.ranks.append(sum([kind[0] for kind in kinds]))
+            self.mixable.append(kinds.count(kinds[0]) == len(kinds) and self._is_dense(length, *kinds[0]))
+        self.table = table(rows)
+        start = self.table.buffer_info()[0]
         self.at = [start + 40 * before for before in accumulate(self.counts, initial=0)]
+
+    @cached_property
+    def addresses(self) -> array:
+        return self.table[::5]
 
     def __len__(self) -> int:
         return len(self.counts)
 
-    def _is_dense(self, length: int, _: int, rank: int, __: int, along: int, across: int) -> bool:
+    def _is_dense(self, length: int, rank: int, _: int, along: int, across: int) -> bool:
         if self.transposed:
             return along == 1 and (across == length or rank == 1)
         return across == 1 and (along == rank or length == 1)
@@ -104,11 +106,11 @@ def _run_products(
     jobs: list[tuple[int, ...]], wholes: list[tuple[int, ...]], parts: int, numbers: int, work: int
 ) -> None:
     memory = np.empty(parts)  # the loops set all of it
-    multiply, collect = np.array(jobs, np.int64).reshape(-1, 11), np.array(wholes, np.int64).reshape(-1, 8)
-    multiply[:, 10] = at(memory) + 8 * multiply[:, 10]
-    collect[:, 0] = at(memory) + 8 * collect[:, 0]
-    run_jobs(partial(library().fedgram_products, level()), multiply, numbers, work)
-    run_jobs(library().fedgram_collect, collect, 0, 2 * parts)
+    start = at(memory)
+    multiply = table([(*job, start + 8 * part) for *job, part in jobs])
+    collect = table([(start + 8 * part, *whole) for part, *whole in wholes])
+    run_jobs(partial(library().fedgram_products, level()), multiply, len(jobs), numbers, work)
+    run_jobs(library().fedgram_collect, collect, len(wholes), 0, 2 * parts)
 
 
 def factor_combine(sides: Sequence[tuple[Stacks, Sequence[Tensor], Stacks]]) -> None:
@@ -140,31 +142,28 @@ def _combine(parts: Sequence[Part]) -> None:
         job = (S.at[l], S.counts[l], R, at(coefficients), coefficients.shape[1], to.at[l])
         jobs += [(*job, *bounds, block) for bounds in _ranges(S.lengths[l], block, R * rank // 8 + R, RANGES)]
         numbers, work = max(numbers, (R + 2 * width) * (block + pad)), work + S.lengths[l] * (R * rank // 8 + R)
-    table = np.array(jobs, dtype=np.int64).reshape(-1, 9)
-    run_jobs(partial(library().fedgram_combine, level()), table, numbers, work)
+    run_jobs(partial(library().fedgram_combine, level()), table(jobs), len(jobs), numbers, work)
 
 
 def _mix(sides: Sequence[tuple[Stacks, list[int], Sequence[Tensor], Stacks]]) -> None:
     """Factors that lie alike are mixed number by number, as if they were flat."""
     jobs: list[tuple[int, ...]] = []
-    kept: list[np.ndarray] = []
+    kept: list[Tensor | array] = []
     work = 0
     for S, modules, P, to in sides:
-        scalars = torch.cat([P[l] for l in modules]).detach().contiguous().numpy()
-        addresses = np.ascontiguousarray(S.table[:, 0])
-        bounds = np.array([(0, S.lengths[l] * to.ranks[l]) for l in modules], dtype=np.int64)
-        kept += [scalars, addresses, bounds]
-        p, bound, column = at(scalars), at(bounds), at(addresses)
-        for l in modules:
+        bounds = table([(0, S.lengths[l] * to.ranks[l]) for l in modules])
+        scalars = [P[l].detach().contiguous() for l in modules]
+        kept += [bounds, *scalars]
+        bound, column = bounds.buffer_info()[0], S.addresses.buffer_info()[0]
+        for l, p in zip(modules, scalars, strict=True):
             clients, numbers, row = S.counts[l], S.lengths[l] * to.ranks[l], S.at[l]
             first_address = column + (row - S.at[0]) // 5
-            job = (first_address, bound, row + 16, clients, p, to.at[l], to.at[l] + 16)
+            job = (first_address, bound, row + 16, clients, p.data_ptr(), to.at[l], to.at[l] + 16)
             step = max(1, JOB_WORK // clients)
             jobs += [(*job, first, min(first + step, numbers)) for first in range(0, numbers, step)]
-            p, bound, work = p + 8 * clients, bound + 16, work + numbers * clients // 4
+            bound, work = bound + 16, work + numbers * clients // 4
     if jobs:
-        table = np.array(jobs, dtype=np.int64)
-        run_jobs(partial(library().fedgram_mix, level()), table, 2 * constant("block"), work)
+        run_jobs(partial(library().fedgram_mix, level()), table(jobs), len(jobs), 2 * constant("block"), work)
 
 
 def lowrank_sum(
@@ -175,24 +174,22 @@ def lowrank_sum(
     In float64 products where ``wide``, else in float32 ones over 64 ranks at a time.
     """
 
-    def described(tensors: Sequence[Tensor], along: int) -> np.ndarray:
+    def described(tensors: Sequence[Tensor], along: int) -> array:
         across = 1 - along
-        rows = [(t.data_ptr(), t.shape[along], TYPES[t.dtype], t.stride(along), t.stride(across)) for t in tensors]
-        return np.array(rows, dtype=np.int64)
+        return table(
+            [(t.data_ptr(), t.shape[along], TYPES[t.dtype], t.stride(along), t.stride(across)) for t in tensors]
+        )
 
     if not out.numel():
         return
     left, right = described(B, 1), described(A, 0)
     ends = described([out if W is None or beta == 0 else W, out], 1)
-    coefficients = c.detach().contiguous().numpy()
-    m, n = out.shape
-    R = int(left[:, 1].sum())
-    step = constant("sum_rows"), constant("sum_columns")
-    rows, columns = np.meshgrid(np.arange(0, m, step[0]), np.arange(0, n, step[1]), indexing="ij")
-    corners = np.stack([rows.ravel(), columns.ravel()], -1)
-    jobs = np.empty((len(corners), 12), np.int64)
-    jobs[:, :9] = (at(left), at(right), len(B), R, at(coefficients), at(ends), at(ends) + 40, m, n)
-    jobs[:, 9:11] = corners
-    jobs[:, 11] = np.array([0.0 if W is None else beta]).view(np.int64)
+    coefficients = c.detach().contiguous()
+    (m, n), R = out.shape, sum(b.shape[1] for b in B)
+    corners = list(product(range(0, m, constant("sum_rows")), range(0, n, constant("sum_columns"))))
+    where = ends.buffer_info()[0], ends.buffer_info()[0] + 40
+    begin = left.buffer_info()[0], right.buffer_info()[0], len(B), R, coefficients.data_ptr()
+    scale = bits(0.0 if W is None else beta)
+    jobs = table([(*begin, *where, m, n, *corner, scale) for corner in corners])
     call = partial(library().fedgram_lowrank_sum, level(), int(wide))
-    run_jobs(call, jobs, constant("sum_work"), m * n * (R // 8 + 1))
+    run_jobs(call, jobs, len(corners), constant("sum_work"), m * n * (R // 8 + 1))
