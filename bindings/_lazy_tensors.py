@@ -13,10 +13,16 @@ T = TypeVar("T")
 
 
 class LazyMapping(Mapping[str, T]):
-    """A mapping that makes its values when they are asked for and keeps none."""
+    """A mapping that makes its values when they are asked for and keeps none.
+
+    Args:
+        names: its keys; those of a mapping are not copied.
+        make: makes the value of a key.
+    """
 
     def __init__(self, names: Collection[str], make: Callable[[str], T]) -> None:
-        self._names, self._make = dict.fromkeys(names), make
+        self._names: Mapping[str, object] = names if isinstance(names, Mapping) else dict.fromkeys(names)
+        self._make = make
 
     def __getitem__(self, name: str) -> T:
         if name not in self._names:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedgram.flora_na import LoraLayer
+from fedgram.flora_na.finite import is_finite
 
 from ._peft_names import LayerName, factor_key
 from ._tensor_file import TensorSpec
@@ -143,7 +144,9 @@ def unit_factor(name: str, layer: LoraLayer, side: str, rank: int) -> Tensor:
     if side == "B" and layer.scaling != 1:
         # In float64, then one rounding: a float16 product with a large scaling must not pass through float16 twice.
         factor = (factor.double() * layer.scaling).to(factor.dtype)
-    if not bool(torch.isfinite(factor).all()):
+    if not is_finite(factor):
         raise ValueError(f"{name}: lora_{side} holds NaN or Inf (scaling {layer.scaling:g} in {factor.dtype})")
     missing = rank - layer.rank
-    return torch.nn.functional.pad(factor, (0, 0, 0, missing) if side == "A" else (0, missing))
+    return (
+        factor if not missing else torch.nn.functional.pad(factor, (0, 0, 0, missing) if side == "A" else (0, missing))
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -49,8 +51,20 @@ class _Entry(NamedTuple):
     data_offsets: Any
 
 
-def read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorSpec]:
+class Header(dict[str, TensorSpec]):
+    """The tensors of a file by name; one for all files of the same header and size, hence not to be changed."""
+
+    digest = b""
+    """Of the header and the size."""
+
+
+_alike: WeakValueDictionary[bytes, Header] = WeakValueDictionary()
+
+
+def read_header(file: BinaryIO, size: int, path: Path) -> Header:
     """The tensors of a file of ``size`` bytes, in the order of its header.
+
+    Clients' files are mostly laid out alike: a header that another open file has is not parsed again.
 
     Raises:
         ValueError: the file is not a whole safetensors file, or holds a dtype that is not read.
@@ -62,13 +76,19 @@ def read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorSpec]:
         raise _broken(path, f"{size} bytes cannot hold the header" if len(prefix) == 8 else "no header")
     if length > MAX_HEADER:
         raise _broken(path, f"a header of more than {MAX_HEADER >> 20} MiB")
-    specs = {}
-    for key, entry in _entries(file.read(length), path).items():
+    text = file.read(length)
+    digest = hashlib.sha256(size.to_bytes(8, "little") + text).digest()
+    if (known := _alike.get(digest)) is not None:
+        return known
+    specs = Header()
+    for key, entry in _entries(text, path).items():
         if key != "__metadata__":
             specs[key] = _spec(path, key, entry, 8 + length)
         elif not _is_metadata(entry):
             raise _broken(path, "__metadata__ is not an object of strings")
     _check_layout(specs, 8 + length, size, path)
+    specs.digest = digest
+    _alike[digest] = specs
     return specs
 
 

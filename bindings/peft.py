@@ -21,11 +21,10 @@ from torch import Tensor
 from fedgram.flora_na import Adapter, LoraLayer
 
 from ._lazy_tensors import LazyMapping, LazyTensors
-from ._peft_config import IN_FILES, PREFIX, LoraSettings, read_config, refuse_other_kinds
-from ._peft_extras import extra_roles
+from ._peft_config import IN_FILES, PREFIX, read_config, refuse_other_kinds
+from ._peft_contents import contents_of
 from ._peft_initial import check_same_start, since
-from ._peft_keys import sort_keys
-from ._peft_layers import LastPair, bias_scalings, read_update, stored_layers
+from ._peft_layers import LastPair, read_update
 from ._peft_layout import FileLayout, LayerShape
 from ._peft_output import check_shared, merge_configs, output_config
 from ._peft_shards import ShardedTensors, TensorSource
@@ -115,11 +114,8 @@ def _open(path: Path, adapter_name: str | None, *, allow_dora: bool = False, ini
     handled = IN_FILES | {"use_dora"} if allow_dora else IN_FILES
     refuse_other_kinds(config, folder / CONFIG_NAME, handled=handled, initial=initial)
     file = _open_tensors(folder)
-    keys = sort_keys(file.path, file.specs)
-    settings = LoraSettings.parse(config, folder / CONFIG_NAME)
-    layers = stored_layers(file, keys, settings)
-    roles = extra_roles(file, keys, settings)
-    scalings, kept = bias_scalings(keys, layers), LastPair(file)
+    contents = contents_of(file, config, folder / CONFIG_NAME)
+    layers, roles, scalings, kept = contents.layers, contents.roles, contents.scalings, LastPair(file)
 
     def layer(name: str) -> LoraLayer:
         stored = layers[name]
@@ -129,7 +125,7 @@ def _open(path: Path, adapter_name: str | None, *, allow_dora: bool = False, ini
         return read_update(file, key, scalings[key]) if key in scalings else file.read(key)
 
     special = {key: role for key, role in roles.items() if role != "mean"}
-    return Adapter(LazyMapping(list(layers), layer), LazyTensors(sorted(roles), extra, file, scalings), config, special)
+    return Adapter(LazyMapping(layers, layer), LazyTensors(sorted(roles), extra, file, scalings), config, special)
 
 
 def _warn_of_dora(adapters: Sequence[Adapter], paths: Sequence[PathLike]) -> None:

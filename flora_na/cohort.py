@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .finite import is_finite
 from .layer import Adapter, AdapterLike, LoraLayer, as_adapter
 from .target import Target, make_target
 from .weights import Weights, normalise_weights
@@ -100,7 +101,7 @@ def make_cohort(
     labels = [f"client {u}" for u in range(len(adapters))] if names is None else list(names)
     if len(labels) != len(adapters):
         raise ValueError(f"names: expected {len(adapters)} (one per client), got {len(labels)}")
-    active = [u for u in range(len(adapters)) if w[u] > 0]
+    active = [u for u, weight in enumerate(w.tolist()) if weight > 0]
     kept = [as_adapter(adapters[u]) for u in active]
     modules = tuple(dict.fromkeys(name for adapter in kept for name in adapter.modules))
     cohort = Cohort(tuple(kept), w[active], tuple(labels[u] for u in active), modules, missing)
@@ -185,7 +186,7 @@ def _check_extra(tensor: Tensor, like: Tensor, name: str, client: str, first: st
         raise ValueError(f"{name}: {client} has shape {tuple(tensor.shape)}, {first} has {tuple(like.shape)}")
     if tensor.is_complex() or tensor.is_floating_point() != like.is_floating_point():
         raise ValueError(f"{name}: {client} has dtype {tensor.dtype}, {first} {like.dtype}: expected floating point")
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not is_finite(tensor):
         raise ValueError(f"{name}: the tensor of {client} contains NaN or Inf")
 
 

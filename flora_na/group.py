@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedgram import kernels
 
+from .finite import is_finite
 from .target import Target
 
 Side = Literal["B", "A"]
@@ -228,7 +229,7 @@ def make_groups(targets: Sequence[Target], backend: str = "auto") -> list[tuple[
         if forms_grams(sum(ranks), max(sum(targets[i].B[0].shape[:1] + targets[i].A[0].shape[1:]) for i in ids))
         for i in ids
     ]
-    grams = dict(zip(formed, _scaled_grams([targets[i] for i in formed], backend), strict=True))
+    grams = dict(zip(formed, _grams([targets[i] for i in formed], backend), strict=True))
     for target in (targets[i] for i in range(len(targets)) if i not in grams):
         check_finite(target)
     return [
@@ -239,10 +240,10 @@ def make_groups(targets: Sequence[Target], backend: str = "auto") -> list[tuple[
 def _make_group(targets: list[Target], grams: list[tuple[Tensor, Tensor] | None], backend: str) -> Group:
     if grams[0] is None:
         return Group(tuple(targets), None, ImplicitOperator(targets, backend), backend)
-    gram: dict[Side, Tensor] = {
-        "B": _stacked([g[0] for g in grams if g is not None]),
-        "A": _stacked([g[1] for g in grams if g is not None]),
-    }
+    B, A = (_stacked([g[i] for g in grams if g is not None]) for i in range(2))
+    if not all(t.unscaled for t in targets):
+        B, A = _scaled(B, [t.scale_B for t in targets], targets), _scaled(A, [t.scale_A for t in targets], targets)
+    gram: dict[Side, Tensor] = {"B": B, "A": A}
     return Group(tuple(targets), gram, GramOperator(gram), backend)
 
 
@@ -250,28 +251,26 @@ def _stacked(grams: list[Tensor]) -> Tensor:
     return grams[0].unsqueeze(0) if len(grams) == 1 else torch.stack(grams)  # one large Gram is not copied
 
 
-def _scaled_grams(targets: list[Target], backend: str) -> list[tuple[Tensor, Tensor]]:
+def _scaled(grams: Tensor, scales: list[Tensor], targets: list[Target]) -> Tensor:
+    """Grams (L, R, R) of factors that are multiplied by ``scales``, one per member."""
+    rows = torch.repeat_interleave(torch.stack(scales), torch.tensor(targets[0].ranks), dim=1).to(grams.device)
+    return grams * rows.unsqueeze(2) * rows.unsqueeze(1)
+
+
+def _grams(targets: list[Target], backend: str) -> list[tuple[Tensor, Tensor]]:
     if not targets:
         return []
     G_B, G_A = kernels.factor_gram([t.B for t in targets], [t.A for t in targets], backend=backend)
     for target, b, a in zip(targets, G_B, G_A, strict=True):
         if not math.isfinite(float(b.trace() + a.trace())):
             check_finite(target)
-    return [_scale(b, a, t) for b, a, t in zip(G_B, G_A, targets, strict=True)]
-
-
-def _scale(G_B: Tensor, G_A: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    if target.unscaled:
-        return G_B, G_A
-    rows = torch.tensor(target.ranks)
-    b, a = (torch.repeat_interleave(s, rows).to(G_B.device) for s in (target.scale_B, target.scale_A))
-    return G_B * b.unsqueeze(1) * b, G_A * a.unsqueeze(1) * a
+    return list(zip(G_B, G_A, strict=True))
 
 
 def check_finite(target: Target) -> None:
     """Raise ValueError naming the first member and factor of the module that holds NaN or Inf, if any does."""
     for member, pair in enumerate(zip(target.B, target.A, strict=True)):
         for name, factor in zip(("lora_B", "lora_A"), pair, strict=True):
-            if not bool(torch.isfinite(factor).all()):
+            if not is_finite(factor):
                 kind = "NaN" if bool(torch.isnan(factor).any()) else "Inf"
                 raise ValueError(f"{target.name}: {name} of {target.label(member)} contains {kind}")
