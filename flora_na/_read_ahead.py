@@ -14,7 +14,9 @@ from . import portions
 from .layer import Adapter, LoraLayer
 
 HELD = 1.5
-"""Factors held at most, those being worked on and those read ahead, in units of the largest portion (or of 8 MiB)."""
+"""Factors held at most, those being worked on and those read ahead, in units of the largest portion; or"""
+LEAST_HELD = 3
+"""in units of ``CHUNK_BYTES`` (8 MiB) where that is more: small portions need not wait for each other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +142,7 @@ class ReadAhead:
                 raise _StoppedError
 
     def _limit(self) -> float:
-        return HELD * max(portions.CHUNK_BYTES, self._largest)
+        return max(LEAST_HELD * portions.CHUNK_BYTES, HELD * self._largest)
 
     def _count(self, nbytes: int) -> int:
         """Count a layer as held."""

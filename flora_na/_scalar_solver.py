@@ -1,4 +1,4 @@
-"""The compiled solver of FLoRA-NA's scalars (``native/scalars.c``): modules with formed Grams on a CPU."""
+"""The compiled solver of FLoRA-NA's scalars (``native/scalars.h``): modules with formed Grams on a CPU."""
 
 from __future__ import annotations
 
@@ -8,21 +8,14 @@ from array import array
 import torch
 from torch import Tensor
 
-from fedgram.kernels._native import Extension, bits, run_jobs, table
+from fedgram.kernels._native import bits, run_jobs, table
 
+from ._compiled import DOUBTFUL, SOLVER, STATUS
 from .coefficients import SAFE_PIVOT, Evidence, ScalarPair
 from .divergence import MARGIN, rounding
 from .group import Group
 
 MOST_CLIENTS = 128  # above, LAPACK factorises the normal equations faster
-SOLVER = Extension(
-    "fedgram.flora_na._fedgram_solver",
-    {"fedgram_scalars": "pip p"},
-    {"fedgram_abi": "", "fedgram_figures": "", "fedgram_scalars_work": "iii"},
-    abi=3,
-)
-STATUS = ("converged", "max-sweeps")
-DOUBTFUL = 2
 
 
 def can_solve(group: Group) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._block_solver import certified_blocks
 from .coefficients import Pair, balance, orthonormaliser
 from .divergence import energies
 from .group import Group, Side
@@ -38,6 +39,9 @@ class AlternatingLeastSquares:
         """
         rank = start.P.shape[-1] if rank is None else rank
         Q = starting_rows(group, start, rank)
+        limits = {"tolerance": self.tolerance, "max_sweeps": self.max_sweeps, "cancelled": CANCELLED}
+        if (found := certified_blocks(group, Q, **limits)) is not None:
+            return found
         energy = group.gram_energy if group.gram is not None else None
         zero = energies(group) == 0
         P, captured = Q, torch.zeros(len(group.targets), dtype=torch.float64, device=group.device)

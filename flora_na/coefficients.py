@@ -29,12 +29,14 @@ class Pair:
         Q: (L, R, r) float64, ``A = Q^T As``.
         status: how the estimate was reached.
         sweeps: alternating sweeps used, 0 for closed forms.
+        evidence: what is known of its errors already.
     """
 
     P: Tensor
     Q: Tensor
     status: str
     sweeps: int = 0
+    evidence: Evidence | None = None
 
 
 @dataclass(frozen=True, eq=False)

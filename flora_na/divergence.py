@@ -154,7 +154,9 @@ def _exact_errors(group: Group, pair: AnyPair) -> Errors | None:
     own = torch.finfo(group.targets[0].dtype)
     if group.gram is None or group.device.type != "cpu" or pair.status == "exact" or own.eps > SEEN:
         return None
-    evidence = pair.evidence if isinstance(pair, ScalarPair) else _evidence(group, pair)
+    evidence = pair.evidence
+    if evidence is None and isinstance(pair, Pair):
+        evidence = _evidence(group, pair)
     if evidence is None:
         return None
     # elements rounded to u = eps / 2 move the product by 2 u |B| |A|, if none of them over- or underflows

@@ -93,9 +93,10 @@ def solve_svd(group: Group, rank: int) -> Pair:
         Q = Q * inverse_or_zero(Q.abs().amax((-2, -1), keepdim=True))
     pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(Q, Q, ""), V.shape[-1])
     P, Q = fit_rank(pair.P, rank), fit_rank(pair.Q, rank)
-    for i in unresolved(group, s.energies, rank).nonzero().flatten().tolist():
+    again = unresolved(group, s.energies, rank).nonzero().flatten().tolist()
+    for i in again:
         P[i], Q[i] = _from_triangles(group, i, rank)
-    return Pair(P, Q, "closed-form")
+    return Pair(P, Q, "closed-form", evidence=None if again else pair.evidence)
 
 
 def by_krylov(group: Group) -> bool:
@@ -116,6 +117,8 @@ def settle(group: Group, pair: Pair) -> Pair:
 
     The limit of the iteration is the optimum, which is what QR factors give directly.
     """
+    if pair.evidence is not None:
+        return pair
     rank = pair.P.shape[-1]
     P, Q = pair.P.clone(), pair.Q.clone()
     captured = (P * group.apply("B", P)).sum(-2).square().sum(-1)  # of a balanced pair, B^T B = A A^T

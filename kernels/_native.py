@@ -187,7 +187,8 @@ def together(function: Callable[[], None], jobs: int, work: int) -> None:
     others = [pool.submit(function) for _ in range(threads - 1)]
     function()
     for other in others:
-        other.result()
+        if not other.cancel():  # the pool may be busy with another caller's, and nothing is left to do here
+            other.result()
 
 
 def run_jobs(call: Callable[..., None], jobs: array, count: int, numbers: int, work: int) -> None:

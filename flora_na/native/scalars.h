@@ -1,4 +1,4 @@
-/* The solver for one instruction set; FN(name) gives each copy a name of its own. Included by scalars.c. */
+/* The solver for one instruction set; FN(name) gives each copy a name of its own. Included by solvers.c. */
 
 INLINE double FN(dot)(const double *x, const double *y, int64_t n) {
     four sum = {0, 0, 0, 0}, more = {0, 0, 0, 0};

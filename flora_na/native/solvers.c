@@ -1,6 +1,6 @@
-/* FLoRA-NA's scalars from Gram matrices: exact least squares for p and q of one module after the other
- * (fedgram.flora_na.scalar says what it minimises). Everything is small and float64; what float64 does not resolve
- * beyond doubt is left to the caller. Plain C, called through ctypes; threads share the modules. */
+/* Estimates from Gram matrices, one module after the other: the scalars of FLoRA-NA (scalars.h) and the blocks of
+ * alternating least squares (blocks.h). Everything is small and float64; what float64 does not resolve beyond doubt is
+ * left to the caller. Plain C, called through ctypes; threads share the modules. */
 
 #include <math.h>
 #include <stdint.h>
@@ -58,17 +58,60 @@ static struct space carve(double *work, int64_t U, int64_t R, int64_t rank) {
     return s;
 }
 
+enum { JACOBI_ROUNDS = 30 };
+#define LEAST_SQUARE 1e-20 /* a squared singular value below this part of the largest is as good as none */
+
+/* One module whose stacked factors have R rows: G and their weights D (R) as above, coefficients of rows of A to start
+ * from (R x rank), and room for those found. */
+struct blocks {
+    const double *G[2], *D, *start;
+    int64_t R, rank, max_sweeps;
+    double tolerance, safe_pivot, cancelled, doubt;
+    double *P, *Q;
+    double *found; /* STATUS, SWEEPS, and */
+};
+
+enum block_figure { BLOCK_ENERGY = 2, BLOCK_ERROR, BLOCK_NORM_B, BLOCK_NORM_A, BLOCK_FIGURES };
+
+struct room {
+    double *P, *Q, *C, *other, *S, *T, *H, *L, *norms[2], *bound, *scale;
+};
+
+INLINE int64_t padded(int64_t rank) { return (rank + 3) / 4 * 4; }
+
+static int64_t room_numbers(int64_t R, int64_t rank) {
+    int64_t width = padded(rank);
+    return 4 * R * width + 2 * rank * width + 2 * rank * rank + 2 * R + 2 * width;
+}
+
+static struct room furnish(double *work, int64_t R, int64_t rank) {
+    struct room s;
+    int64_t width = padded(rank);
+    double **tall[] = {&s.P, &s.Q, &s.C, &s.other}, **wide[] = {&s.S, &s.T}, **square[] = {&s.H, &s.L};
+    for (int i = 0; i < 4; i++) *tall[i] = take_numbers(&work, R * width);
+    for (int i = 0; i < 2; i++) {
+        *wide[i] = take_numbers(&work, rank * width);
+        *square[i] = take_numbers(&work, rank * rank);
+        s.norms[i] = take_numbers(&work, R);
+    }
+    s.bound = take_numbers(&work, width);
+    s.scale = take_numbers(&work, width);
+    return s;
+}
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MANY 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define FN(name) name##_avx2
 #include "scalars.h"
+#include "blocks.h"
 #undef FN
 #pragma GCC pop_options
 #endif
 #define FN(name) name##_plain
 #include "scalars.h"
+#include "blocks.h"
 #undef FN
 
 static int64_t avx2(void) {
@@ -80,14 +123,17 @@ static int64_t avx2(void) {
 }
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 3; }
+int64_t fedgram_abi(void) { return 4; }
 int64_t fedgram_figures(void) { return FIGURES; }
+int64_t fedgram_block_figures(void) { return BLOCK_FIGURES; }
+int64_t fedgram_blocks_work(int64_t R, int64_t rank) { return room_numbers(R, rank); }
 int64_t fedgram_scalars_work(int64_t U, int64_t R, int64_t rank) { return space_numbers(U, R, rank); }
+
+INLINE int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
 void fedgram_scalars(const struct module *modules, int64_t count, int64_t *next, double *work) {
     const int64_t fast = avx2();
-    for (int64_t i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); i < count;
-         i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) {
+    for (int64_t i = take(next); i < count; i = take(next)) {
 #ifdef MANY
         if (fast) {
             fit_avx2(modules + i, work);
@@ -95,5 +141,18 @@ void fedgram_scalars(const struct module *modules, int64_t count, int64_t *next,
         }
 #endif
         fit_plain(modules + i, work);
+    }
+}
+
+void fedgram_blocks(const struct blocks *modules, int64_t count, int64_t *next, double *work) {
+    const int64_t fast = avx2();
+    for (int64_t i = take(next); i < count; i = take(next)) {
+#ifdef MANY
+        if (fast) {
+            fit_blocks_avx2(modules + i, work);
+            continue;
+        }
+#endif
+        fit_blocks_plain(modules + i, work);
     }
 }
