@@ -79,4 +79,6 @@ def combine_triton(gradients: Gradients, coefficients: Tensor, out: Sequence[Ten
     key = (place(device), tuple(len(g) for g in gradients), describe(tensors), alignments(pointers))
     plan = PLANS.get(key, lambda: CombinePlan(gradients, targets, pointers, device))
     plan.run(gradients, v, targets, pointers)
+    if out is not None:
+        torch.autograd.graph.increment_version(targets)  # as every write of torch does: autograd must see it
     return targets

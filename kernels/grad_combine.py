@@ -115,7 +115,9 @@ def _combine_native(gradients: Gradients, v: Tensor, out: Sequence[Tensor]) -> N
         elif target.numel():
             flat.setdefault(_wide_type(tensors[0]), []).append(columns)
     for wide, columns in flat.items():
-        _native_gradients.grad_combine([c[:-1] for c in columns], v, [c[-1] for c in columns], wide == torch.float64)
+        results = [c[-1] for c in columns]
+        _native_gradients.grad_combine([c[:-1] for c in columns], v, results, wide == torch.float64)
+        torch.autograd.graph.increment_version(results)  # as every write of torch does: autograd must see it
     if rest:
         _combine_torch([[g[p] for p in rest] for g in gradients], v, [out[p] for p in rest])
 

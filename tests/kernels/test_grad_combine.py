@@ -60,6 +60,15 @@ def test_sixteen_bit_gradients_can_be_combined_into_wider_ones(backend, garbage)
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_autograd_sees_that_outputs_were_written(backend):
+    G, v = gradients(2, SHAPES), coefficients(2)
+    out = [torch.empty(s) for s in SHAPES]
+    versions = [t._version for t in out]
+    grad_combine(G, v, out=out, backend=backend)
+    assert all(t._version > before for t, before in zip(out, versions, strict=True) if t.numel())
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_any_strides_in_and_out(backend, garbage):
     base = [torch.randn(30, 40, generator=torch.Generator().manual_seed(k)) for k in range(3)]
     v = coefficients(3)
