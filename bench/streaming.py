@@ -30,7 +30,11 @@ from fedgram.bindings._tensor_header import TensorSpec
 from .environment import environment
 
 SCHEMA = 1
-SHAPES = {"q_proj": (4096, 4096), "up_proj": (11008, 4096)}
+MODELS = {
+    "7b": {"q_proj": (4096, 4096), "up_proj": (11008, 4096)},
+    "405b": {"q_proj": (16384, 16384), "up_proj": (53248, 16384)},
+}
+"""Shapes (m, n) of the modules of a layer, by the size of the language model that has them."""
 READERS = ("read plainly", "read tensors", "read with safetensors")
 PEAK_MODULES, PEAK_BYTES, SHARE = 1.5, 300e6, 0.5
 SAMPLE_SECONDS = 0.02
@@ -207,6 +211,7 @@ def streaming_command(
     gigabytes: Annotated[float, typer.Option(min=0.001, help="Size of all adapters together, in 10^9 bytes.")] = 8.0,
     clients: Annotated[int, typer.Option(min=1, help="How many adapters share it.")] = 20,
     rank: Annotated[int, typer.Option(min=1, help="Their rank.")] = 16,
+    model: Annotated[str, typer.Option(help=f"Whose modules' shapes: {' or '.join(MODELS)}.")] = "7b",
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "fedavg,flora-na,als,svd",
     folder: Annotated[Path, typer.Option(help="Where the adapters are written, in a folder of their own.")] = Path(
         "out"
@@ -214,11 +219,15 @@ def streaming_command(
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
     """Aggregate adapters larger than a budget of memory from disk; needs Linux. The adapters are removed at the end."""
+    if model not in MODELS:
+        print(f"fedgram: --model: expected one of {', '.join(MODELS)}, got {model!r}", file=sys.stderr)
+        raise typer.Exit(1)
+    shapes = MODELS[model]
     folder.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="streaming-", dir=folder))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the adapters are removed then too
     try:
-        results = run(root, gigabytes=gigabytes, clients=clients, rank=rank, methods=methods.split(","), shapes=SHAPES)
+        results = run(root, gigabytes=gigabytes, clients=clients, rank=rank, methods=methods.split(","), shapes=shapes)
     except (OSError, RuntimeError) as error:
         print(f"fedgram: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

@@ -179,6 +179,7 @@ class _Run:
         for name, shape in extra_shapes(cohort).items():
             if EXTRA + name not in self.journal.records:
                 self.journal.append_pieces(EXTRA + name, {}, shape, extra_pieces(cohort, name))
+        Trimmer()()  # what was freed is not to be held beside the modules
 
     def adapter(self, kind: str, config: Mapping[str, Any] | None) -> Adapter:
         """The result, read from the journal when it is asked for."""

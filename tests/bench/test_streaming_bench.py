@@ -30,12 +30,10 @@ def figures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     app = typer.Typer()
     app.command()(streaming.streaming_command)
-    shapes, streaming.SHAPES = streaming.SHAPES, SHAPES
-    try:
-        options = ["--gigabytes", "0.003", "--clients", "2", "--rank", "8", "--methods", "svd"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(streaming.MODELS, "tiny", SHAPES)
+        options = ["--gigabytes", "0.003", "--clients", "2", "--rank", "8", "--methods", "svd", "--model", "tiny"]
         result = CliRunner().invoke(app, [*options, "--folder", str(folder / "x"), "--out", str(folder / "f.json")])
-    finally:
-        streaming.SHAPES = shapes
     assert result.exit_code == 0, result.output
     return folder, json.loads((folder / "f.json").read_text()), result.stdout
 
@@ -65,6 +63,14 @@ def test_the_table_says_what_is_met_and_the_adapters_are_gone(figures):
     assert ("peak met" in shown) == found["methods"]["svd"]["peak_met"]
     assert "read with safetensors" in shown
     assert list((folder / "x").iterdir()) == []
+
+
+def test_an_unknown_model_is_told():
+    app = typer.Typer()
+    app.command()(streaming.streaming_command)
+    result = CliRunner().invoke(app, ["--model", "1t"])
+    assert result.exit_code == 1
+    assert result.stderr == "fedgram: --model: expected one of 7b, 405b, got '1t'\n"
 
 
 def test_a_task_that_fails_is_told(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fedgram import flora_na
-from fedgram.flora_na import LoraLayer, portions
-from fedgram.flora_na._read_ahead import ReadAhead
+from fedgram.flora_na import LoraLayer, _read_ahead, portions
+from fedgram.flora_na._read_ahead import HELD, ReadAhead
 from fedgram.flora_na.streamed import iter_aggregate
 
 LAYER_BYTES = 2 * 4 * 8 * 4  # of both factors of rank 4 of an 8 x 8 module in float32
@@ -42,8 +42,9 @@ class Recorded(Mapping):
 
 @pytest.fixture(autouse=True)
 def portion_bytes(monkeypatch):
-    """A portion is one module of two clients."""
+    """A portion is one module of two clients, and bounds are in units of portions."""
     monkeypatch.setattr(portions, "CHUNK_BYTES", 2 * LAYER_BYTES)
+    monkeypatch.setattr(_read_ahead, "LEAST_HELD", HELD)
 
 
 def names(count):
@@ -74,6 +75,15 @@ def test_it_reads_ahead_while_the_consumer_works_but_not_beyond_its_budget():
         assert settled(clients[1].reads) == i + 1
     parts.close()
     assert reading_threads() == []
+
+
+def test_small_portions_do_not_wait_for_each_other(monkeypatch):
+    monkeypatch.setattr(_read_ahead, "LEAST_HELD", 3)
+    clients = [Recorded(names(9), seed) for seed in range(2)]
+    parts = iter_aggregate(clients, method="fedavg")
+    next(parts)
+    assert settled(clients[1].reads) == 3  # one is held by the consumer, two are ready
+    parts.close()
 
 
 def test_what_is_held_is_bounded_whatever_the_sizes(monkeypatch):
