@@ -28,7 +28,7 @@ MAX_TIED = 64
 Read = Callable[[str], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredLayer:
     """One layer in a file: its name, the names of its tensors, its rank and its scaling."""
 

@@ -32,7 +32,7 @@ _BRACKET = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerName:
     """Where a layer lies.
 

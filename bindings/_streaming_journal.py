@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,7 @@ RUN, LINES, DATA = "run.json", "done.jsonl", "results.bin"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """Where a tensor lies in the data of the journal, and the checksum of its bytes."""
 
@@ -35,7 +35,7 @@ class StoredTensor:
     crc: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One finished result: its facts (JSON), and its tensors by name."""
 
@@ -114,7 +114,7 @@ class Journal:
 
     def _finish(self, records: dict[str, Record]) -> None:
         document = {
-            key: {"facts": r.facts, "tensors": {name: vars(t) for name, t in r.tensors.items()}}
+            key: {"facts": r.facts, "tensors": {name: asdict(t) for name, t in r.tensors.items()}}
             for key, r in records.items()
         }
         self._lines.seek(0, os.SEEK_END)

@@ -31,7 +31,7 @@ MAX_NAME = 2000
 MAX_DIMENSIONS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Shape and dtype of a stored tensor, and for one in a file the bytes where it lies."""
 

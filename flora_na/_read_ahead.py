@@ -15,7 +15,7 @@ from .layer import Adapter, LoraLayer
 
 HELD = 1.5
 """Factors held at most, those being worked on and those read ahead, in units of the largest portion; or"""
-LEAST_HELD = 3
+LEAST_HELD = 2
 """in units of ``CHUNK_BYTES`` (8 MiB) where that is more: small portions need not wait for each other."""
 
 

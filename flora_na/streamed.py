@@ -34,7 +34,7 @@ def iter_aggregate(
     Portions come in the order of the modules, each as ``aggregate`` returns it for those modules alone, with reports
     whose yardsticks are numbers. Modules are put together up to 8 MiB of factors, as ``aggregate`` does on the CPU,
     so all portions together have the bits that it returns. Meanwhile a thread reads ahead: the factors held are at
-    most 1.5 times the largest portion (or 24 MiB). Full tensors beside the factors
+    most 1.5 times the largest portion (or 16 MiB). Full tensors beside the factors
     (``Adapter.extras``) are left to the caller.
 
     Args:

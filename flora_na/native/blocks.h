@@ -84,7 +84,7 @@ INLINE void FN(jacobi)(int64_t n, double *H, double *V) {
         for (int64_t p = 0; p < n; p++)
             for (int64_t q = p + 1; q < n; q++) {
                 double off = H[p * n + q];
-                if (fabs(off) <= 1e-17 * sqrt(fabs(H[p * n + p] * H[q * n + q]))) continue;
+                if (fabs(off) <= 1e-17 * sqrt(fabs(H[p * n + p])) * sqrt(fabs(H[q * n + q]))) continue;
                 double theta = (H[q * n + q] - H[p * n + p]) / (2 * off);
                 double t = copysign(1, theta) / (fabs(theta) + sqrt(theta * theta + 1)), c = 1 / sqrt(t * t + 1);
                 double s = t * c;

@@ -236,6 +236,7 @@ INLINE int64_t FN(minimise)(const struct module *m, const struct space *s, doubl
         if (energy - FN(dot)(s->h, m->p[0], U) > safe) { /* not lower than what was safe: go there */
             memcpy(q, s->safe_q, U * sizeof(double));
             safe = INFINITY, trust = 0;
+            --*sweeps; /* the next one takes its place, and cannot come to this */
             continue;
         }
         if ((part = FN(exact_step)(m, s, 1)) < 0) return DOUBTFUL;
