@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ._batched_algebra import cholesky_inverse_root, inverse_or_zero, solve_shifted
 from ._batched_group import BatchedGroup, Side
+from ._scalar_problem import conjugate_gradients
 from .als import CANCELLED
-from .scalar import _conjugate_gradients as conjugate_gradients
 
 CG_STEPS = 4
 """Steps of conjugate gradients towards a half-step where H is not formed: they start from the last sweep's scalars."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from .group import Group, Side
 
 MEMBERS = 16
 """Up to this many members (clients and anchor) their U^4 products are formed once; a sweep then takes few operations
-on small tensors. Above, sweeps work on the Grams (``scalar._Normal``)."""
+on small tensors. Above, sweeps work on the Grams (``_scalar_problem``)."""
 
 
 class PairProducts:
@@ -44,6 +45,14 @@ class PairProducts:
         else:
             H, h = (self.T * qq.unsqueeze(-1)).sum(-2), (self.E * q.unsqueeze(-1)).sum(-2)
         return H.view(-1, self.U, self.U), h
+
+    def cross(self, p: Tensor, q: Tensor) -> Tensor:
+        """Half the second derivatives of the squared error by p_i (rows) and q_v, (L, U, U).
+
+        ``<B_i A_v, BA> + <B_i A(q), B(p) A_v> - <B_i A_v, dW>``.
+        """
+        T = self.T.view(-1, *[self.U] * 4)
+        return torch.einsum("zikvl,zk,zl->ziv", T + T.transpose(-1, -2), p, q) - self.E
 
     def square(self, side: Side, p: Tensor) -> Tensor:
         """``||sum p_u B_u||^2`` (L,), or that of A."""

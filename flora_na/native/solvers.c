@@ -114,13 +114,12 @@ static struct room furnish(double *work, int64_t R, int64_t rank) {
 #include "blocks.h"
 #undef FN
 
-static int64_t avx2(void) {
 #ifdef MANY
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#define FASTEST(name) \
+    (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? name##_avx2 : name##_plain)
 #else
-    return 0;
+#define FASTEST(name) name##_plain
 #endif
-}
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
 int64_t fedgram_abi(void) { return 4; }
@@ -132,27 +131,11 @@ int64_t fedgram_scalars_work(int64_t U, int64_t R, int64_t rank) { return space_
 INLINE int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
 void fedgram_scalars(const struct module *modules, int64_t count, int64_t *next, double *work) {
-    const int64_t fast = avx2();
-    for (int64_t i = take(next); i < count; i = take(next)) {
-#ifdef MANY
-        if (fast) {
-            fit_avx2(modules + i, work);
-            continue;
-        }
-#endif
-        fit_plain(modules + i, work);
-    }
+    void (*solve)(const struct module *, double *) = FASTEST(fit);
+    for (int64_t i = take(next); i < count; i = take(next)) solve(modules + i, work);
 }
 
 void fedgram_blocks(const struct blocks *modules, int64_t count, int64_t *next, double *work) {
-    const int64_t fast = avx2();
-    for (int64_t i = take(next); i < count; i = take(next)) {
-#ifdef MANY
-        if (fast) {
-            fit_blocks_avx2(modules + i, work);
-            continue;
-        }
-#endif
-        fit_blocks_plain(modules + i, work);
-    }
+    void (*solve)(const struct blocks *, double *) = FASTEST(fit_blocks);
+    for (int64_t i = take(next); i < count; i = take(next)) solve(modules + i, work);
 }
