@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,8 +52,12 @@ class PairProducts:
 
         ``<B_i A_v, BA> + <B_i A(q), B(p) A_v> - <B_i A_v, dW>``.
         """
+        return torch.einsum("zikvl,zk,zl->ziv", self._with_mirror, p, q) - self.E
+
+    @cached_property
+    def _with_mirror(self) -> Tensor:
         T = self.T.view(-1, *[self.U] * 4)
-        return torch.einsum("zikvl,zk,zl->ziv", T + T.transpose(-1, -2), p, q) - self.E
+        return T + T.transpose(-1, -2)
 
     def square(self, side: Side, p: Tensor) -> Tensor:
         """``||sum p_u B_u||^2`` (L,), or that of A."""

@@ -96,9 +96,8 @@ class _Descent:
         self.zero = problem.collect([energies(g) for g in problem.groups]) == 0
         self.tolerance = tolerance * (FINER if problem.formed and self.energy.device.type == "cpu" else 1.0)
         self._gain = torch.zeros_like(self.energy)
-        self._bound = torch.full_like(
-            self.energy, torch.inf
-        )  # of the error at a q of Newton's: above it, it is refused
+        # of the error at a q of Newton's, which is refused above it
+        self._bound = torch.full_like(self.energy, torch.inf)
 
     def sweep(self) -> bool:
         """One exact step in p, one in q, and Newton's from there on; whether no module has more to gain."""
@@ -135,4 +134,5 @@ class _Descent:
     def hold_gauge(self) -> None:
         """Keep p and q of one size, which alternating steps do not (Newton's do)."""
         if not bool(self._bound.isfinite().any()):
-            self.p, self.q = self.problem.hold_gauge(self.p, self.q)
+            self.p, self.q = self.problem.hold_gauge(self.p, self.exact_q)
+            self.exact_q = self.q

@@ -7,6 +7,7 @@ from fedgram.flora_na import ScalarLeastSquares
 from fedgram.flora_na._compiled import SOLVER
 from fedgram.flora_na._scalar_newton import DAMPING, newton_step
 from fedgram.flora_na._scalar_problem import Problem
+from fedgram.flora_na.divergence import pair_errors
 from fedgram.flora_na.estimation import estimate_targets
 from fedgram.flora_na.group import make_groups
 from fedgram.flora_na.target import make_target
@@ -120,6 +121,34 @@ def test_the_compiled_solver_ends_there_too(case):
         assert compiled.status == general.status == "converged"
         assert compiled.sweeps <= 25
         assert torch.allclose(compiled.evidence.error, general.left, rtol=1e-8)
+
+
+@pytest.mark.parametrize("sweeps", [1, 2, 4, 8])
+def test_cut_short_the_error_is_that_of_the_pair(sweeps):
+    """p and q end in one gauge, whatever the last sweep was."""
+    for seed in range(3):
+        group = group_of([1, 3, 5, 2], seed=seed)
+        found = ScalarLeastSquares(max_sweeps=sweeps).solve([group])[0]
+        for l in range(2):
+            B, A, dW = dense(group, l)
+            pair = torch.einsum("u,umr->mr", found.p[l], B) @ torch.einsum("u,urn->rn", found.q[l], A)
+            assert torch.allclose((dW - pair).square().sum(), found.left[l], rtol=1e-9)
+        if SOLVER.missing is None:
+            compiled = ScalarLeastSquares(max_sweeps=sweeps).certified(group)
+            assert torch.allclose(pair_errors(group, compiled).error, compiled.evidence.error, rtol=1e-9)
+            assert torch.allclose(compiled.evidence.error, found.left, rtol=1e-6)
+
+
+def test_a_gauge_that_is_held_in_the_last_sweep_is_that_of_both(monkeypatch):
+    monkeypatch.setattr(Problem, "newton", lambda self, p, q, *_: (torch.zeros_like(q), torch.full_like(q[:, 0], -1.0)))
+    monkeypatch.setattr(Problem, "hold_gauge", lambda self, p, q: (8 * p, q / 8))
+    monkeypatch.setattr(Problem, "normalise_gauge", lambda self, p, q: (p, q))
+    group = group_of([3] * 4)
+    found = ScalarLeastSquares(max_sweeps=4).solve([group])[0]
+    for l in range(2):
+        B, A, dW = dense(group, l)
+        pair = torch.einsum("u,umr->mr", found.p[l], B) @ torch.einsum("u,urn->rn", found.q[l], A)
+        assert torch.allclose((dW - pair).square().sum(), found.left[l], rtol=1e-9)
 
 
 def test_it_never_ends_above_the_averages():
