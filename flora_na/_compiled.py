@@ -6,15 +6,16 @@ from fedgram.kernels._native import Extension
 
 SOLVER = Extension(
     "fedgram.flora_na._fedgram_solver",
-    {"fedgram_scalars": "pip p", "fedgram_blocks": "pip p"},
+    {"fedgram_scalars": "pip p", "fedgram_blocks": "pip p", "fedgram_spectrum": "pip p"},
     {
         "fedgram_abi": "",
         "fedgram_figures": "",
         "fedgram_scalars_work": "iii",
         "fedgram_block_figures": "",
         "fedgram_blocks_work": "ii",
+        "fedgram_spectrum_work": "i",
     },
-    abi=4,
+    abi=5,
 )
 STATUS = ("converged", "max-sweeps")
 DOUBTFUL = 2

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedgram import kernels
 
+from ._spectrum_solver import compiled_spectrum
 from .als import AlternatingLeastSquares
 from .coefficients import Pair, eigh_psd, fit_rank, inverse_or_zero
 from .divergence import MARGIN, ROUNDING, energies, mass_of_target, rounding
@@ -47,7 +48,9 @@ def spectrum(group: Group) -> Spectrum:
 
 
 def squared_singular_values(group: Group) -> Tensor:
-    """(L, R) float64 of every module's dW, descending; half the work of ``spectrum``."""
+    """(L, R) float64 of every module's dW, descending; less work than ``spectrum``."""
+    if (values := compiled_spectrum(group)) is not None:
+        return values
     M, _ = _core(group)
     return torch.linalg.eigvalsh(0.5 * (M + M.mT)).clamp_min(0.0).flip(-1)
 

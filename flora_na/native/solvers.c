@@ -1,5 +1,5 @@
-/* Estimates from Gram matrices, one module after the other: the scalars of FLoRA-NA (scalars.h) and the blocks of
- * alternating least squares (blocks.h). Everything is small and float64; what float64 does not resolve beyond doubt is
+/* Estimates from Gram matrices, one module after the other: the scalars of FLoRA-NA (scalars.h), the blocks of
+ * alternating least squares (blocks.h) and the singular values behind the optimum (spectrum.h). Everything is small and float64; what float64 does not resolve beyond doubt is
  * left to the caller. Plain C, called through ctypes; threads share the modules. */
 
 #include <math.h>
@@ -71,6 +71,17 @@ struct blocks {
     double *found; /* STATUS, SWEEPS, and */
 };
 
+/* One module again: where its R squared singular values go, descending, and the status. */
+struct spectrum {
+    const double *G[2], *D;
+    int64_t R;
+    double safe_pivot;
+    double *values, *found;
+};
+
+enum { QL_ROUNDS = 50 };
+#define ROUNDING 1.1102230246251565e-16
+
 enum block_figure { BLOCK_ENERGY = 2, BLOCK_ERROR, BLOCK_NORM_B, BLOCK_NORM_A, BLOCK_FIGURES };
 
 struct room {
@@ -106,12 +117,14 @@ static struct room furnish(double *work, int64_t R, int64_t rank) {
 #define FN(name) name##_avx2
 #include "scalars.h"
 #include "blocks.h"
+#include "spectrum.h"
 #undef FN
 #pragma GCC pop_options
 #endif
 #define FN(name) name##_plain
 #include "scalars.h"
 #include "blocks.h"
+#include "spectrum.h"
 #undef FN
 
 #ifdef MANY
@@ -122,10 +135,11 @@ static struct room furnish(double *work, int64_t R, int64_t rank) {
 #endif
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 4; }
+int64_t fedgram_abi(void) { return 5; }
 int64_t fedgram_figures(void) { return FIGURES; }
 int64_t fedgram_block_figures(void) { return BLOCK_FIGURES; }
 int64_t fedgram_blocks_work(int64_t R, int64_t rank) { return room_numbers(R, rank); }
+int64_t fedgram_spectrum_work(int64_t R) { return R * R + 2 * R * padded(R) + 4 * R; }
 int64_t fedgram_scalars_work(int64_t U, int64_t R, int64_t rank) { return space_numbers(U, R, rank); }
 
 INLINE int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
@@ -137,5 +151,10 @@ void fedgram_scalars(const struct module *modules, int64_t count, int64_t *next,
 
 void fedgram_blocks(const struct blocks *modules, int64_t count, int64_t *next, double *work) {
     void (*solve)(const struct blocks *, double *) = FASTEST(fit_blocks);
+    for (int64_t i = take(next); i < count; i = take(next)) solve(modules + i, work);
+}
+
+void fedgram_spectrum(const struct spectrum *modules, int64_t count, int64_t *next, double *work) {
+    void (*solve)(const struct spectrum *, double *) = FASTEST(find_spectrum);
     for (int64_t i = take(next); i < count; i = take(next)) solve(modules + i, work);
 }

@@ -1,0 +1,36 @@
+"""The compiled spectrum (``native/spectrum.h``): squared singular values of modules with formed Grams on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedgram.kernels._native import bits, run_jobs, table
+
+from ._compiled import DOUBTFUL, SOLVER
+from .coefficients import SAFE_PIVOT
+from .group import Group
+
+MOST_RANKS = 192  # total; above, LAPACK works in blocks
+
+
+def compiled_spectrum(group: Group) -> Tensor | None:
+    """(L, R) squared singular values of every module's dW, descending, float64.
+
+    None where it is not for this solver, or the Gram of a module's A is not safely definite: the general path then
+    takes its square root from eigenvectors.
+    """
+    L, R = len(group.targets), group.total_rank
+    if group.gram is None or not 0 < R <= MOST_RANKS or group.device.type != "cpu" or SOLVER.missing is not None:
+        return None
+    library = SOLVER.loaded
+    D, grams = group.D.contiguous(), [group.gram[side].contiguous() for side in ("B", "A")]
+    values, found = torch.empty(L, R, dtype=torch.float64), torch.empty(L, dtype=torch.float64)
+    b, a, d, v, f = (t.data_ptr() for t in (*grams, D, values, found))
+    square, line, pivot = 8 * R * R, 8 * R, bits(SAFE_PIVOT)
+    jobs = [
+        (b + square * l, a + square * l, d + line * l, R, pivot, v + line * l, f + 8 * l)
+        for l in range(L)
+    ]  # fmt: skip
+    run_jobs(library.fedgram_spectrum, table(jobs), L, library.fedgram_spectrum_work(R), L * R * R * R)
+    return None if DOUBTFUL in found.tolist() else values

@@ -1,0 +1,108 @@
+"""The compiled spectrum against dense singular values, and what it leaves to the general path."""
+
+import pytest
+import torch
+
+from fedgram.flora_na import svd
+from fedgram.flora_na._compiled import SOLVER
+from fedgram.flora_na._spectrum_solver import MOST_RANKS, compiled_spectrum
+from fedgram.flora_na.group import make_groups
+from fedgram.flora_na.svd import squared_singular_values
+from fedgram.flora_na.target import make_target
+
+pytestmark = pytest.mark.skipif(SOLVER.missing is not None, reason=str(SOLVER.missing))
+CASES = {
+    "even ranks": [8] * 5,
+    "odd ranks": [3] * 5,
+    "ragged ranks": [1, 5, 8, 2],
+    "one": [1],
+    "two": [1, 1],
+    "as many as it takes": [16] * (MOST_RANKS // 16),
+}
+
+
+def target(ranks, seed=0, m=70, n=90, scale=1.0, anchored=False):
+    g = torch.Generator().manual_seed(seed)
+    m, n = m + sum(ranks), n + sum(ranks)
+    B = [torch.randn(m, r, generator=g, dtype=torch.float64) * scale for r in ranks]
+    A = [torch.randn(r, n, generator=g, dtype=torch.float64) for r in ranks]
+    w = torch.rand(len(ranks), generator=g, dtype=torch.float64) + 0.1
+    return make_target(B, A, w / w.sum(), anchor=(B[0].flip(0), A[0].flip(1)) if anchored else None)
+
+
+def group_of(*targets):
+    [(group, _)] = make_groups(list(targets))
+    return group
+
+
+def dense(t):
+    return sum(c * b @ a for c, b, a in zip(t.coefficients.tolist(), t.B, t.A, strict=True))
+
+
+def expected(t, R):
+    found = torch.linalg.svdvals(dense(t)).square()[:R]
+    return torch.cat([found, found.new_zeros(R - len(found))])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e60])
+@pytest.mark.parametrize("case", CASES)
+def test_it_has_the_squared_singular_values(case, scale):
+    targets = [target(CASES[case], seed, scale=scale) for seed in range(3)]
+    group = group_of(*targets)
+    values = compiled_spectrum(group)
+    assert torch.equal(values, squared_singular_values(group))
+    for l, t in enumerate(targets):
+        true = expected(t, group.total_rank)
+        # the Grams' own rounding, by their condition
+        assert torch.allclose(values[l], true, rtol=1e-10, atol=1e-12 * float(true[0]))
+        assert values[l].tolist() == sorted(values[l].tolist(), reverse=True)
+
+
+def test_equal_values_zeros_and_a_diagonal():
+    """Orthonormal factors: every value is that of a weight; the anchor adds zeros."""
+    q = torch.linalg.qr(torch.randn(40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    B, A = [q[:, :4], q[:, 4:8], q[:, 8:]], [q[:, :4].T, q[:, 4:8].T, q[:, 8:].T]
+    w = torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64)
+    values = compiled_spectrum(group_of(make_target(B, A, w)))
+    assert torch.allclose(values[0], torch.tensor([0.25] * 4 + [0.0625] * 8, dtype=torch.float64), rtol=1e-13)
+    anchored = target([3, 4], anchored=True)
+    values = compiled_spectrum(group_of(anchored))
+    true = expected(anchored, 10)
+    assert torch.allclose(values[0], true, rtol=1e-10, atol=1e-12 * float(true[0]))
+    assert bool((values[0, 7:] <= 1e-14 * values[0, 0]).all())
+
+
+def test_products_of_lower_rank():
+    """Parallel columns in B only: zeros at the end, to the rounding of the Grams."""
+    t = target([4] * 3)
+    same = make_target([t.B[0]] * 3, t.A, t.weights)
+    values = compiled_spectrum(group_of(same))
+    true = expected(same, 12)
+    assert torch.allclose(values[0], true, rtol=1e-10, atol=1e-13 * float(true[0]))
+
+
+@pytest.mark.parametrize("kind", ["parallel", "zero"])
+def test_what_has_no_safe_square_root_goes_to_the_general_path(kind):
+    t = target([4] * 3)
+    A = [t.A[0]] * 3 if kind == "parallel" else [torch.zeros_like(t.A[0]), *t.A[1:]]
+    group = group_of(make_target(t.B, A, t.weights))
+    assert compiled_spectrum(group) is None
+    true = expected(group.targets[0], 12)
+    assert torch.allclose(squared_singular_values(group)[0], true, rtol=1e-8, atol=1e-12 * float(true[0]))
+
+
+def test_more_ranks_than_it_is_for():
+    assert compiled_spectrum(group_of(target([MOST_RANKS + 1]))) is None
+
+
+def test_a_spectrum_of_many_sizes(monkeypatch):
+    """Values over twelve orders of magnitude, each to its own precision as far as Grams have it."""
+    g = torch.Generator().manual_seed(4)
+    q, p = (torch.linalg.qr(torch.randn(60, 24, generator=g, dtype=torch.float64)).Q for _ in range(2))
+    sizes = torch.logspace(0, -6, 24, dtype=torch.float64)
+    t = make_target([q * sizes], [p.T], torch.ones(1, dtype=torch.float64))
+    group = group_of(t)
+    values = compiled_spectrum(group)
+    assert torch.allclose(values[0], sizes.square(), rtol=1e-9, atol=1e-15)
+    monkeypatch.setattr(svd, "compiled_spectrum", lambda _: None)
+    assert torch.allclose(squared_singular_values(group), values, rtol=1e-9, atol=1e-15)
