@@ -1,6 +1,13 @@
 /* The squared singular values of dW for one instruction set (fedgram.flora_na.svd says from which matrix). Included by
  * solvers.c after blocks.h. */
 
+/* y -= a v + b w. */
+INLINE void FN(subtract_two)(double a, const double *v, double b, const double *w, double *y, int64_t n) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) *(four *)(y + i) -= a * *(const four *)(v + i) + b * *(const four *)(w + i);
+    for (; i < n; i++) y[i] -= a * v[i] + b * w[i];
+}
+
 /* Householder's tridiagonal form of the symmetric M (n x n, rows `width` apart, which is spoilt): diagonal d, beside it
  * e, with e[n - 1] = 0. */
 INLINE void FN(tridiagonal)(int64_t n, int64_t width, double *M, double *d, double *e, double *v, double *w) {
@@ -19,10 +26,7 @@ INLINE void FN(tridiagonal)(int64_t n, int64_t width, double *M, double *d, doub
         double factor = 1 / (norm * (norm + fabs(row[0]))); /* 2 / v'v */
         for (int64_t i = 0; i < length; i++) w[i] = factor * FN(dot)(rest + i * width, v, length);
         FN(axpy)(-0.5 * factor * FN(dot)(w, v, length), v, w, length);
-        for (int64_t i = 0; i < length; i++) {
-            FN(axpy)(-v[i], w, rest + i * width, length);
-            FN(axpy)(-w[i], v, rest + i * width, length);
-        }
+        for (int64_t i = 0; i < length; i++) FN(subtract_two)(w[i], v, v[i], w, rest + i * width, length);
     }
     d[n - 1] = M[(n - 1) * width + n - 1];
     e[n - 1] = 0;
