@@ -84,12 +84,16 @@ def restore(out, files):
             (out / name).write_bytes(data)
 
 
+def seconds_of_a_run(clients, out, errors):
+    begin = time.perf_counter()
+    assert finish(start(command(clients, out, "first"), errors)) == FINISHED
+    return time.perf_counter() - begin
+
+
 def test_a_kill_after_any_time_leaves_a_whole_output(clients, results, tmp_path):
     out, errors = tmp_path / "work" / "out", tmp_path / "errors"
     out.parent.mkdir()
-    begin = time.perf_counter()
-    assert finish(start(command(clients, out, "first"), errors)) == FINISHED
-    whole = time.perf_counter() - begin
+    whole = min(seconds_of_a_run(clients, out, errors) for _ in range(3))  # one may be slowed down by other work
     killed, current = 0, "first"
     for i in range(20):
         aim = "second" if current == "first" else "first"
