@@ -115,17 +115,19 @@ def _open(path: Path, adapter_name: str | None, *, allow_dora: bool = False, ini
     refuse_other_kinds(config, folder / CONFIG_NAME, handled=handled, initial=initial)
     file = _open_tensors(folder)
     contents = contents_of(file, config, folder / CONFIG_NAME)
-    layers, roles, scalings, kept = contents.layers, contents.roles, contents.scalings, LastPair(file)
+    kept = LastPair(file)
 
     def layer(name: str) -> LoraLayer:
-        stored = layers[name]
+        stored = contents.layers[name]  # held by the adapter for as long as others may share it
         return kept.layer(stored) if stored.name.experts > 1 else stored.read(file.read)
 
     def extra(key: str) -> Tensor:
-        return read_update(file, key, scalings[key]) if key in scalings else file.read(key)
+        scaling = contents.scalings.get(key)
+        return file.read(key) if scaling is None else read_update(file, key, scaling)
 
-    special = {key: role for key, role in roles.items() if role != "mean"}
-    return Adapter(LazyMapping(layers, layer), LazyTensors(sorted(roles), extra, file, scalings), config, special)
+    special = {key: role for key, role in contents.roles.items() if role != "mean"}
+    extras = LazyTensors(sorted(contents.roles), extra, file, contents.scalings)
+    return Adapter(LazyMapping(contents.layers, layer), extras, config, special)
 
 
 def _warn_of_dora(adapters: Sequence[Adapter], paths: Sequence[PathLike]) -> None:

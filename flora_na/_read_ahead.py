@@ -14,9 +14,9 @@ from . import portions
 from .layer import Adapter, LoraLayer
 
 HELD = 1.5
-"""Factors held at most, those being worked on and those read ahead, in units of the largest portion; or"""
+"""Factors held at most, those being worked on and those read ahead, in units of the largest portion."""
 LEAST_HELD = 2
-"""in units of ``CHUNK_BYTES`` (8 MiB) where that is more: small portions need not wait for each other."""
+"""What may be held in any case, in units of ``CHUNK_BYTES`` (8 MiB): small portions need not wait for each other."""
 
 
 @dataclass(frozen=True, eq=False)

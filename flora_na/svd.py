@@ -118,7 +118,7 @@ def unresolved(group: Group, values: Tensor, rank: int) -> Tensor:
 def settle(group: Group, pair: Pair) -> Pair:
     """A balanced pair of an iteration, with the modules solved again from QR factors whose error it cannot resolve.
 
-    The limit of the iteration is the optimum, which is what QR factors give directly.
+    The limit of the iteration is the optimum, which is what QR factors give directly. A pair with evidence is resolved.
     """
     if pair.evidence is not None:
         return pair

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedgram.bench.ceilings import Ceilings, Cost, measure_ceilings
-from fedgram.bench.measure import Quartiles, Timing, interleave, plan
+from fedgram.bench.measure import SHORTEST, Quartiles, Timing, interleave, plan
 from fedgram.bench.memory import RESET, peak_bytes
 from fedgram.bench.registry import Case, Contender, Target
 from fedgram.bench.run_case import run_case
@@ -33,6 +33,9 @@ def test_plans_follow_the_budget():
     short = plan(first=1e-4, budget=3.0, least=2, most=25)
     assert short.inner == 50
     assert short.rounds == 25
+    for first in (2.4e-3, 2.6e-3, 4.9e-3):  # one sample lasts at least SHORTEST
+        assert plan(first, budget=3.0, least=2, most=25).inner * first >= SHORTEST
+    assert plan(first=SHORTEST, budget=3.0, least=2, most=25).inner == 1
 
 
 def test_contenders_take_turns_and_the_slow_one_leaves_first():
