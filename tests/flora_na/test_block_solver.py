@@ -140,6 +140,18 @@ def test_what_grams_do_not_resolve_goes_to_the_general_path(kind):
         assert e.rho == pytest.approx(float(optimum), rel=1e-3)
 
 
+def test_a_start_that_cancels_to_rounding_is_in_doubt():
+    """Of nearly the same A twice, one minus the other: its norm is what float64 makes of zero."""
+    [t] = targets([4, 4], modules=1)
+    factor = 1 + 1e-9
+    [(group, _)] = make_groups([make_target(t.B, [t.A[0], t.A[0] * factor], t.weights)])
+    start = solve_fedavg(group).Q.clone()
+    start[0, :, 1] = 0
+    start[0, 1, 1], start[0, 5, 1] = factor, -1
+    limits = {"tolerance": 1e-6, "max_sweeps": 200}
+    assert certified_blocks(group, start, cancelled=als_module.CANCELLED, **limits) is None
+
+
 def test_more_columns_or_ranks_than_it_is_for():
     limits = {"tolerance": 1e-6, "max_sweeps": 200, "cancelled": als_module.CANCELLED}
     group = group_of([8] * 40, modules=1)  # 320 ranks
