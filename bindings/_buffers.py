@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-LARGE = 1 << 20
+LARGE = 1 << 22
 """Bytes from which a tensor has a mapping of its own: allocators keep such blocks when they are freed, and what reading
 module after module may hold at its peak would then grow by them. Smaller ones are worth reusing."""
 

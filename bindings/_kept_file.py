@@ -1,4 +1,4 @@
-"""Files that stay open between reads, the few that were read last: opening one costs as much as reading 100 kB."""
+"""Files that stay open between reads, as many as may be: opening one costs as much as reading 100 kB."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _guard = threading.Lock()
 class KeptFile:
     """A regular file, opened when it is first read; the system is told that it is read from front to back.
 
-    One thread at a time reads it. It is closed when other files are read, and opened anew when it is read again.
+    One thread at a time reads it. It is closed when many others are opened, and opened anew when it is read again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,13 +39,16 @@ class KeptFile:
             ValueError, OSError: as ``open_regular``.
         """
         with self._lock:
-            if self._descriptor is None:
+            opened = self._descriptor is None
+            if opened:
                 with open_regular(self._path) as file:
                     self._descriptor = os.dup(file.fileno())
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            assert self._descriptor is not None
             yield self._descriptor
-        _close_others(self)
+        if opened:
+            _close_others(self)
 
     def try_close(self) -> bool:
         """Close the file unless a thread is reading it; whether that was done."""
@@ -83,7 +86,7 @@ def read_into(descriptor: int, part: memoryview, start: int) -> bool:
 
 
 def _close_others(file: KeptFile) -> None:
-    """Note that a file was read last, and close those that were not read for the longest time."""
+    """Note that a file was opened, and close those that were opened the longest time ago."""
     with _guard:
         _open[id(file)] = file
         _order[id(file)] = None

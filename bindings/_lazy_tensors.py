@@ -29,6 +29,10 @@ class LazyMapping(Mapping[str, T]):
             raise KeyError(name)
         return self._make(name)
 
+    def get(self, name: str, default: T | None = None) -> T | None:  # type: ignore[override]
+        """The value of a key, or the default where there is none."""
+        return self._make(name) if name in self._names else default
+
     def __contains__(self, name: object) -> bool:
         return name in self._names
 

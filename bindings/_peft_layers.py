@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -25,8 +25,6 @@ MAX_EXPERTS = 1 << 18
 MAX_TIED = 64
 """Comparisons of tied factors: PEFT ties heads to one embedding."""
 
-Read = Callable[[str], Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
@@ -38,9 +36,12 @@ class StoredLayer:
     rank: int
     scaling: float
 
-    def read(self, read: Read) -> LoraLayer:
+    def read(self, file: TensorSource) -> LoraLayer:
         """The two matrices, (r, n) and (m, r)."""
-        A, B = read(self.A), read(self.B)
+        return self.layer(*file.read_pair(self.A, self.B))
+
+    def layer(self, A: Tensor, B: Tensor) -> LoraLayer:
+        """The two matrices as the tensors of the file hold them."""
         if self.name.kind == "conv":
             A, B = A.flatten(1), B.flatten(1)
         elif self.name.kind == "expert" and self.name.experts > 1:
@@ -68,7 +69,7 @@ class LastPair:
 
     def layer(self, stored: StoredLayer) -> LoraLayer:
         """One expert."""
-        layer = stored.read(self)
+        layer = stored.layer(self(stored.A), self(stored.B))
         if stored.name.expert == stored.name.experts - 1:
             self._kept = {}
         return layer

@@ -9,11 +9,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fedgram.flora_na import LoraLayer
 from fedgram.flora_na.finite import is_finite
 
 from ._peft_names import LayerName, factor_key
 from ._tensor_file import TensorSpec
+
+FactorOf = Callable[[str, str], tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,22 @@ class FileLayout:
             raise ValueError(f"{key}: two layers would be written to it")
         self._factors[key], self.specs[key] = factor, TensorSpec(dtype, shape)
 
-    def tensor(self, key: str, layers: Callable[[str], LoraLayer]) -> Tensor:
+    def tensor(self, key: str, factors: FactorOf) -> Tensor:
         """The tensor of a name, of layers of scaling 1.
+
+        Args:
+            key: its name.
+            factors: reads one factor, side ``A`` or ``B``, of a layer, and the layer's scaling.
 
         Raises:
             ValueError: a factor is not finite once the scaling is multiplied in.
         """
         factor = self._factors[key]
-        parts = [unit_factor(name, layers(name), factor.side, self._rank[name]) for name in factor.names]
+        side = factor.side
+        parts = [unit_factor(name, side, *factors(name, side), self._rank[name]) for name in factor.names]
         if len(parts) == 1:
             whole = parts[0]
-        elif factor.side == "A":
+        elif side == "A":
             whole = torch.cat(parts)
         else:
             whole = torch.stack(parts, 2).flatten(1)
@@ -134,19 +140,19 @@ def _expert(name: LayerName, expert: int) -> LayerName:
     return LayerName(name.path, name.kind, name.kernel, expert, name.experts, name.tied)
 
 
-def unit_factor(name: str, layer: LoraLayer, side: str, rank: int) -> Tensor:
-    """One factor of the layer with its scaling multiplied into lora_B, padded with zeros to ``rank``.
+def unit_factor(name: str, side: str, factor: Tensor, scaling: float, rank: int) -> Tensor:
+    """One factor of a layer with the scaling multiplied into lora_B, padded with zeros to ``rank``.
 
     Raises:
         ValueError: it is not finite.
     """
-    factor = (layer.A if side == "A" else layer.B).detach().cpu()
-    if side == "B" and layer.scaling != 1:
+    factor = factor.detach().cpu()
+    if side == "B" and scaling != 1:
         # In float64, then one rounding: a float16 product with a large scaling must not pass through float16 twice.
-        factor = (factor.double() * layer.scaling).to(factor.dtype)
+        factor = (factor.double() * scaling).to(factor.dtype)
     if not is_finite(factor):
-        raise ValueError(f"{name}: lora_{side} holds NaN or Inf (scaling {layer.scaling:g} in {factor.dtype})")
-    missing = rank - layer.rank
+        raise ValueError(f"{name}: lora_{side} holds NaN or Inf (scaling {scaling:g} in {factor.dtype})")
+    missing = rank - factor.shape[side == "B"]
     return (
         factor if not missing else torch.nn.functional.pad(factor, (0, 0, 0, missing) if side == "A" else (0, missing))
     )

@@ -31,6 +31,10 @@ class TensorSource(Protocol):
         """A fresh CPU tensor with the values of ``key``; with ``stop``, its numbers ``start:stop`` in a row."""
         ...
 
+    def read_pair(self, first: str, second: str) -> tuple[Tensor, Tensor]:
+        """Two tensors, as ``read`` returns them."""
+        ...
+
 
 class ShardedTensors:
     """The tensors of several safetensors files that an index lists (``adapter_model.safetensors.index.json``).
@@ -63,6 +67,12 @@ class ShardedTensors:
             ValueError: the file has changed since its header was read.
         """
         return self._files[self._shard[key]].read(key, start, stop)
+
+    def read_pair(self, first: str, second: str) -> tuple[Tensor, Tensor]:
+        """Two tensors, as ``read`` returns them."""
+        if self._shard[first] != self._shard[second]:
+            return self.read(first), self.read(second)
+        return self._files[self._shard[first]].read_pair(first, second)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

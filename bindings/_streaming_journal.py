@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +33,10 @@ class StoredTensor:
     start: int
     nbytes: int
     crc: int
+
+    def document(self) -> dict[str, Any]:
+        """What JSON holds of it."""
+        return {"dtype": self.dtype, "shape": self.shape, "start": self.start, "nbytes": self.nbytes, "crc": self.crc}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,7 @@ class Journal:
 
     def _finish(self, records: dict[str, Record]) -> None:
         document = {
-            key: {"facts": r.facts, "tensors": {name: asdict(t) for name, t in r.tensors.items()}}
+            key: {"facts": r.facts, "tensors": {name: t.document() for name, t in r.tensors.items()}}
             for key, r in records.items()
         }
         self._lines.seek(0, os.SEEK_END)

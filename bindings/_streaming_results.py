@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -11,24 +11,50 @@ from torch import Tensor
 
 from fedgram.flora_na import LoraLayer, ModuleReport
 
+from ._peft_layout import LayerShape
+from ._stored_layers import StoredLayers
+from ._streaming_journal import Journal
+
 Result = tuple[dict[str, Any], dict[str, Tensor]]
 YARDSTICKS = ("rho_fedavg", "rho_optimal")
 
 
 def layer_result(layer: LoraLayer, report: ModuleReport | None = None) -> Result:
     """Facts and tensors of one layer, with its report where it has one."""
-    values = {field.name: getattr(layer, field.name) for field in fields(layer)}
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    facts = {"layer": {name: value for name, value in values.items() if name not in tensors}}
+    facts: dict[str, Any] = {"layer": {"scaling": layer.scaling}}
     if report is not None:
         known = (field.name for field in fields(report) if not field.name.startswith("_"))
         facts["report"] = {name: getattr(report, name) for name in (*known, *YARDSTICKS)}
-    return facts, tensors
+    return facts, {"A": layer.A, "B": layer.B}
 
 
-def layer_of(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoraLayer:
-    """The layer that ``layer_result`` took apart."""
-    return LoraLayer(**tensors, **facts["layer"])
+class JournalLayers(StoredLayers):
+    """Layers that ``layer_result`` took apart, read from a journal.
+
+    Args:
+        journal: that has them.
+        kind: what their keys begin with.
+        names: of the layers.
+    """
+
+    def __init__(self, journal: Journal, kind: str, names: Collection[str]) -> None:
+        super().__init__(names, self._layer)
+        self._journal, self._kind = journal, kind
+
+    def shape(self, name: str) -> LayerShape:
+        """The shape of a layer, unread."""
+        tensors = self._journal.records[self._kind + name].tensors
+        (rank, n), (m, _) = tensors["A"].shape, tensors["B"].shape
+        return LayerShape(tensors["A"].dtype, m, n, rank)
+
+    def factor(self, name: str, side: str) -> tuple[Tensor, float]:
+        """One factor of a layer, and the layer's scaling."""
+        key = self._kind + name
+        return self._journal.read(key, side), self._journal.records[key].facts["layer"]["scaling"]
+
+    def _layer(self, name: str) -> LoraLayer:
+        (A, scaling), (B, _) = self.factor(name, "A"), self.factor(name, "B")
+        return LoraLayer(A=A, B=B, scaling=scaling)
 
 
 def report_of(facts: Mapping[str, Any]) -> ModuleReport:

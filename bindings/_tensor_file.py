@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -49,6 +50,18 @@ class TensorFile:
         spec = self.specs[key]
         if stop is not None:
             spec = TensorSpec(spec.dtype, (stop - start,), spec.start + start * DTYPES[spec.dtype].itemsize)
+        return self._read(spec, key)
+
+    def read_pair(self, first: str, second: str) -> tuple[Tensor, Tensor]:
+        """Two tensors, as ``read`` returns them; where they are neighbours of one type, in one go and memory."""
+        a, b = self.specs[first], self.specs[second]
+        if a.dtype != b.dtype or b.start != a.start + a.nbytes:
+            return self.read(first), self.read(second)
+        numbers = prod(a.shape)
+        both = self._read(TensorSpec(a.dtype, (numbers + prod(b.shape),), a.start), f"{first} and {second}")
+        return both[:numbers].view(a.shape), both[numbers:].view(b.shape)
+
+    def _read(self, spec: TensorSpec, key: str) -> Tensor:
         with filed_errors(self.path), self._file.descriptor() as descriptor:
             if _identity(os.fstat(descriptor)) != self._identity:
                 raise ValueError(f"{self.path}: changed while it was being read")

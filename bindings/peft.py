@@ -29,6 +29,7 @@ from ._peft_layout import FileLayout, LayerShape
 from ._peft_output import check_shared, merge_configs, output_config
 from ._peft_shards import ShardedTensors, TensorSource
 from ._staging import check_writable, staged_directory
+from ._stored_layers import StoredLayers
 from ._tensor_file import TensorFile, TensorSpec, spec_of, write_tensors
 
 __all__ = ["check_compatible", "check_output", "load_adapter", "load_adapters", "merge_configs", "save_adapter"]
@@ -119,7 +120,7 @@ def _open(path: Path, adapter_name: str | None, *, allow_dora: bool = False, ini
 
     def layer(name: str) -> LoraLayer:
         stored = contents.layers[name]  # held by the adapter for as long as others may share it
-        return kept.layer(stored) if stored.name.experts > 1 else stored.read(file.read)
+        return kept.layer(stored) if stored.name.experts > 1 else stored.read(file)
 
     def extra(key: str) -> Tensor:
         scaling = contents.scalings.get(key)
@@ -184,16 +185,28 @@ def save_adapter(adapter: Adapter, path: PathLike, *, config: Mapping[str, Any] 
     """
     if not adapter.modules:
         raise ValueError("adapter: holds no layers")
-    layout = FileLayout({name: layer_shape(name, layer) for name, layer in adapter.modules.items()})
+    layout = FileLayout(_shapes(adapter.modules))
     extras = extra_specs(adapter)
     document = output_config(config or adapter.config, layout, [key.removeprefix(PREFIX) for key in extras])
 
     def tensor(key: str) -> Tensor:
-        return adapter.extras[key] if key in extras else layout.tensor(key, adapter.modules.__getitem__)
+        return adapter.extras[key] if key in extras else layout.tensor(key, factor)
+
+    def factor(name: str, side: str) -> tuple[Tensor, float]:
+        if isinstance(adapter.modules, StoredLayers):
+            return adapter.modules.factor(name, side)
+        layer = adapter.modules[name]
+        return (layer.A if side == "A" else layer.B), layer.scaling
 
     with staged_directory(path, OUTPUT_FILES) as stage:
         write_tensors(stage / WEIGHTS_NAME, layout.specs | extras, tensor)
         _write_json(stage / CONFIG_NAME, document)
+
+
+def _shapes(modules: Mapping[str, LoraLayer]) -> dict[str, LayerShape]:
+    if isinstance(modules, StoredLayers):
+        return {name: modules.shape(name) for name in modules}
+    return {name: layer_shape(name, layer) for name, layer in modules.items()}
 
 
 def layer_shape(name: str, layer: LoraLayer) -> LayerShape:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fedgram import flora_na, kernels
-from fedgram.flora_na import Adapter, Aggregation, LoraLayer, ModuleReport, Report
+from fedgram.flora_na import Adapter, Aggregation, ModuleReport, Report
 from fedgram.flora_na.cohort import extra_roles
 from fedgram.flora_na.layer import AdapterLike
 from fedgram.flora_na.streamed import Stream, stream
@@ -26,7 +26,7 @@ from ._staging import reserved_output
 from ._streaming_extras import extra_pieces, extra_shapes
 from ._streaming_identity import run_identity
 from ._streaming_journal import Journal, open_journal
-from ._streaming_results import layer_of, layer_result, report_of
+from ._streaming_results import JournalLayers, layer_result, report_of
 from .peft import OUTPUT_FILES, LazyMapping, PathLike, load_adapter, load_adapters, merge_configs, save_adapter
 
 Progress = Callable[[int, int, str], None]
@@ -183,7 +183,7 @@ class _Run:
 
     def adapter(self, kind: str, config: Mapping[str, Any] | None) -> Adapter:
         """The result, read from the journal when it is asked for."""
-        modules = LazyMapping(self.layers(), lambda name: self._layer(kind + name))
+        modules = JournalLayers(self.journal, kind, self.layers())
         extras: Mapping[str, Tensor] = {}
         if kind == LAYER:
             names = [key.removeprefix(EXTRA) for key in self.journal.records if key.startswith(EXTRA)]
@@ -212,7 +212,3 @@ class _Run:
         for name, layer in (part.residual.modules if part.residual is not None else {}).items():
             results[RESIDUAL + name] = layer_result(layer)
         self.journal.append(results)
-
-    def _layer(self, key: str) -> LoraLayer:
-        record = self.journal.records[key]
-        return layer_of(record.facts, {name: self.journal.read(key, name) for name in record.tensors})

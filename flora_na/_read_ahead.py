@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
-from torch import Tensor
 
 from . import portions
 from .layer import Adapter, LoraLayer
@@ -24,6 +24,7 @@ class Portion:
     """Some modules of every client, in memory, and their bytes."""
 
     adapters: tuple[Adapter, ...]
+    modules: tuple[str, ...]
     nbytes: int
 
 
@@ -43,7 +44,9 @@ class ReadAhead:
         self._adapters, self._modules = adapters, modules
         self._change = threading.Condition()
         self._ready: deque[Portion | BaseException | None] = deque()
-        self._held = self._layer = self._largest = 0
+        # bytes: all that the thread has read, and all that the consumer has given back; each is written by one of them
+        self._read_bytes = self._given_back = 0
+        self._layer = self._largest = 0
         self._starving, self._closed = False, False
         self._thread = threading.Thread(target=self._run, name="fedgram-read-ahead", daemon=True)
 
@@ -68,9 +71,13 @@ class ReadAhead:
             yield portion
             del portion
 
+    @property
+    def _held(self) -> int:
+        return self._read_bytes - self._given_back
+
     def _next(self, given_back: int) -> Portion | None:
         with self._change:
-            self._held -= given_back
+            self._given_back += given_back
             self._starving = not self._ready
             self._change.notify_all()
             while not self._ready:
@@ -102,53 +109,59 @@ class ReadAhead:
     def _read(self) -> Iterator[Portion]:
         """Modules put together as ``portions.chunks`` does it."""
         layers: list[dict[str, LoraLayer]] = [{} for _ in self._adapters]
+        names: list[str] = []
         size = nbytes = 0
         for module in self._modules:
             read, own = self._module(module)
             promoted = promoted_bytes([layer for layer in read if layer is not None])
-            if any(layers) and size + promoted > portions.CHUNK_BYTES:
-                yield self._portion(layers, nbytes)
-                layers, size, nbytes = [{} for _ in layers], 0, 0
+            if names and size + promoted > portions.CHUNK_BYTES:
+                yield self._portion(layers, names, nbytes)
+                layers, names, size, nbytes = [{} for _ in layers], [], 0, 0
             _add(layers, module, read)
+            names.append(module)
             size, nbytes = size + promoted, nbytes + own
             del read
             if size >= portions.CHUNK_BYTES:
-                yield self._portion(layers, nbytes)
-                layers, size, nbytes = [{} for _ in layers], 0, 0
-        if any(layers):
-            yield self._portion(layers, nbytes)
+                yield self._portion(layers, names, nbytes)
+                layers, names, size, nbytes = [{} for _ in layers], [], 0, 0
+        if names:
+            yield self._portion(layers, names, nbytes)
 
-    def _portion(self, layers: Sequence[dict[str, LoraLayer]], nbytes: int) -> Portion:
-        return Portion(
-            tuple(Adapter(mine, {}, adapter.config) for adapter, mine in zip(self._adapters, layers, strict=True)),
-            nbytes,
-        )
+    def _portion(self, layers: Sequence[dict[str, LoraLayer]], modules: Sequence[str], nbytes: int) -> Portion:
+        adapters = [Adapter(mine, {}, adapter.config) for adapter, mine in zip(self._adapters, layers, strict=True)]
+        return Portion(tuple(adapters), tuple(modules), nbytes)
 
     def _module(self, module: str) -> tuple[list[LoraLayer | None], int]:
         read: list[LoraLayer | None] = []
         total = 0
         for adapter in self._adapters:
             self._wait_for_room()
-            read.append(adapter.modules.get(module))
-            total += self._count(_nbytes(read[-1]))
+            layer = adapter.modules.get(module)
+            read.append(layer)
+            total += self._count(0 if layer is None else layer.A.nbytes + layer.B.nbytes)
+            del layer
         return read, total
 
     def _wait_for_room(self) -> None:
         """Wait while another layer (as large as the last) were too much and the consumer will give some back."""
+        if not self._must_wait() and not self._closed:  # seldom is anything to be waited for
+            return
         with self._change:
-            while not self._closed and not self._starving and self._held + self._layer > self._limit():
+            while not self._closed and self._must_wait():
                 self._change.wait()
             if self._closed:
                 raise _StoppedError
+
+    def _must_wait(self) -> bool:
+        return not self._starving and self._held + self._layer > self._limit()
 
     def _limit(self) -> float:
         return max(LEAST_HELD * portions.CHUNK_BYTES, HELD * self._largest)
 
     def _count(self, nbytes: int) -> int:
         """Count a layer as held."""
-        with self._change:
-            self._held += nbytes
-            self._layer = nbytes
+        self._read_bytes += nbytes
+        self._layer = nbytes
         return nbytes
 
 
@@ -161,16 +174,5 @@ def _add(layers: Sequence[dict[str, LoraLayer]], module: str, read: Sequence[Lor
 
 def promoted_bytes(layers: Sequence[LoraLayer]) -> int:
     """Bytes of the layers' factors in the one dtype that they are brought to."""
-    tensors = [tensor for layer in layers for tensor in (layer.A, layer.B)]
-    width = 0
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        dtype, width = torch.promote_types(dtype, tensor.dtype), width + tensor.numel()
-    return width * dtype.itemsize
-
-
-def _nbytes(layer: LoraLayer | None) -> int:
-    if layer is None:
-        return 0
-    values = (getattr(layer, field.name) for field in fields(layer))
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+    numbers = sum([layer.A.numel() + layer.B.numel() for layer in layers])
+    return numbers * reduce(torch.promote_types, {layer.A.dtype for layer in layers}).itemsize

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cohort import average_extras, check_anchor, extra_roles, make_cohort
+from .cohort import Cohort, average_extras, check_anchor, extra_roles, make_cohort
 from .estimation import Estimate, estimate_targets
 from .inner_products import screen_cohort
 from .layer import Adapter, AdapterLike, LoraLayer
@@ -16,7 +16,7 @@ from .methods import check_method
 from .portions import chunks
 from .rank_choice import Rank
 from .report import ModuleReport, Report
-from .screening import Clip
+from .screening import Clip, Screening
 from .target import Target
 from .weights import Weights
 
@@ -87,6 +87,36 @@ def aggregate(
     check_method(method, rank, shared)
     cohort = make_cohort(adapters, weights, names=names, missing=missing)
     cohort, screening = screen_cohort(cohort, clip, min_cosine, backend)
+    return aggregate_cohort(
+        cohort,
+        screening,
+        method=method,
+        rank=rank,
+        shared=shared,
+        anchor=anchor,
+        align_to=align_to,
+        residual=residual,
+        backend=backend,
+        progress=progress,
+    )
+
+
+@torch.no_grad()
+def aggregate_cohort(
+    cohort: Cohort,
+    screening: Screening | None = None,
+    *,
+    method: str = "als",
+    rank: Rank = None,
+    shared: bool = False,
+    anchor: AdapterLike | None = None,
+    align_to: AdapterLike | None = None,
+    residual: bool = False,
+    backend: str = "auto",
+    progress: Progress | None = None,
+) -> Aggregation:
+    """``aggregate`` for clients that are checked, and screened where that was asked for."""
+    check_method(method, rank, shared)
     if shared and any(len(cohort.present(m)) < len(cohort.adapters) for m in cohort.modules):
         raise ValueError("shared: needs every module in every client")
     extras = average_extras(cohort)

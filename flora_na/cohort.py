@@ -59,8 +59,11 @@ class Cohort:
         """
         clients = self.present(module)
         layers = [_layer(self.adapters[u], module, self.names[u]) for u in clients]
-        weights = self.weights[clients]
-        if self.missing == "renormalize":
+        whole = len(clients) == len(self.adapters)
+        weights, names = self.weights, self.names
+        if not whole:
+            weights, names = weights[clients], tuple([names[u] for u in clients])
+        if self.missing == "renormalize" and not whole:
             weights = weights / weights.sum()
         base = None if anchor is None else _layer(anchor, module, "the anchor").trimmed()
         return make_target(
@@ -71,7 +74,7 @@ class Cohort:
             anchor=None if base is None else (base.B, base.A),
             anchor_scaling=1.0 if base is None else base.scaling,
             name=module,
-            clients=[self.names[u] for u in clients],
+            clients=names,
         )
 
 

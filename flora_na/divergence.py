@@ -49,12 +49,50 @@ def combine(
     groups: Sequence[tuple[Group, AnyPair]], dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> list[Factors]:
     """The factors of all modules in one read of the clients' factors: (list of B, list of A) per group."""
-    targets = [t for group, _ in groups for t in group.targets]
-    P = [c for group, pair in groups for c in _coefficients(group, pair, "B")]
-    Q = [c for group, pair in groups for c in _coefficients(group, pair, "A")]
-    B, A = kernels.factor_combine([t.B for t in targets], [t.A for t in targets], P, Q, dtype=dtype, backend=backend)
-    sizes = [len(group.targets) for group, _ in groups]
-    return list(zip(_split(B, sizes), _split(A, sizes), strict=True))
+    if not groups:
+        return []
+    factors = kernels.Described.joined([group.factors for group, _ in groups])
+    B, A = kernels.factor_combine(factors.B, factors.A, *_all_coefficients(groups), dtype=dtype, backend=backend)
+    return list(zip(_split(B, groups), _split(A, groups), strict=True))
+
+
+def combine_measured(
+    groups: Sequence[tuple[Group, AnyPair]], backend: str = "auto"
+) -> tuple[list[Factors], list[Errors]]:
+    """The factors of all modules, and the errors of the factors as they are returned, rounding to their dtype included.
+
+    Where that rounding cannot change three digits the errors come from the Grams alone; else from the products of
+    what is returned with the clients' factors, which are taken in the same read where they can be.
+    """
+    known = [_exact_errors(group, pair) for group, pair in groups]
+    left = [at for at, (group, _) in enumerate(groups) if known[at] is None and group.gram is not None]
+    rest = [at for at in range(len(groups)) if at not in left]
+    factors: dict[int, Factors] = dict(zip(rest, combine([groups[at] for at in rest], backend=backend), strict=True))
+    errors = {at: found for at, found in enumerate(known) if found is not None}
+    for at, found, products in _combine_with_products([(at, *groups[at]) for at in left], backend):
+        factors[at], errors[at] = found, _measured(groups[at][0], found, products)
+    for at in rest:
+        if at not in errors:
+            errors[at] = _exactly_measured(groups[at][0], factors[at])
+    return [factors[at] for at in range(len(groups))], [errors[at] for at in range(len(groups))]
+
+
+def _combine_with_products(
+    groups: Sequence[tuple[int, Group, AnyPair]], backend: str
+) -> list[tuple[int, Factors, Factors]]:
+    """Of every group its number, its factors, and their products with the clients' factors and with themselves."""
+    if not groups:
+        return []
+    pairs = [(group, pair) for _, group, pair in groups]
+    factors = kernels.Described.joined([group.factors for group, _ in pairs])
+    (B, A), (X_B, X_A) = kernels.combine_products(factors.B, factors.A, *_all_coefficients(pairs), backend=backend)
+    parts = [_split(items, pairs) for items in (B, A, X_B, X_A)]
+    return [(at, (b, a), (x, y)) for (at, _, _), b, a, x, y in zip(groups, *parts, strict=True)]
+
+
+def _all_coefficients(groups: Sequence[tuple[Group, AnyPair]]) -> tuple[list[Tensor], list[Tensor]]:
+    P, Q = ([c for group, pair in groups for c in _coefficients(group, pair, side)] for side in ("B", "A"))
+    return P, Q
 
 
 def _coefficients(group: Group, pair: AnyPair, side: Side) -> Sequence[Tensor]:
@@ -66,12 +104,10 @@ def _coefficients(group: Group, pair: AnyPair, side: Side) -> Sequence[Tensor]:
     return (x if side == "B" else x.mT).unbind()
 
 
-def _split(items: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
-    out, start = [], 0
-    for size in sizes:
-        out.append(items[start : start + size])
-        start += size
-    return out
+def _split(items: list[Tensor], groups: Sequence[tuple[Group, AnyPair]]) -> list[list[Tensor]]:
+    """What belongs to the modules of each group."""
+    rest = iter(items)
+    return [[next(rest) for _ in group.targets] for group, _ in groups]
 
 
 def pair_errors(group: Group, pair: AnyPair) -> Errors:
@@ -131,22 +167,19 @@ def _member_norms(group: Group) -> dict[Side, Tensor]:
     return {"B": group.memo["norms B"], "A": group.memo["norms A"]}
 
 
-def measured_errors(
-    groups: Sequence[Group], pairs: Sequence[AnyPair], results: Sequence[Factors], backend: str = "auto"
-) -> list[Errors]:
-    """Errors of the factors as they are returned, rounding to their dtype included.
-
-    Where that rounding cannot change three digits, from the Grams alone; else by one more read of the factors.
-    """
-    errors = [_exact_errors(g, p) for g, p in zip(groups, pairs, strict=True)]
-    left = [i for i, e in enumerate(errors) if e is None and groups[i].gram is not None]
-    crosses = iter(_products_with([groups[i] for i in left], [results[i] for i in left], backend) if left else ())
-    for i, (group, factors) in enumerate(zip(groups, results, strict=True)):
+def measured_errors(groups: Sequence[Group], results: Sequence[Factors], backend: str = "auto") -> list[Errors]:
+    """Errors of given factors, by one more read of the clients'."""
+    found = []
+    for group, factors in zip(groups, results, strict=True):
         if group.gram is None:
-            errors[i] = Errors(energies(group), _residual_squares(group.targets, factors))
-        elif errors[i] is None:
-            errors[i] = _measured(group, factors, [next(crosses) for _ in group.targets])
-    return [e for e in errors if e is not None]
+            found.append(_exactly_measured(group, factors))
+        else:
+            found.append(_measured(group, factors, _products_of(group, factors, backend)))
+    return found
+
+
+def _exactly_measured(group: Group, factors: Factors) -> Errors:
+    return Errors(energies(group), _residual_squares(group.targets, factors))
 
 
 def _exact_errors(group: Group, pair: AnyPair) -> Errors | None:
@@ -172,20 +205,17 @@ def _evidence(group: Group, pair: AnyPair) -> Evidence | None:
     return None if bool(doubtful.any()) else Evidence(error, squares.sqrt())
 
 
-def _products_with(groups: Sequence[Group], results: Sequence[Factors], backend: str) -> list[tuple[Tensor, ...]]:
+def _products_of(group: Group, factors: Factors, backend: str) -> Factors:
     """Per module the products of the clients' factors, and of the result's own, with the result's."""
-    targets = [t for g in groups for t in g.targets]
-    B, A = [b for f in results for b in f[0]], [a for f in results for a in f[1]]
-    # the pair goes along as one more client: its own Grams come out below its products with the factors
-    with_pair_B = [(*t.B, b) for t, b in zip(targets, B, strict=True)]
-    with_pair_A = [(*t.A, a) for t, a in zip(targets, A, strict=True)]
-    X_B, X_A = kernels.factor_cross(with_pair_B, with_pair_A, B, A, backend=backend)
-    return list(zip(X_B or [], X_A or [], strict=True))
+    beside_B = [(*t.B, b) for t, b in zip(group.targets, factors[0], strict=True)]
+    beside_A = [(*t.A, a) for t, a in zip(group.targets, factors[1], strict=True)]
+    X_B, X_A = kernels.factor_cross(beside_B, beside_A, *factors, backend=backend)
+    return X_B or [], X_A or []
 
 
-def _measured(group: Group, factors: Factors, rows: list[tuple[Tensor, ...]]) -> Errors:
+def _measured(group: Group, factors: Factors, products: Factors) -> Errors:
     R = group.total_rank
-    (X_B, S_B), (X_A, S_A) = ((X[:, :R], X[:, R:]) for X in (_stacked([row[i] for row in rows]) for i in range(2)))
+    (X_B, S_B), (X_A, S_A) = ((X[:, :R], X[:, R:]) for X in map(_stacked, products))
     inner = (group.D * group.row_scale["B"] * group.row_scale["A"] * X_B * X_A).sum((-2, -1))
     norms_B, norms_A = (S.diagonal(dim1=-2, dim2=-1).sqrt() for S in (S_B, S_A))
 
@@ -199,6 +229,8 @@ def _measured(group: Group, factors: Factors, rows: list[tuple[Tensor, ...]]) ->
 def _stacked(products: list[Tensor]) -> Tensor:
     """(L, R + r, r) of modules whose pairs differ in rank (``stack`` leaves out what has no weight), by zeros."""
     rank = max(x.shape[1] for x in products)
+    if all(x.shape[1] == rank for x in products):
+        return torch.stack(products)
     return torch.stack([pad(x, (0, rank - x.shape[1], 0, rank - x.shape[1])) for x in products])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import AnyPair, Pair
-from .divergence import Errors, Factors, combine, measured_errors
+from .divergence import Errors, Factors, combine_measured, measured_errors
 from .gauge import align
 from .group import Group, make_groups
 from .methods import check_method, solve_each, with_averages, zero_targets
@@ -136,12 +136,12 @@ def estimate_targets(
     if method == "stack":
         pairs = [Pair(torch.empty(0), torch.empty(0), "exact") for _ in groups]
         factors = [_stacked(group) for group, _ in groups]
+        errors = measured_errors([group for group, _ in groups], factors, backend)
     else:
         pairs = _pairs([group for group, _ in groups], method, ranks, shared)
         if align_to is not None:
             pairs = [_align(g, ids, p, align_to, backend) for (g, ids), p in zip(groups, pairs, strict=True)]
-        factors = combine([(g, p) for (g, _), p in zip(groups, pairs, strict=True)], backend=backend)
-    errors = measured_errors([group for group, _ in groups], pairs, factors, backend)
+        factors, errors = combine_measured([(g, p) for (g, _), p in zip(groups, pairs, strict=True)], backend)
     results: dict[int, Estimate] = {}
     for (group, ids), pair, pieces, error in zip(groups, pairs, factors, errors, strict=True):
         results.update(zip(ids, _estimates(group, pair, pieces, error), strict=True))

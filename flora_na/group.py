@@ -7,11 +7,12 @@ products with ``G_B = Bs^T Bs`` and ``G_A = As As^T``. A group batches L modules
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,30 +41,50 @@ def forms_grams(total_rank: int, length: int) -> bool:
     return total_rank <= min(GRAM_RANK_LIMIT, max(SMALL_RANK, length // 2))
 
 
-class Operator(Protocol):
-    """Products with the scaled Gram of one side."""
-
-    def __call__(self, side: Side, X: Tensor) -> Tensor:
-        """Return ``G_side @ X`` for X of shape (L, R, k), float64."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Group:
     """L modules whose members have the same ranks, with the product by their Grams.
 
     Attributes:
         targets: the modules.
-        gram: G_B and G_A, each (L, R, R) float64, of the scaled factors; None in the implicit regime.
-        apply: products with G_B and G_A.
+        factors: the members' factors, module by module, described once for all operations on them.
+        plain: G_B and G_A, each (L, R, R) float64, of the factors without their scalings; None in the implicit regime.
         memo: what was computed once for the group.
     """
 
     targets: tuple[Target, ...]
-    gram: dict[Side, Tensor] | None
-    apply: Operator
+    factors: kernels.Described
+    plain: tuple[Tensor, Tensor] | None
     backend: str = "auto"
     memo: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def gram(self) -> dict[Side, Tensor] | None:
+        """G_B and G_A, each (L, R, R) float64, of the scaled factors; None in the implicit regime."""
+        if self.plain is None:
+            return None
+        gram: dict[Side, Tensor] = dict(zip(("B", "A"), self.plain, strict=True))
+        if self.unscaled:
+            return gram
+        return {side: g * self.row_scale[side] * self.row_scale[side].mT for side, g in gram.items()}
+
+    def apply(self, side: Side, X: Tensor) -> Tensor:
+        """``G_side @ X`` for X of shape (L, R, k), float64."""
+        return self.gram[side] @ X if self.gram is not None else self._implicitly(side, X)
+
+    def _implicitly(self, side: Side, X: Tensor) -> Tensor:
+        """The same with a Gram that is never formed: combine the factors, then project on them (two reads of them)."""
+        X = self.row_scale[side] * X
+        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
+        B, A = self.factors.B, self.factors.A
+        if side == "B":
+            combined, _ = kernels.factor_combine(B, None, list(X), None, dtype=dtype, backend=self.backend)
+            Y, _ = kernels.factor_cross(B, None, combined, None, backend=self.backend)
+        else:
+            _, combined = kernels.factor_combine(None, A, None, list(X.mT), dtype=dtype, backend=self.backend)
+            _, Y = kernels.factor_cross(None, A, None, combined, backend=self.backend)
+        assert Y is not None
+        return self.row_scale[side] * torch.stack(Y)
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -98,7 +119,7 @@ class Group:
     @cached_property
     def member(self) -> Tensor:
         """(R,) the member that each stacked row belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks)).to(self.device)
+        return members_of_rows(self.ranks).to(self.device)
 
     @cached_property
     def slot(self) -> Tensor:
@@ -123,9 +144,7 @@ class Group:
     @cached_property
     def row_scale(self) -> dict[Side, Tensor]:
         """(L, R, 1) float64 per side: what every stacked row is multiplied by for its member's scaling."""
-        s = torch.stack([t.scalings for t in self.targets]).to(self.device)[:, self.member].unsqueeze(-1)
-        root = s.abs().sqrt()
-        return {"B": s.sign() * root, "A": root}
+        return {side: scale[:, self.member].unsqueeze(-1) for side, scale in self.member_scale.items()}
 
     @cached_property
     def unscaled(self) -> bool:
@@ -135,8 +154,9 @@ class Group:
     @cached_property
     def member_scale(self) -> dict[Side, Tensor]:
         """(L, M) float64 per side: what every member's factor is multiplied by for its scaling."""
-        scales = {"B": [t.scale_B for t in self.targets], "A": [t.scale_A for t in self.targets]}
-        return {side: torch.stack(x).to(self.device) for side, x in scales.items()}
+        scalings = torch.stack([t.scalings for t in self.targets]).to(self.device)
+        root = scalings.abs().sqrt()
+        return {"B": scalings.sign() * root, "A": root}
 
     @cached_property
     def row_norms(self) -> dict[Side, Tensor]:
@@ -157,11 +177,8 @@ class Group:
 
     def subset(self, ids: list[int]) -> Group:
         """The group of some of its modules."""
-        targets = tuple(self.targets[i] for i in ids)
-        if self.gram is None:
-            return Group(targets, None, ImplicitOperator(targets, self.backend), self.backend)
-        gram: dict[Side, Tensor] = {side: g[ids] for side, g in self.gram.items()}
-        return Group(targets, gram, GramOperator(gram), self.backend)
+        plain = None if self.plain is None else (self.plain[0][ids], self.plain[1][ids])
+        return Group(tuple(self.targets[i] for i in ids), self.factors.pick(ids), plain, self.backend)
 
     def expand(self, p: Tensor) -> Tensor:
         """Scalars per member (L, M) as coefficient blocks (L, R, rank)."""
@@ -176,42 +193,10 @@ class Group:
         return self.membership.mT @ (matrix @ self.membership)
 
 
-class GramOperator:
-    """Products with Grams that were formed once."""
-
-    def __init__(self, gram: dict[Side, Tensor]) -> None:
-        self.gram = gram
-
-    def __call__(self, side: Side, X: Tensor) -> Tensor:
-        """``G_side @ X``."""
-        return self.gram[side] @ X
-
-
-class ImplicitOperator:
-    """Products with Grams that are never formed: combine the factors, then project on them (two reads of them)."""
-
-    def __init__(self, targets: Sequence[Target], backend: str) -> None:
-        self.targets, self.backend = targets, backend
-        self.B = [t.B for t in targets]
-        self.A = [t.A for t in targets]
-        rows = torch.repeat_interleave(torch.arange(len(targets[0].ranks)), torch.tensor(targets[0].ranks))
-        device = targets[0].device
-        self.scale = {
-            "B": torch.stack([t.scale_B[rows] for t in targets]).unsqueeze(-1).to(device),
-            "A": torch.stack([t.scale_A[rows] for t in targets]).unsqueeze(-1).to(device),
-        }
-        self.dtype = torch.float64 if device.type == "cpu" else torch.float32
-
-    def __call__(self, side: Side, X: Tensor) -> Tensor:
-        """``G_side @ X`` in two reads of the factors."""
-        X = self.scale[side] * X
-        if side == "B":
-            B, _ = kernels.factor_combine(self.B, None, list(X), None, dtype=self.dtype, backend=self.backend)
-            Y, _ = kernels.factor_cross(self.B, None, B, None, backend=self.backend)
-        else:
-            _, A = kernels.factor_combine(None, self.A, None, list(X.mT), dtype=self.dtype, backend=self.backend)
-            _, Y = kernels.factor_cross(None, self.A, None, A, backend=self.backend)
-        return self.scale[side] * torch.stack(Y)
+@functools.lru_cache(maxsize=64)
+def members_of_rows(ranks: tuple[int, ...]) -> Tensor:
+    """(R,) of every stacked row the member that it belongs to; shared, hence not to be written to."""
+    return torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
 
 
 def make_groups(targets: Sequence[Target], backend: str = "auto") -> list[tuple[Group, list[int]]]:
@@ -223,48 +208,48 @@ def make_groups(targets: Sequence[Target], backend: str = "auto") -> list[tuple[
     order: dict[tuple[int, ...], list[int]] = {}
     for i, target in enumerate(targets):
         order.setdefault(target.ranks, []).append(i)
-    formed = [
-        i
-        for ranks, ids in order.items()
-        if forms_grams(sum(ranks), max(sum(targets[i].B[0].shape[:1] + targets[i].A[0].shape[1:]) for i in ids))
-        for i in ids
-    ]
-    grams = dict(zip(formed, _grams([targets[i] for i in formed], backend), strict=True))
-    for target in (targets[i] for i in range(len(targets)) if i not in grams):
+    parts = [tuple([targets[i] for i in ids]) for ids in order.values()]
+    factors = [kernels.described([t.B for t in part], [t.A for t in part]) for part in parts]
+    formed = [at for at, part in enumerate(parts) if forms_grams(sum(part[0].ranks), _length(part))]
+    for target in (t for at, part in enumerate(parts) if at not in formed for t in part):
         check_finite(target)
-    return [
-        (_make_group([targets[i] for i in ids], [grams.get(i) for i in ids], backend), ids) for ids in order.values()
-    ]
+    grams = _grams([parts[at] for at in formed], [factors[at] for at in formed], backend)
+    plain = dict(zip(formed, grams, strict=True))
+    groups = [Group(part, of, plain.get(at), backend) for at, (part, of) in enumerate(zip(parts, factors, strict=True))]
+    return list(zip(groups, order.values(), strict=True))
 
 
-def _make_group(targets: list[Target], grams: list[tuple[Tensor, Tensor] | None], backend: str) -> Group:
-    if grams[0] is None:
-        return Group(tuple(targets), None, ImplicitOperator(targets, backend), backend)
-    B, A = (_stacked([g[i] for g in grams if g is not None]) for i in range(2))
-    if not all(t.unscaled for t in targets):
-        B, A = _scaled(B, [t.scale_B for t in targets], targets), _scaled(A, [t.scale_A for t in targets], targets)
-    gram: dict[Side, Tensor] = {"B": B, "A": A}
-    return Group(tuple(targets), gram, GramOperator(gram), backend)
+def _length(targets: Sequence[Target]) -> int:
+    return max(t.B[0].shape[0] + t.A[0].shape[1] for t in targets)
+
+
+def _grams(
+    parts: Sequence[Sequence[Target]], factors: Sequence[kernels.Described], backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    """G_B and G_A (L, R, R) of every part, of the factors without their scalings, in one launch."""
+    if not parts:
+        return []
+    joined = kernels.Described.joined(factors)
+    G_B, G_A = kernels.factor_gram(joined.B, joined.A, backend=backend)
+    found, start = [], 0
+    for part in parts:
+        B, A = (_stacked(G[start : start + len(part)]) for G in (G_B, G_A))
+        _check_traces(part, B, A)
+        found.append((B, A))
+        start += len(part)
+    return found
+
+
+def _check_traces(targets: Sequence[Target], B: Tensor, A: Tensor) -> None:
+    """Look for NaN and Inf where the traces of the Grams, which hold every number's square, are not finite."""
+    traces = (B.diagonal(dim1=-2, dim2=-1).sum(-1) + A.diagonal(dim1=-2, dim2=-1).sum(-1)).tolist()
+    for target, trace in zip(targets, traces, strict=True):
+        if not math.isfinite(trace):
+            check_finite(target)
 
 
 def _stacked(grams: list[Tensor]) -> Tensor:
     return grams[0].unsqueeze(0) if len(grams) == 1 else torch.stack(grams)  # one large Gram is not copied
-
-
-def _scaled(grams: Tensor, scales: list[Tensor], targets: list[Target]) -> Tensor:
-    """Grams (L, R, R) of factors that are multiplied by ``scales``, one per member."""
-    rows = torch.repeat_interleave(torch.stack(scales), torch.tensor(targets[0].ranks), dim=1).to(grams.device)
-    return grams * rows.unsqueeze(2) * rows.unsqueeze(1)
-
-
-def _grams(targets: list[Target], backend: str) -> list[tuple[Tensor, Tensor]]:
-    if not targets:
-        return []
-    G_B, G_A = kernels.factor_gram([t.B for t in targets], [t.A for t in targets], backend=backend)
-    for target, b, a in zip(targets, G_B, G_A, strict=True):
-        if not math.isfinite(float(b.trace() + a.trace())):
-            check_finite(target)
-    return list(zip(G_B, G_A, strict=True))
 
 
 def check_finite(target: Target) -> None:

@@ -86,7 +86,7 @@ def group_gramians(group: Group, backend: str = "auto") -> Tensor:
         return group.member_blocks(group.gram["B"] * group.gram["A"])
     for target in group.targets:
         check_finite(target)
-    B, A = kernels.factor_gram([t.B for t in group.targets], [t.A for t in group.targets], backend=backend)
+    B, A = kernels.factor_gram(group.factors.B, group.factors.A, backend=backend)
     scale = group.row_scale["B"] * group.row_scale["A"]
     return group.member_blocks(scale * torch.stack(B) * torch.stack(A) * scale.mT)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ._read_ahead import ReadAhead
-from .aggregation import Aggregation, aggregate
+from .aggregation import Aggregation, aggregate_cohort
 from .cohort import Cohort, make_cohort
 from .inner_products import screen_cohort
 from .layer import AdapterLike
@@ -66,11 +66,12 @@ class Stream:
 
     def parts(self, skip: Collection[str] = ()) -> Iterator[Aggregation]:
         """The portions, without modules to ``skip``: those of the first portions of an earlier run."""
-        clients = {"weights": self.cohort.weights, "names": self.cohort.names, "missing": self.cohort.missing}
         left = [module for module in self.cohort.modules if module not in skip]
         with ReadAhead(self.cohort.adapters, left) as portions:
             for portion in portions:
-                done = self._settled(aggregate(portion.adapters, **clients, **self.options))
+                cohort = replace(self.cohort, adapters=portion.adapters, modules=portion.modules)
+                done = self._settled(aggregate_cohort(cohort, **self.options))
+                del cohort
                 del portion  # freed before more is read
                 yield done
                 del done

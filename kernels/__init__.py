@@ -1,7 +1,9 @@
 """Operations on the big tensors: each a public function with a torch twin and, where it pays, a Triton kernel."""
 
+from ._described import Described, described
 from ._native import spread_over_jobs
 from ._prepared import FactorSlab, PreparedFactors, PreparedSide, prepare
+from .combine_products import combine_products
 from .factor_combine import factor_combine
 from .factor_cross import factor_cross
 from .factor_gram import factor_gram
@@ -15,11 +17,14 @@ from .lowrank_sum import lowrank_sum
 from .subset_select import SubsetSelection, subset_select
 
 __all__ = [
+    "Described",
     "FactorSlab",
     "GradGram",
     "PreparedFactors",
     "PreparedSide",
     "SubsetSelection",
+    "combine_products",
+    "described",
     "factor_combine",
     "factor_cross",
     "factor_gram",

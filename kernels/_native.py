@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 7  # of native.c
+ABI = 8  # of native.c
 # Work (vector operations, about) below which waking threads, beside those of torch that may still spin, costs more than
 # it saves: some half a millisecond.
 THREADED_WORK = 1 << 21

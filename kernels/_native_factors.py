@@ -4,60 +4,21 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from functools import cached_property, partial
-from itertools import accumulate, product
+from functools import partial
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ._native import TYPES, at, bits, constant, level, library, run_jobs, table
+from ._stacks import Stacks
 
 CACHE_BYTES = 3 << 17  # of one block of factors: most of a small L2 cache
 JOB_WORK = 1 << 20  # work (vector operations) below which a range of rows is not worth a job of its own
 RANGES = 32
 PART_SHARE = 4  # the parts of a product have a fourth of the numbers of its factors at most
-
-
-class Stacks:
-    """Modules' factors of one side as stacks of tall factors (length, r_u), described for the loops.
-
-    Attributes:
-        table: for every factor a row of its address, rank, type, and strides along and across its length, int64.
-        addresses: the first column again.
-        at: addresses of the rows of ``table`` where each module begins.
-        counts, ranks, lengths: of every module, its factors, their ranks together, and their length.
-        mixable: of every module, whether its factors have one rank and type and lie as a contiguous output does.
-    """
-
-    def __init__(self, factors: Sequence[Sequence[Tensor]], *, transposed: bool) -> None:
-        self.factors, self.transposed = factors, transposed  # keeps the memory
-        long, across = int(transposed), int(not transposed)
-        rows: list[tuple[int, int, int, int, int]] = []
-        self.ranks, self.mixable = [], []
-        self.counts = [len(clients) for clients in factors]
-        self.lengths = [clients[0].shape[long] for clients in factors]
-        for clients, length in zip(factors, self.lengths, strict=True):
-            laid = [(t.shape[across], t.dtype, t.stride()) for t in clients]
-            kinds = [(rank, TYPES[dtype], steps[long], steps[across]) for rank, dtype, steps in laid]
-            rows += [(t.data_ptr(), *kind) for t, kind in zip(clients, kinds, strict=True)]
-            self.ranks.append(sum([kind[0] for kind in kinds]))
-            self.mixable.append(kinds.count(kinds[0]) == len(kinds) and self._is_dense(length, *kinds[0]))
-        self.table = table(rows)
-        start = self.table.buffer_info()[0]
-        self.at = [start + 40 * before for before in accumulate(self.counts, initial=0)]
-
-    @cached_property
-    def addresses(self) -> array:
-        return self.table[::5]
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def _is_dense(self, length: int, rank: int, _: int, along: int, across: int) -> bool:
-        if self.transposed:
-            return along == 1 and (across == length or rank == 1)
-        return across == 1 and (along == rank or length == 1)
 
 
 def _padded(count: int, unit: int) -> int:
@@ -76,30 +37,86 @@ def _ranges(length: int, block: int, work: int, most: int) -> list[tuple[int, in
     return [(first, min(first + step, length)) for first in range(0, length, step)]
 
 
+Coefficients = Sequence[Tensor]
+
+
 def factor_products(sides: Sequence[tuple[Stacks, Stacks | None]]) -> list[list[Tensor]]:
     """Per side and module ``S^T S``, or ``S^T X`` for the other stacks X; float64. All of them in one go."""
-    tile = constant("tile_rows", level()), constant("tile_columns", level(), 1)
+    return _products([(S, X, None) for S, X in sides])
+
+
+def combine_with_products(sides: Sequence[tuple[Stacks, Coefficients, Stacks]]) -> list[list[Tensor]]:
+    """``factor_combine``, and per side and module the products (R + r, r) of ``[S, S P]`` with ``S P`` as rounded.
+
+    In one read of the factors. Scalars (U,) are taken where ``S.mixable``.
+    """
+    return _products([(S, to, P) for S, P, to in sides])
+
+
+def _products(sides: Sequence[tuple[Stacks, Stacks | None, Coefficients | None]]) -> list[list[Tensor]]:
+    width = constant("tile_columns", level(), 1)
+    tile = constant("tile_rows", level()), width
     jobs: list[tuple[int, ...]] = []
     wholes: list[tuple[int, ...]] = []
+    kept: list[Tensor | np.ndarray] = []
     results: list[list[Tensor]] = []
     part = work = numbers = 0  # where the next part lies, in numbers
-    for S, X in sides:
+    for S, X, P in sides:
         results.append([])
-        for l, (R, length) in enumerate(zip(S.ranks, S.lengths, strict=True)):
-            k, other = (R, 0) if X is None else (X.ranks[l], X.at[l])
+        for l, (own, length) in enumerate(zip(S.ranks, S.lengths, strict=True)):
+            k, other = (own, 0) if X is None else (X.ranks[l], X.at[l])
+            written = _Written(0, 0, 0) if P is None else _written(S, l, P[l], k, width, other, kept)
+            R = own + (k if P is not None else 0)
             rows, columns = _padded(R, tile[0]), _padded(k, tile[1])
-            stacked = _padded(R, tile[1]) + (columns if other else 0)
+            stacked = _padded(R, tile[1]) + (columns if other else 0) + (width + 1 if P is not None else 0)
             block = _rows_per_block(stacked)
-            ranges = _ranges(length, block, R * k // 8 + R, length * R // (PART_SHARE * rows * columns + 1))
-            numbers, work = max(numbers, stacked * block), work + length * (R * k // 8 + R)
+            cost = R * k // 8 + R + (own * k // 8 if written.stride else 0)
+            ranges = _ranges(length, block, cost, length * R // (PART_SHARE * rows * columns + 1))
+            numbers, work = max(numbers, stacked * block), work + length * cost
             out = torch.empty(R, k, dtype=torch.float64)
             results[-1].append(out)
             wholes.append((part, len(ranges), rows, columns, R, k, X is None, out.data_ptr()))
             for first, last in ranges:
-                jobs.append((S.at[l], S.counts[l], R, other, k, first, last, block, rows, columns, part))
+                job = (S.at[l], S.counts[l], own, other, k, first, last, block, rows, columns, *written, part)
+                jobs.append(job)
                 part += rows * columns
     _run_products(jobs, wholes, part, numbers, work)
     return results
+
+
+class _Written(NamedTuple):
+    """The combination that a job of products writes first: where to, and the coefficients; zeros for none."""
+
+    to: int
+    P: int
+    stride: int
+
+
+def _written(S: Stacks, l: int, P: Tensor, rank: int, width: int, to: int, kept: list[Tensor | np.ndarray]) -> _Written:
+    """The coefficients as the loops take them; ``kept`` is to hold their memory."""
+    if P.ndim == 1 and rank % width == 0:
+        scalars = P.detach().contiguous()
+        kept.append(scalars)
+        return _Written(to, scalars.data_ptr(), 0)
+    if P.ndim == 1:
+        P = spread_scalars(P, [rank] * S.counts[l])
+    coefficients = _padded_columns(P, width)
+    kept.append(coefficients)
+    return _Written(to, at(coefficients), coefficients.shape[1])
+
+
+def spread_scalars(p: Tensor, ranks: Sequence[int]) -> Tensor:
+    """One number per client as blocks (R, r): diagonal, with zero columns up to the largest rank."""
+    eye = torch.eye(max(ranks), dtype=p.dtype)
+    return torch.cat([x * eye[:r] for x, r in zip(p, ranks, strict=True)])
+
+
+def _padded_columns(P: Tensor, width: int) -> np.ndarray:
+    """Coefficients (R, r) with zero columns up to a multiple of ``width``."""
+    R, rank = P.shape
+    coefficients = np.zeros((R, _padded(rank, width)))
+    coefficients[:, :rank] = P.detach().numpy()
+    return coefficients
 
 
 def _run_products(
@@ -135,8 +152,7 @@ def _combine(parts: Sequence[Part]) -> None:
     work = numbers = 0
     for S, l, p, to in parts:
         R, rank = p.shape
-        coefficients = np.zeros((R, _padded(rank, width)))
-        coefficients[:, :rank] = p.detach().numpy()
+        coefficients = _padded_columns(p, width)
         kept.append(coefficients)
         block = _rows_per_block(_padded(R, width))
         job = (S.at[l], S.counts[l], R, at(coefficients), coefficients.shape[1], to.at[l])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._factor_inputs import FLOATS, Factors, check_factors, counts, flat
 from ._plan import Layout, addresses, survey
+from ._stacks import Stacks
 
 SLAB_ALIGN = 128  # bytes: every tensor of a slab starts at a cache line, so that all loads may be wide
 
@@ -47,6 +48,7 @@ class PreparedSide(Sequence[Sequence[Tensor]]):
         self._owners = np.fromiter(first.values(), np.int64, len(first))  # one tensor of every storage
         self._owned = [self.tensors[i] for i in self._owners]
         self._held = 0
+        self._stacks: dict[bool, Stacks] = {}
 
     @overload
     def __getitem__(self, index: int) -> Sequence[Tensor]: ...
@@ -67,6 +69,12 @@ class PreparedSide(Sequence[Sequence[Tensor]]):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+    def stacks(self, transposed: bool) -> Stacks:
+        """What the compiled loops must know of the factors, worked out once."""
+        if transposed not in self._stacks:
+            self._stacks[transposed] = Stacks(self._modules, transposed=transposed)
+        return self._stacks[transposed]
 
     def check(self) -> None:
         """Raise ValueError where a storage has been moved or freed since: one look at each, or none while held."""

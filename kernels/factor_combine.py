@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._described import check_beside, stacks_of
 from ._dispatch import resolve
 from ._factor_inputs import (
     CACHE_BYTES,
@@ -24,10 +25,11 @@ from ._factor_inputs import (
     tall_A,
     tall_B,
 )
-from ._native_factors import Stacks
 from ._native_factors import factor_combine as combine_stacks
+from ._native_factors import spread_scalars
 from ._plan import PlanCache, addresses, check_one_device, describe, place
 from ._prepared import first, inventory
+from ._stacks import Stacks
 
 if TYPE_CHECKING:
     from ._factor_combine_plan import CombinePlan
@@ -76,9 +78,14 @@ def factor_combine(
     if outputs is not None:
         modules = 0 if B is None else len(B)
         return None if B is None else outputs[:modules], None if A is None else outputs[modules:]
+    if chosen == "native":
+        sides = native_sides(B, A, P, Q, dtype)
+        combine_stacks(sides)
+        outputs = [[clients[0] for clients in to] for _, _, to in sides]
+        return outputs.pop(0) if B is not None else None, outputs.pop(0) if A is not None else None
     check_combine(B, A, P, Q, dtype)
     resolve("torch", flat(B, A, P, Q))
-    return (_combine_native if chosen == "native" else factor_combine_torch)(B, A, P, Q, dtype=dtype)
+    return factor_combine_torch(B, A, P, Q, dtype=dtype)
 
 
 def check_combine(
@@ -90,6 +97,16 @@ def check_combine(
 ) -> None:
     """Raise ValueError unless the arguments of ``factor_combine`` fit together."""
     check_factors(B, A)
+    _check_coefficients(B, A, P, Q, dtype)
+
+
+def _check_coefficients(
+    B: Factors | None,
+    A: Factors | None,
+    P: Sequence[Tensor] | None,
+    Q: Sequence[Tensor] | None,
+    dtype: torch.dtype | None,
+) -> None:
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype: expected a float type, got {dtype}")
     for name, factors, coefficients, rank_dim in (("P", B, P, 1), ("Q", A, Q, 0)):
@@ -101,7 +118,7 @@ def check_combine(
         if len(coefficients) != len(factors):
             raise ValueError(f"{name}: {len(coefficients)} modules, {side} has {len(factors)}")
         for l, (c, clients) in enumerate(zip(coefficients, factors, strict=True)):
-            R = sum(t.shape[rank_dim] for t in clients)
+            R = factors.ranks[l] if isinstance(factors, Stacks) else sum(t.shape[rank_dim] for t in clients)
             fits = c.shape == (len(clients),) or (c.ndim == 2 and c.shape[1 - rank_dim] == R)
             if c.dtype != torch.float64 or not fits:
                 blocks = f"({R}, r)" if name == "P" else f"(r, {R})"
@@ -131,41 +148,43 @@ def factor_combine_torch(
     return left, right
 
 
-def _combine_native(
+def native_sides(
     B: Factors | None,
     A: Factors | None,
     P: Sequence[Tensor] | None,
     Q: Sequence[Tensor] | None,
-    *,
-    dtype: torch.dtype | None = None,
-) -> tuple[Combined, Combined]:
-    """The compiled loops, over all modules and both sides in one go."""
-    sides, outputs = [], []
-    for factors, coefficients, turned in ((B, P, False), (A, Q, True)):
-        if factors is None or coefficients is None:
-            outputs.append(None)
-            continue
-        stacks = Stacks(factors, transposed=turned)
-        blocks = [_blocks(stacks, l, c, turned) for l, c in enumerate(coefficients)]
-        out = []
-        for l, (clients, block) in enumerate(zip(factors, blocks, strict=True)):
-            rank = block.shape[1] if block.ndim == 2 else clients[0].shape[int(not turned)]
-            shape = (rank, stacks.lengths[l]) if turned else (stacks.lengths[l], rank)
-            out.append(torch.empty(shape, dtype=output_dtype(clients, dtype)))
-        sides.append((stacks, blocks, Stacks([[t] for t in out], transposed=turned)))
-        outputs.append(out)
-    combine_stacks(sides)
-    return outputs[0], outputs[1]
+    dtype: torch.dtype | None,
+) -> list[tuple[Stacks, list[Tensor], Stacks]]:
+    """Per side that is not skipped what the compiled loops take: factors, coefficients, and empty outputs.
+
+    Raises:
+        ValueError: as ``factor_combine``.
+    """
+    left, right = stacks_of(B, A)
+    _check_coefficients(left, right, P, Q, dtype)
+    check_beside(flat(P, Q), B, A)
+    return [
+        (stacks, [_blocks(stacks, l, c) for l, c in enumerate(coefficients)], _outputs(stacks, coefficients, dtype))
+        for stacks, coefficients in ((left, P), (right, Q))
+        if stacks is not None and coefficients is not None
+    ]
 
 
-def _blocks(stacks: Stacks, module: int, coefficients: Tensor, turned: bool) -> Tensor:
+def _outputs(stacks: Stacks, coefficients: Sequence[Tensor], dtype: torch.dtype | None) -> Stacks:
+    out, turned = [], stacks.transposed
+    for length, widest, own, c in zip(stacks.lengths, stacks.widest, stacks.dtypes, coefficients, strict=True):
+        rank = widest if c.ndim == 1 else c.shape[not turned]
+        out.append([torch.empty((rank, length) if turned else (length, rank), dtype=dtype or own)])
+    return Stacks(out, transposed=turned)
+
+
+def _blocks(stacks: Stacks, module: int, coefficients: Tensor) -> Tensor:
     """Coefficients as tall blocks (R, r), or as scalars (U,) where the loops take them as such."""
     if coefficients.ndim == 2:
-        return coefficients.T if turned else coefficients
+        return coefficients.T if stacks.transposed else coefficients
     if stacks.mixable[module]:
         return coefficients
-    ranks = [t.shape[int(not turned)] for t in stacks.factors[module]]
-    return torch.cat([p * torch.eye(r, max(ranks), dtype=p.dtype) for p, r in zip(coefficients, ranks, strict=True)])
+    return spread_scalars(coefficients, [t.shape[not stacks.transposed] for t in stacks[module]])
 
 
 def output_dtype(columns: Sequence[Tensor], dtype: torch.dtype | None) -> torch.dtype:

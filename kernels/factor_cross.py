@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._described import check_beside, stacks_of
 from ._dispatch import resolve
 from ._factor_inputs import FLOATS, Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
-from ._native_factors import Stacks, factor_products
+from ._native_factors import factor_products
 from ._plan import PlanCache, check_one_device, place
 from ._prepared import first, inventory
+from ._stacks import Stacks
 
 if TYPE_CHECKING:
     from ._factor_gram_plan import GramPlan
@@ -59,9 +61,11 @@ def factor_cross(
     if crosses is not None:
         modules = 0 if B is None else len(B)
         return None if B is None else crosses[:modules], None if A is None else crosses[modules:]
+    if chosen == "native":
+        return _native_cross(B, A, X_B, X_A)
     check_cross(B, A, X_B, X_A)
     resolve("torch", flat(B, A, X_B, X_A))
-    return (_native_cross if chosen == "native" else factor_cross_torch)(B, A, X_B, X_A)
+    return factor_cross_torch(B, A, X_B, X_A)
 
 
 def check_cross(
@@ -69,6 +73,12 @@ def check_cross(
 ) -> None:
     """Raise ValueError unless the arguments of ``factor_cross`` fit together."""
     check_factors(B, A)
+    _check_others(B, A, X_B, X_A)
+
+
+def _check_others(
+    B: Factors | None, A: Factors | None, X_B: Sequence[Tensor] | None, X_A: Sequence[Tensor] | None
+) -> None:
     for name, factors, X, dim in (("X_B", B, X_B, 0), ("X_A", A, X_A, 1)):
         if (factors is None) != (X is None):
             raise ValueError(f"{name}: must be None exactly where {name[-1]} is None")
@@ -102,10 +112,13 @@ def factor_cross_torch(
 def _native_cross(
     B: Factors | None, A: Factors | None, X_B: Sequence[Tensor] | None, X_A: Sequence[Tensor] | None
 ) -> tuple[Crosses, Crosses]:
+    left, right = stacks_of(B, A)
+    _check_others(left, right, X_B, X_A)
+    check_beside(flat(X_B, X_A), B, A)
     sides = [
-        (Stacks(factors, transposed=turned), Stacks([[x] for x in X], transposed=turned))
-        for factors, X, turned in ((B, X_B, False), (A, X_A, True))
-        if factors is not None and X is not None
+        (stacks, Stacks([[x] for x in X], transposed=stacks.transposed))
+        for stacks, X in ((left, X_B), (right, X_A))
+        if stacks is not None and X is not None
     ]
     products = iter(factor_products(sides))
     return None if B is None else next(products), None if A is None else next(products)

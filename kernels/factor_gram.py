@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._described import stacks_of
 from ._dispatch import resolve
 from ._factor_inputs import Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
-from ._native_factors import Stacks, factor_products
+from ._native_factors import factor_products
 from ._plan import PlanCache, check_one_device, place
 from ._prepared import first, inventory
 
@@ -55,12 +56,11 @@ def factor_gram(
         grams = _on_triton(B, A, precise, backend)
         if grams is not None:
             return grams[: len(B)], grams[len(B) :]
+    if chosen == "native":
+        left, right = factor_products([(stacks, None) for stacks in stacks_of(B, A) if stacks is not None])
+        return left, right
     check_factors(B, A)
     resolve("torch", flat(B, A))
-    if chosen == "native":
-        sides = [(Stacks(B, transposed=False), None), (Stacks(A, transposed=True), None)]
-        left, right = factor_products(sides)
-        return left, right
     return factor_gram_torch(B, A, precise=precise)
 
 

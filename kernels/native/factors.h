@@ -82,28 +82,24 @@ static void FN(pack_columns)(T *restrict to, const struct member *m, int64_t i, 
 #undef PACK
 }
 
-/* Rows [first, first + n) of the stacked members, packed; the last panel is filled up with zeros. */
-static void FN(pack)(T *restrict E, const struct member *m, int64_t count, int64_t first, int64_t n) {
-    int64_t column = 0;
+/* Rows [first, first + n) of the stacked members, packed from column `column` on; the column behind them. */
+static int64_t FN(pack_at)(T *restrict E, int64_t column, const struct member *m, int64_t count, int64_t first, int64_t n) {
     for (int64_t u = 0; u < count; u++)
         for (int64_t i = 0, part; i < m[u].rank; i += part, column += part) {
             part = least(WIDTH - column % WIDTH, m[u].rank - i);
             FN(pack_columns)(E + column / WIDTH * WIDTH * n + column % WIDTH, m + u, i, part, first, n);
         }
+    return column;
+}
+
+/* The last panel filled up with zeros. */
+static void FN(fill)(T *restrict E, int64_t column, int64_t n) {
     for (; column % WIDTH; column++)
         for (int64_t k = 0; k < n; k++) E[column / WIDTH * WIDTH * n + column % WIDTH + k * WIDTH] = 0;
 }
 
-/* The product of a job. */
-static void FN(products)(const struct product *p, double *work) {
-    T *E = (T *)work, *X = E + (p->R + WIDTH - 1) / WIDTH * WIDTH * p->block;
-    memset(p->out, 0, p->rows * p->columns * sizeof(double));
-    for (int64_t first = p->first; first < p->last; first += p->block) {
-        int64_t n = least(p->last - first, p->block);
-        FN(pack)(E, p->members, p->count, first, n);
-        if (p->other) FN(pack)(X, p->other, 1, first, n);
-        FN(multiply)(E, p->R, p->other ? X : E, p->other ? p->k : p->R, n, !p->other, p->out, p->columns);
-    }
+static void FN(pack)(T *restrict E, const struct member *m, int64_t count, int64_t first, int64_t n) {
+    FN(fill)(E, FN(pack_at)(E, 0, m, count, first, n), n);
 }
 
 /* Y (n x WIDTH) = E P for a packed block and WIDTH columns of P (R x ldp). */
@@ -128,6 +124,64 @@ static void FN(mix_packed)(const T *restrict E, int64_t R, int64_t n, const T *r
             *(VEC *)(Y + (k + d) * WIDTH) = y[d][0];
             *(VEC *)(Y + (k + d) * WIDTH + LANES) = y[d][1];
         }
+    }
+}
+
+/* Y (n x WIDTH) = sum over members u of v_u times their columns from `column` on, for members of `rank` columns each. */
+static void FN(mix_members)(const T *restrict E, int64_t count, int64_t rank, int64_t column, int64_t n, const double *v,
+                            T *restrict Y) {
+    for (int64_t k = 0; k < n * WIDTH; k += WIDTH) {
+        VEC y0 = {0}, y1 = {0};
+        for (int64_t u = 0; u < count; u++) {
+            const T *e = E + (u * rank + column) * n + k;
+            y0 += (T)v[u] * *(const VEC *)e;
+            y1 += (T)v[u] * *(const VEC *)(e + LANES);
+        }
+        *(VEC *)(Y + k) = y0;
+        *(VEC *)(Y + k + LANES) = y1;
+    }
+}
+
+/* `columns` of Y (n x WIDTH), rounded to rows [first, first + n) of a factor from column `column` on. */
+static void FN(write_packed)(const struct member *to, int64_t column, int64_t columns, int64_t first, int64_t n,
+                             const T *Y, T *line) {
+    int64_t at = first * to->along + column * to->across;
+    if (to->across == 1) {
+        for (int64_t k = 0; k < n; k++, at += to->along)
+            FN(narrow)((void *)to->address, (int)to->type, at, 1, columns, Y + k * WIDTH);
+        return;
+    }
+    for (int64_t i = 0; i < columns; i++, at += to->across) {
+        for (int64_t k = 0; k < n; k++) line[k] = Y[k * WIDTH + i];
+        FN(narrow)((void *)to->address, (int)to->type, at, to->along, n, line);
+    }
+}
+
+/* Rows [first, first + n) of the combination of a job, from its packed block. */
+static void FN(combine_block)(const struct product *p, const T *E, int64_t first, int64_t n, T *Y) {
+    for (int64_t j = 0; j < p->to->rank; j += WIDTH) {
+        if (p->stride) FN(mix_packed)(E, p->R, n, (const T *)p->P + j, p->stride, Y);
+        else FN(mix_members)(E, p->count, p->to->rank, j, n, p->P, Y);
+        FN(write_packed)(p->to, j, least(WIDTH, p->to->rank - j), first, n, Y, Y + n * WIDTH);
+    }
+}
+
+/* The product of a job. */
+static void FN(products)(const struct product *p, double *work) {
+    int64_t R = p->R + (p->to ? p->to->rank : 0);
+    const struct member *other = p->to ? p->to : p->other;
+    T *E = (T *)work, *X = E + (R + WIDTH - 1) / WIDTH * WIDTH * p->block;
+    T *Y = X + (p->k + WIDTH - 1) / WIDTH * WIDTH * p->block;
+    memset(p->out, 0, p->rows * p->columns * sizeof(double));
+    for (int64_t first = p->first; first < p->last; first += p->block) {
+        int64_t n = least(p->last - first, p->block), columns = FN(pack_at)(E, 0, p->members, p->count, first, n);
+        if (p->to) {
+            FN(combine_block)(p, E, first, n, Y);
+            columns = FN(pack_at)(E, columns, p->to, 1, first, n);
+        }
+        FN(fill)(E, columns, n);
+        if (other) FN(pack)(X, other, 1, first, n);
+        FN(multiply)(E, R, other ? X : E, other ? p->k : R, n, !other, p->out, p->columns);
     }
 }
 

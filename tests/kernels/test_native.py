@@ -19,7 +19,7 @@ from fedgram.kernels import (
     spread_over_jobs,
 )
 from fedgram.kernels._dispatch import resolve
-from fedgram.kernels._native_factors import Stacks
+from fedgram.kernels._stacks import Stacks
 from fedgram_testing.factor_ops import draw
 from fedgram_testing.gradients import TYPES, errors, gradients, threads
 

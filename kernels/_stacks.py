@@ -1,0 +1,180 @@
+"""Modules' factors of one side, checked and described once for the compiled loops."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from functools import cached_property, reduce
+from itertools import accumulate, chain
+from operator import add, attrgetter
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from ._factor_inputs import FLOATS, Factors, check_factors
+from ._native import TYPES
+
+WIDTH = 5  # numbers of a row of the table
+_SHAPE, _TYPE, _ON_CPU = attrgetter("shape"), attrgetter("dtype"), attrgetter("is_cpu")
+
+
+class Stacks(Sequence[Sequence[Tensor]]):
+    """Modules' factors of one side as stacks of tall factors (length, r_u), described for the loops.
+
+    They are the factors too, ``stacks[l][u]``, so that they can be passed on in their place. What is described may not
+    change meanwhile: shape, strides and memory of the tensors (their numbers may).
+
+    Args:
+        factors: ``factors[l][u]`` (length_l, r_lu), or (r_lu, length_l) where ``transposed``.
+        transposed: whether they are the A side.
+
+    Attributes:
+        table: for every factor a row of its address, rank, type, and strides along and across its length, int64.
+        at: addresses of the rows of ``table`` where each module begins.
+        counts, ranks, lengths: of every module, its factors, their ranks together, and their length.
+        widest, dtypes: of every module, the largest rank of a factor, and the type that all promote to.
+        mixable: of every module, whether its factors have one rank and type and lie as a contiguous output does.
+        on_cpu: whether all are on the CPU.
+
+    Raises:
+        ValueError: a factor is no float matrix, or has another length than the first of its module.
+    """
+
+    def __init__(self, factors: Factors, *, transposed: bool) -> None:
+        self.transposed = transposed
+        self._factors: Factors | None = factors  # keeps the memory
+        self._kept: tuple[Stacks, ...] = ()
+        self.counts = [len(clients) for clients in factors]
+        self.lengths: list[int] = []
+        self.ranks: list[int] = []
+        self.widest: list[int] = []
+        self.dtypes: list[torch.dtype] = []
+        self.mixable: list[bool] = []
+        self.on_cpu = True
+        self.table = array("q")
+        checked = False
+        for clients in factors:
+            if not self._add_alike(clients):
+                if not checked:
+                    check_factors(*((None, factors) if transposed else (factors, None)))
+                    checked = True
+                self._add(clients)
+        self._place()
+
+    def _add_alike(self, clients: Sequence[Tensor]) -> bool:
+        """Describe a module's factors if they have one shape, layout and type; whether they have."""
+        if isinstance(clients, Tensor) or not len(clients):
+            return False
+        first = clients[0]
+        shape, steps, dtype, count = first.shape, first.stride(), first.dtype, len(clients)
+        if len(shape) != 2 or dtype not in FLOATS:
+            return False
+        if count > 1:
+            shapes, strides = list(map(_SHAPE, clients)), list(map(Tensor.stride, clients))
+            if shapes.count(shape) < count or strides.count(steps) < count:
+                return False
+            if list(map(_TYPE, clients)).count(dtype) < count:
+                return False
+        rank, length = shape[not self.transposed], shape[self.transposed]
+        kind = (rank, TYPES[dtype], steps[self.transposed], steps[not self.transposed])
+        rows = array("q", (0, *kind)) * count
+        rows[::WIDTH] = array("q", map(Tensor.data_ptr, clients))
+        self.table += rows
+        self.on_cpu = self.on_cpu and all(map(_ON_CPU, clients))
+        self._note(rank * count, length, rank, dtype, self._is_dense(length, *kind))
+        return True
+
+    def _add(self, clients: Sequence[Tensor]) -> None:
+        """Describe a module's factors one by one."""
+        long, across = int(self.transposed), int(not self.transposed)
+        rows = [(t.data_ptr(), t.shape[across], TYPES[t.dtype], t.stride(long), t.stride(across)) for t in clients]
+        length, kinds = clients[0].shape[long], [row[1:] for row in rows]
+        self.table.extend(chain.from_iterable(rows))
+        mixable = kinds.count(kinds[0]) == len(kinds) and self._is_dense(length, *kinds[0])
+        ranks, dtype = [kind[0] for kind in kinds], reduce(torch.promote_types, {t.dtype for t in clients})
+        self.on_cpu = self.on_cpu and all(map(_ON_CPU, clients))
+        self._note(sum(ranks), length, max(ranks), dtype, mixable)
+
+    def _note(self, *facts: object) -> None:
+        for of, fact in zip(self._facts()[1:], facts, strict=True):
+            of.append(fact)
+
+    def _is_dense(self, length: int, rank: int, _: int, along: int, across: int) -> bool:
+        if self.transposed:
+            return along == 1 and (across == length or rank == 1)
+        return across == 1 and (along == rank or length == 1)
+
+    def _place(self) -> None:
+        start = self.table.buffer_info()[0]
+        self.at = [start + 8 * WIDTH * before for before in accumulate(self.counts, initial=0)]
+
+    @cached_property
+    def addresses(self) -> array:
+        """Of all factors, module by module."""
+        return self.table[::WIDTH]
+
+    @cached_property
+    def factors(self) -> Factors:
+        """The tensors, by module."""
+        if self._factors is not None:
+            return self._factors
+        return [[*ours, *theirs] for ours, theirs in zip(*self._kept, strict=True)]
+
+    def rows(self, module: int) -> array:
+        """The rows of the table of one module."""
+        first = (self.at[module] - self.at[0]) // 8
+        return self.table[first : first + WIDTH * self.counts[module]]
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sequence[Tensor]]: ...
+    def __getitem__(self, index: int | slice) -> Sequence[Tensor] | Sequence[Sequence[Tensor]]:
+        return self.factors[index]
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        return iter(self.factors)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def pick(self, modules: Sequence[int]) -> Stacks:
+        """Some of the modules."""
+        if list(modules) == list(range(len(self))):
+            return self
+        facts = [[of[l] for l in modules] for of in self._facts()]
+        return self._derived([self.rows(l) for l in modules], [self.factors[l] for l in modules], facts)
+
+    def joined(self, others: Sequence[Stacks]) -> Stacks:
+        """The modules of this and of others, one after the other."""
+        if not others:
+            return self
+        every = [self, *others]
+        facts = [list(chain.from_iterable(of)) for of in zip(*(s._facts() for s in every), strict=True)]
+        return self._derived([s.table for s in every], list(chain.from_iterable(every)), facts)
+
+    def beside(self, others: Stacks) -> Stacks:
+        """Every module's factors and, as more clients, those of the same module of ``others``."""
+        modules = range(len(self))
+        parts = [part for l in modules for part in (self.rows(l), others.rows(l))]
+        counts, ranks = (list(map(add, x, y)) for x, y in zip(self._facts()[:2], others._facts()[:2], strict=True))
+        widest = list(map(max, self.widest, others.widest))
+        dtypes = list(map(torch.promote_types, self.dtypes, others.dtypes))
+        found = self._derived(parts, None, [counts, ranks, self.lengths, widest, dtypes, [False] * len(self)])
+        found._kept = (self, others)
+        return found
+
+    def _facts(self) -> tuple[list, ...]:
+        return self.counts, self.ranks, self.lengths, self.widest, self.dtypes, self.mixable
+
+    def _derived(self, parts: Sequence[array], factors: Factors | None, facts: Sequence[list]) -> Stacks:
+        found = Stacks.__new__(Stacks)
+        found.transposed, found.on_cpu = self.transposed, self.on_cpu
+        found._factors, found._kept = factors, ()
+        found.counts, found.ranks, found.lengths, found.widest, found.dtypes, found.mixable = facts
+        found.table = array("q")
+        for part in parts:
+            found.table += part
+        found._place()
+        return found
