@@ -7,26 +7,36 @@ import mmap
 import time
 from collections.abc import Callable
 from math import prod
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 LARGE = 1 << 22
-"""Bytes from which a tensor has a mapping of its own: allocators keep such blocks when they are freed, and what reading
+"""Bytes from which a buffer has a mapping of its own: allocators keep such blocks when they are freed, and what reading
 module after module may hold at its peak would then grow by them. Smaller ones are worth reusing."""
 
+Buffer: TypeAlias = "np.ndarray | mmap.mmap"
 
-def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor to be read into.
+
+def empty_buffer(nbytes: int) -> Buffer:
+    """Bytes to be read into.
 
     Raises:
-        OSError, RuntimeError: there is no memory for it.
+        OSError, MemoryError: there is no memory for them.
     """
-    nbytes = prod(shape) * dtype.itemsize
     if nbytes < LARGE or not hasattr(mmap, "MAP_PRIVATE"):
+        return np.empty(nbytes, np.uint8)
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def tensor_in(buffer: Buffer, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Tensor:
+    """The tensor whose bytes begin ``offset`` bytes into a buffer; it keeps the buffer."""
+    count = prod(shape)
+    if not count:
         return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)
 
 
 class Trimmer:

@@ -37,9 +37,14 @@ def filed_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        raise
+        raise named_error(error, path) from None
+
+
+def named_error(error: OSError, path: Path) -> OSError:
+    """The error, with the file where it names none."""
+    if error.filename is None and error.errno is not None:
+        error.filename = str(path)
+    return error
 
 
 def read_json(path: Path) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+from ._buffers import Buffer
 from ._documents import open_regular
 
 MOST = 128
@@ -31,24 +30,32 @@ class KeptFile:
         self._lock = threading.Lock()
         self._descriptor: int | None = None
 
-    @contextlib.contextmanager
-    def descriptor(self) -> Iterator[int]:
-        """The open file, for the length of the block.
+    def acquire(self) -> int:
+        """The open file, for this thread until it calls ``release``.
 
         Raises:
             ValueError, OSError: as ``open_regular``.
         """
-        with self._lock:
-            opened = self._descriptor is None
-            if opened:
-                with open_regular(self._path) as file:
-                    self._descriptor = os.dup(file.fileno())
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            assert self._descriptor is not None
-            yield self._descriptor
-        if opened:
-            _close_others(self)
+        self._lock.acquire()
+        try:
+            if self._descriptor is None:
+                self._reopen()
+        except BaseException:
+            self._lock.release()
+            raise
+        assert self._descriptor is not None
+        return self._descriptor
+
+    def release(self) -> None:
+        """Let others read the file, or close it."""
+        self._lock.release()
+
+    def _reopen(self) -> None:
+        with open_regular(self._path) as file:
+            self._descriptor = os.dup(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        _close_others(self)
 
     def try_close(self) -> bool:
         """Close the file unless a thread is reading it; whether that was done."""
@@ -69,20 +76,26 @@ class KeptFile:
         self._close()
 
 
-def read_into(descriptor: int, part: memoryview, start: int) -> bool:
-    """Fill ``part`` with the bytes of a file from ``start`` on; False where the file ends before."""
-    while part:
-        if hasattr(os, "preadv"):
-            count = os.preadv(descriptor, [part], start)
-        else:
-            os.lseek(descriptor, start, os.SEEK_SET)
-            data = os.read(descriptor, len(part))
-            count = len(data)
-            part[:count] = data
+def read_into(descriptor: int, buffer: Buffer, start: int) -> bool:
+    """Fill a buffer of bytes with the bytes of a file from ``start`` on; False where the file ends before."""
+    part = memoryview(buffer)
+    while part.nbytes:
+        count = _read_some(descriptor, part, start)
         if not count:
             return False
+        if count == part.nbytes:
+            break
         part, start = part[count:], start + count
     return True
+
+
+def _read_some(descriptor: int, part: memoryview, start: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, (part,), start)
+    os.lseek(descriptor, start, os.SEEK_SET)
+    data = os.read(descriptor, len(part))
+    part[: len(data)] = data
+    return len(data)
 
 
 def _close_others(file: KeptFile) -> None:

@@ -6,14 +6,13 @@ import errno
 import json
 import os
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ._buffers import empty_tensor
-from ._documents import filed_errors, open_regular
+from ._buffers import Buffer, empty_buffer, tensor_in
+from ._documents import filed_errors, named_error, open_regular
 from ._kept_file import KeptFile, read_into
 from ._tensor_header import DTYPES, TensorSpec, read_header
 
@@ -50,25 +49,34 @@ class TensorFile:
         spec = self.specs[key]
         if stop is not None:
             spec = TensorSpec(spec.dtype, (stop - start,), spec.start + start * DTYPES[spec.dtype].itemsize)
-        return self._read(spec, key)
+        return tensor_in(self._bytes(spec.start, spec.nbytes, key), DTYPES[spec.dtype], spec.shape)
 
     def read_pair(self, first: str, second: str) -> tuple[Tensor, Tensor]:
         """Two tensors, as ``read`` returns them; where they are neighbours of one type, in one go and memory."""
         a, b = self.specs[first], self.specs[second]
-        if a.dtype != b.dtype or b.start != a.start + a.nbytes:
+        size = a.nbytes
+        if a.dtype != b.dtype or b.start != a.start + size:
             return self.read(first), self.read(second)
-        numbers = prod(a.shape)
-        both = self._read(TensorSpec(a.dtype, (numbers + prod(b.shape),), a.start), f"{first} and {second}")
-        return both[:numbers].view(a.shape), both[numbers:].view(b.shape)
+        buffer, dtype = self._bytes(a.start, size + b.nbytes, first), DTYPES[a.dtype]
+        return tensor_in(buffer, dtype, a.shape), tensor_in(buffer, dtype, b.shape, size)
 
-    def _read(self, spec: TensorSpec, key: str) -> Tensor:
-        with filed_errors(self.path), self._file.descriptor() as descriptor:
+    def _bytes(self, start: int, nbytes: int, key: str) -> Buffer:
+        """Bytes of the file, ``key``'s first."""
+        try:
+            buffer = empty_buffer(nbytes)
+        except (OSError, MemoryError, ValueError, OverflowError) as error:
+            raise OSError(errno.ENOMEM, f"no memory for {nbytes} bytes", f"{self.path}: {key}") from error
+        descriptor = self._file.acquire()
+        try:
             if _identity(os.fstat(descriptor)) != self._identity:
                 raise ValueError(f"{self.path}: changed while it was being read")
-            tensor = _empty(spec, f"{self.path}: {key}")
-            if not read_into(descriptor, _bytes_of(tensor), spec.start):
+            if not read_into(descriptor, buffer, start):
                 raise ValueError(f"{self.path}: {key}: truncated while it was being read")
-        return tensor
+        except OSError as error:
+            raise named_error(error, self.path) from None
+        finally:
+            self._file.release()
+        return buffer
 
 
 def write_tensors(path: Path, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor]) -> None:
@@ -115,13 +123,6 @@ def _header(specs: Mapping[str, TensorSpec], order: list[str]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _empty(spec: TensorSpec, where: str) -> Tensor:
-    try:
-        return empty_tensor(spec.shape, DTYPES[spec.dtype])
-    except (RuntimeError, OSError, OverflowError) as error:  # torch has no MemoryError
-        raise OSError(errno.ENOMEM, f"no memory for {spec.nbytes} bytes", where) from error
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -17,6 +17,8 @@ HELD = 1.5
 """Factors held at most, those being worked on and those read ahead, in units of the largest portion."""
 LEAST_HELD = 2
 """What may be held in any case, in units of ``CHUNK_BYTES`` (8 MiB): small portions need not wait for each other."""
+SPARE = 1 << 23
+"""Bytes that may be held beyond ``HELD``: a portion of some megabytes can then be whole before the last is done."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +158,7 @@ class ReadAhead:
         return not self._starving and self._held + self._layer > self._limit()
 
     def _limit(self) -> float:
-        return max(LEAST_HELD * portions.CHUNK_BYTES, HELD * self._largest)
+        return max(LEAST_HELD * portions.CHUNK_BYTES, HELD * self._largest + SPARE)
 
     def _count(self, nbytes: int) -> int:
         """Count a layer as held."""

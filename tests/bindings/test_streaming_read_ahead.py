@@ -45,6 +45,7 @@ def portion_bytes(monkeypatch):
     """A portion is one module of two clients, and bounds are in units of portions."""
     monkeypatch.setattr(portions, "CHUNK_BYTES", 2 * LAYER_BYTES)
     monkeypatch.setattr(_read_ahead, "LEAST_HELD", HELD)
+    monkeypatch.setattr(_read_ahead, "SPARE", 0)
 
 
 def names(count):
