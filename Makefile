@@ -17,15 +17,15 @@ test: $(VENV)/.ready
 fuzz: $(VENV)/.ready
 	PYTHONPATH=tests/support $(BIN)/python -P tests/fuzz.py
 
-# The built wheel in a venv of its own, which reads .venv's packages, but not its .pth files, hence not the sources. It
-# is the sources that the two files left out test.
+# The built wheel in a venv of its own, which reads .venv's packages, but not its .pth files, hence not the sources. All
+# tests but those marked slow (whole demos, kills, many processes), and two files that test the sources.
 test-wheel: wheel
 	$(PYTHON) -m venv --clear .venv-wheel
 	$(BIN)/python -P -c "$(SITE)" > $$(.venv-wheel/bin/python -P -c "$(SITE)")/packages.pth
 	.venv-wheel/bin/python -P -m pip install -q --no-deps --force-reinstall dist/fedgram-*.whl
 	.venv-wheel/bin/python -P -m pip install -q -c constraints.txt "$$(ls dist/fedgram-*.whl)[test]"
 	.venv-wheel/bin/python -P -c "import fedgram.kernels as k; assert '/.venv-wheel/' in k.__file__, k.__file__"
-	.venv-wheel/bin/python -P $(PYTEST) --ignore=tests/kernels/test_aot.py --ignore=tests/bench/test_bench_gpu.py
+	.venv-wheel/bin/python -P $(PYTEST) -m 'not slow' --ignore=tests/kernels/test_aot.py --ignore=tests/bench/test_bench_gpu.py
 
 # The frameworks' own pins meet in venvs of their own.
 test-flower: .venv-flower/.ready
@@ -41,13 +41,14 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/fedgram bench
 
-# Every shipped kernel compiled for four GPUs, with the pinned Triton and with 3.6.
+# Every shipped kernel compiled for four GPUs, with the pinned Triton and with 3.6. AOT=--changed compiles what has
+# changed since the committed figures were taken and a tenth of the rest; AOT=--write renews the figures.
 aot: $(VENV)/.ready
-	$(BIN)/python -P -m fedgram.bench.aot
+	$(BIN)/python -P -m fedgram.bench.aot $(AOT)
 
 aot36: $(VENV)/.ready
 	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)-triton36 triton==3.6.0
-	PYTHONPATH=$(VENV)-triton36 $(BIN)/python -P -m fedgram.bench.aot
+	PYTHONPATH=$(VENV)-triton36 $(BIN)/python -P -m fedgram.bench.aot $(AOT)
 
 gpu: $(VENV)/.ready
 	$(BIN)/python -P -m fedgram.bench.gpu

@@ -3,12 +3,17 @@
 ``python -P -m fedgram.bench.aot`` compiles for NVIDIA (sm80, sm90, sm100) and AMD (gfx942), reads registers, spills,
 128-bit loads and tensor-core instructions from the machine code, and fails where a configuration spills, has lost its
 wide loads or tensor cores, or differs from the committed figures of this Triton version (``--write`` renews them).
+
+With every row of figures goes a fingerprint of what it was compiled from. ``--changed`` compiles what has another one
+now, and a part of the rest that changes from day to day, so that figures nobody measured are found.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -16,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from datetime import date
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,6 +29,7 @@ from typing import Any
 
 import fedgram.kernels
 
+from . import aot_machine_code
 from .aot_machine_code import amd_figures, nvidia_figures
 
 TARGETS = {
@@ -33,6 +40,7 @@ TARGETS = {
 }
 TABLE = resources.files("fedgram.bench") / "aot_table.json"
 REGISTER_SLACK = 8  # ptxas rounds registers to eights: one step is no regression
+DAYS = 10  # within which ``--changed`` has compiled everything
 
 
 def kernel_files() -> Iterator[str]:
@@ -53,6 +61,24 @@ def compile_config(config: Any, target: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    signature, constexprs, attributes = _specialised(config, target)
+    source = ASTSource(fn=config.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=_options(config))
+
+
+def fingerprint(config: Any, target: str) -> str:
+    """A short hash of what decides the machine code under one Triton version, and of how it is read."""
+    parts = [config.kernel.cache_key, *_specialised(config, target), _options(config), TARGETS[target]]
+    parts += [inspect.getsource(module) for module in (aot_machine_code, _specialised, compile_config)]
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _options(config: Any) -> dict[str, Any]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+
+
+def _specialised(config: Any, target: str) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
+    """Signature, compile-time constants and alignments of a configuration for a target."""
     kernel = config.kernel
     hip = TARGETS[target][0] == "hip"
     constexprs = {k: "ieee" if hip and v == "tf32x3" else v for k, v in config.constexprs.items()}
@@ -61,12 +87,7 @@ def compile_config(config: Any, target: str) -> Any:
     signature = {name: "constexpr" if name in constexprs else config.signature[name] for name in kernel.arg_names}
     aligned = [n for n, t in signature.items() if t.startswith("*")] + list(config.divisible)
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    return triton.compile(
-        source,
-        target=GPUTarget(*TARGETS[target]),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
-    )
+    return signature, constexprs, attributes
 
 
 def measure(compiled: Sequence[Any], target: str) -> list[dict[str, int]]:
@@ -120,8 +141,13 @@ def shipped_configs(only: str = "", sample: bool = False) -> list[tuple[str, int
     return list({id(c.kernel): (f, i, c) for f, i, c in reversed(shipped)}.values())[::-1]
 
 
+def due(name: str, target: str, today: int) -> bool:
+    """Whether a configuration is among those that ``--changed`` compiles today although nothing has changed."""
+    return (int(hashlib.sha256(f"{target} {name}".encode()).hexdigest(), 16) + today) % DAYS == 0
+
+
 def run(
-    targets: Iterable[str], only: str = "", sample: bool = False, jobs: int | None = None
+    targets: Iterable[str], only: str = "", sample: bool = False, jobs: int | None = None, changed: bool = False
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Compile for ``targets``: figures[target][name], and the faults found by "target name"."""
     shipped = shipped_configs(only, sample)
@@ -132,18 +158,27 @@ def run(
     faults: dict[str, list[str]] = {}
     committed = read_table().get(triton_version(), {})
     with tempfile.TemporaryDirectory() as cache, _compilers(jobs or os.cpu_count() or 1, cache) as pool:
-        compiling = {t: [pool.submit(work, (f, i, t)) for f, i, _ in shipped] for t in targets}
+        chosen = {t: [(f, i, c) for f, i, c in shipped if not changed or _is_due(c, t, committed)] for t in targets}
+        compiling = {t: [pool.submit(work, (f, i, t)) for f, i, _ in found] for t, found in chosen.items()}
         for target, futures in compiling.items():
             results = dict(future.result() for future in futures)
             broken = {name: result for name, result in results.items() if isinstance(result, str)}
             faults |= {f"{target} {name}": [result] for name, result in broken.items()}
             names = [name for name in results if name not in broken]
             rows = figures_of([results[name] for name in names], target)
-            figures[target] = dict(zip(names, rows, strict=True))
+            figures[target] = {
+                name: row | {"source": fingerprint(by_name[name], target)}
+                for name, row in zip(names, rows, strict=True)
+            }
             for name, row in figures[target].items():
                 if found := gate(by_name[name], target, row, committed.get(target, {}).get(name)):
                     faults[f"{target} {name}"] = found
     return figures, faults
+
+
+def _is_due(config: Any, target: str, committed: dict[str, Any]) -> bool:
+    held = committed.get(target, {}).get(config.name, {})
+    return held.get("source") != fingerprint(config, target) or due(config.name, target, date.today().toordinal())
 
 
 def _compilers(jobs: int, cache: str) -> Executor:
@@ -175,6 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this target (may be repeated)")
     parser.add_argument("--only", default="", help="only configurations whose name contains this")
     parser.add_argument("--sample", action="store_true", help="only the first configuration of each kernel")
+    parser.add_argument("--changed", action="store_true", help="only what has changed, and a part of the rest")
     parser.add_argument("--jobs", type=int, help="compilations at once; by default one per core")
     parser.add_argument("--write", action="store_true", help="renew the committed figures of this Triton version")
     options = parser.parse_args(arguments)
@@ -182,13 +218,16 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set: there is nothing to compile in the interpreter")
     if options.write and (options.only or options.sample):
         parser.error("--write renews whole targets: leave out --only and --sample")
-    figures, faults = run(options.target or list(TARGETS), options.only, options.sample, options.jobs)
+    targets = options.target or list(TARGETS)
+    figures, faults = run(targets, options.only, options.sample, options.jobs, options.changed)
     for target, rows in figures.items():
         for name, row in rows.items():
             print(f"{target:7s} {name:44s}", " ".join(f"{k}={v}" for k, v in row.items()))
     if options.write:
-        table = read_table()
-        table[triton_version()] = table.get(triton_version(), {}) | figures
+        table, shipped = read_table(), {c.name for _, _, c in shipped_configs()}
+        held = table.setdefault(triton_version(), {})
+        for target, rows in figures.items():
+            held[target] = {k: row for k, row in (held.get(target, {}) | rows).items() if k in shipped}
         Path(str(TABLE)).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
         faults = {k: v for k, v in faults.items() if not all(", committed " in f for f in v)}
     for where, found in faults.items():

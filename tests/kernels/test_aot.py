@@ -1,7 +1,7 @@
 """The kernels compiled for GPUs that are not here: no spills, wide loads, tensor cores.
 
 Here a sample (the first configuration of each kernel) for one target; ``make aot`` and ``make aot36`` compile all, for
-every target, with the pinned Triton and with 3.6, and are steps of CI.
+every target, with the pinned Triton and with 3.6. CI has them compile what has changed, and a tenth of the rest.
 """
 
 import importlib.util
@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import date
 
 import pytest
 
@@ -113,6 +114,46 @@ def test_figures_are_committed(version):
         assert set(committed[target]) == names, f"renew with python -P -m fedgram.bench.aot --write ({target})"
         for name, row in committed[target].items():
             assert row["stack"] == row["spills"] == row.get("spilled", 0) == 0, f"{target} {name}"
+
+
+FINGERPRINTS = """
+import dataclasses, json
+from fedgram.bench import aot
+
+by_name = {c.name: c for _, _, c in aot.shipped_configs()}
+gram, other = by_name["factor_gram bf16 tile 64"], by_name["grad_gram fp32 tile 32"]
+kinds = [
+    gram,
+    dataclasses.replace(gram, num_warps=2 * gram.num_warps),
+    dataclasses.replace(gram, num_stages=7),
+    dataclasses.replace(gram, constexprs=gram.constexprs | {"TALL_I": 1}),
+    other,
+]
+found = [aot.fingerprint(c, "sm90") for c in kinds] + [aot.fingerprint(gram, "sm80")]
+held = {t: {c.name: aot.read_table()[aot.triton_version()][t][c.name]["source"] == aot.fingerprint(c, t)
+            for _, _, c in aot.shipped_configs()} for t in aot.TARGETS}
+table = {"sm90": {"factor_gram bf16 tile 64": {"source": found[0]}}}
+print(json.dumps([found, held, aot._is_due(gram, "sm90", table), aot._is_due(kinds[1], "sm90", table)]))
+"""
+
+
+def test_a_fingerprint_is_of_all_that_decides_the_code(monkeypatch):
+    """Committed figures are of today's sources, and other options, constants, targets or kernels are told apart."""
+    result = run_python("-c", FINGERPRINTS)
+    assert result.returncode == 0, result.stderr
+    found, held, same, other = json.loads(result.stdout)
+    assert len(set(found)) == len(found)
+    stale = [f"{target} {name}" for target, rows in held.items() for name, right in rows.items() if not right]
+    assert not stale, "renew with make aot AOT='--changed --write' and make aot36 likewise"
+    assert other
+    today = date.today().toordinal()
+    assert same == aot.due("factor_gram bf16 tile 64", "sm90", today)
+
+
+def test_everything_is_compiled_within_days():
+    for target in aot.TARGETS:
+        for name in ("factor_gram bf16 tile 64", "grad_gram fp32 tile 32"):
+            assert sum(aot.due(name, target, day) for day in range(700_000, 700_000 + aot.DAYS)) == 1
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):
