@@ -114,6 +114,16 @@ class FileLayout:
             raise ValueError(f"{key}: two layers would be written to it")
         self._factors[key], self.specs[key] = factor, TensorSpec(dtype, shape)
 
+    def verbatim(self, shapes: Mapping[str, LayerShape]) -> dict[str, tuple[str, str]] | None:
+        """Of every tensor the layer and side whose factor it is, number by number; None where one is put together."""
+        found = {}
+        for key, factor in self._factors.items():
+            [name, *more] = factor.names
+            if more or factor.transposed or self._rank[name] != shapes[name].rank:
+                return None
+            found[key] = (name, factor.side)
+        return found
+
     def tensor(self, key: str, factors: FactorOf) -> Tensor:
         """The tensor of a name, of layers of scaling 1.
 

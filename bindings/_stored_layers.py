@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from fedgram.flora_na import LoraLayer
 
 from ._lazy_tensors import LazyMapping
 from ._peft_layout import LayerShape
+from ._tensor_header import TensorSpec
 
 
 class StoredLayers(LazyMapping[LoraLayer], ABC):
@@ -22,3 +25,16 @@ class StoredLayers(LazyMapping[LoraLayer], ABC):
     @abstractmethod
     def factor(self, name: str, side: str) -> tuple[Tensor, float]:
         """One factor, side ``A`` or ``B``, of a layer, and the layer's scaling."""
+
+    @abstractmethod
+    def link(self, path: Path, specs: Mapping[str, TensorSpec], source: Mapping[str, tuple[str, str]]) -> bool:
+        """Make ``path`` a safetensors file without copying a byte, where what is stored is just that.
+
+        Args:
+            path: a new file.
+            specs: dtype and shape of all tensors to be in it, by name.
+            source: of the tensors that are a factor as it is, its layer's name and its side; the others are no layers'.
+
+        Returns:
+            False, and nothing has happened, where it cannot be: the tensors are to be written.
+        """

@@ -19,6 +19,7 @@ from ._documents import filed_errors
 from ._output_lock import beside
 from ._tensor_file import DTYPE_CODES
 from ._tensor_header import DTYPES
+from ._write_behind import WriteBehind
 
 RUN, LINES, DATA = "run.json", "done.jsonl", "results.bin"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -52,20 +53,30 @@ class Journal:
 
     Results of one line come back together or not at all. A line that was cut off, or whose bytes do not have their
     checksum (a power cut may write one file and not the other), ends what comes back, and is written over.
+
+    Args:
+        directory: where it lies.
+        room: bytes in front of the data that stay free for the header of the file that may be made of it.
+
+    Attributes:
+        records: the results.
+        data: the file of the tensors' bytes.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, room: int = 0) -> None:
+        self.directory, self.room, self.data = directory, room, directory / DATA
         self.records: dict[str, Record] = {}
-        self._lines, self._data = (self._open(name) for name in (LINES, DATA))
+        self._lines, self._data = self._open(LINES, 0o600), self._open(DATA, 0o666)  # the directory is closed to others
+        self._flush = WriteBehind(self._data.fileno())
         self._restore()
 
-    def _open(self, name: str) -> BinaryIO:
+    def _open(self, name: str, mode: int) -> BinaryIO:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        return open(os.open(self.directory / name, flags, 0o600), "r+b", buffering=0)
+        return open(os.open(self.directory / name, flags, mode), "r+b", buffering=0)
 
     def close(self) -> None:
         """Close the files; they stay."""
+        self._flush.close()
         self._lines.close()
         self._data.close()
 
@@ -124,6 +135,8 @@ class Journal:
         self._lines.seek(0, os.SEEK_END)
         self._write(self._lines, memoryview(json.dumps(document, separators=(",", ":")).encode() + b"\n"))
         self.records |= records
+        with filed_errors(self.data):
+            self._flush(self._data.seek(0, os.SEEK_END))
 
     def _write(self, file: BinaryIO, part: memoryview) -> None:
         try:
@@ -134,7 +147,7 @@ class Journal:
 
     def _restore(self) -> None:
         """Take over every whole line whose bytes are there, and cut off the rest."""
-        end_of_lines = end_of_data = 0
+        end_of_lines, end_of_data = 0, self.room
         for line in self._lines:
             found = _parse(line)
             if found is None or not all(self._is_whole(t) for r in found.values() for t in r.tensors.values()):
@@ -143,8 +156,9 @@ class Journal:
             end_of_lines += len(line)
             ends = (t.start + t.nbytes for r in found.values() for t in r.tensors.values())
             end_of_data = max(end_of_data, *ends, 0)
-        self._lines.truncate(end_of_lines)
-        self._data.truncate(end_of_data)
+        with filed_errors(self.directory):
+            self._lines.truncate(end_of_lines)
+            self._data.truncate(end_of_data)
 
     def _is_whole(self, stored: StoredTensor) -> bool:
         buffer, left, crc = memoryview(bytearray(min(stored.nbytes, 1 << 20))), stored.nbytes, 0
@@ -158,7 +172,7 @@ class Journal:
 
 
 @contextlib.contextmanager
-def open_journal(output: Path, identity: Mapping[str, Any], *, resume: bool = True) -> Iterator[Journal]:
+def open_journal(output: Path, identity: Mapping[str, Any], *, resume: bool = True, room: int = 0) -> Iterator[Journal]:
     """The journal of the run that writes ``output``, in a hidden directory beside it; the caller holds the output.
 
     What an interrupted run left is taken over if its ``identity`` was the same, else discarded. The journal is
@@ -169,6 +183,7 @@ def open_journal(output: Path, identity: Mapping[str, Any], *, resume: bool = Tr
         output: the directory that the run is to write.
         identity: all that decides the result, JSON-ready.
         resume: False discards what an interrupted run left.
+        room: as of ``Journal``.
 
     Raises:
         OSError: the place cannot be written.
@@ -181,7 +196,7 @@ def open_journal(output: Path, identity: Mapping[str, Any], *, resume: bool = Tr
             _clear(directory)
             with filed_errors(directory / RUN):
                 (directory / RUN).write_bytes(text)
-        with contextlib.closing(Journal(directory)) as journal:
+        with contextlib.closing(Journal(directory, room)) as journal:
             yield journal
     except OSError as error:
         if error.errno in FULL:

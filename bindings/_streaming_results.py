@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedgram.flora_na import LoraLayer, ModuleReport
 
+from ._linked_file import link_tensors
 from ._peft_layout import LayerShape
 from ._stored_layers import StoredLayers
-from ._streaming_journal import Journal
+from ._streaming_journal import Journal, StoredTensor
+from ._tensor_header import TensorSpec
 
+LAYER, RESIDUAL, EXTRA = "layer ", "residual ", "extra "
+"""What the keys of a journal begin with."""
 Result = tuple[dict[str, Any], dict[str, Tensor]]
 YARDSTICKS = ("rho_fedavg", "rho_optimal")
 
@@ -51,6 +56,24 @@ class JournalLayers(StoredLayers):
         """One factor of a layer, and the layer's scaling."""
         key = self._kind + name
         return self._journal.read(key, side), self._journal.records[key].facts["layer"]["scaling"]
+
+    def link(self, path: Path, specs: Mapping[str, TensorSpec], source: Mapping[str, tuple[str, str]]) -> bool:
+        """As ``StoredLayers``: where the journal holds these tensors and no others."""
+        found = {}
+        for key, spec in specs.items():
+            stored = self._stored(key, source.get(key))
+            if stored is None or (stored.dtype, stored.nbytes) != (spec.dtype, spec.nbytes):
+                return False
+            found[key] = TensorSpec(spec.dtype, spec.shape, stored.start)
+        return link_tensors(self._journal.data, path, self._journal.room, found)
+
+    def _stored(self, key: str, source: tuple[str, str] | None) -> StoredTensor | None:
+        """A factor of a layer of scaling 1, or a tensor beside the factors."""
+        if source is None:
+            record = self._journal.records.get(EXTRA + key)
+            return None if record is None else record.tensors[EXTRA + key]
+        record = self._journal.records[self._kind + source[0]]
+        return record.tensors[source[1]] if record.facts["layer"]["scaling"] == 1 else None
 
     def _layer(self, name: str) -> LoraLayer:
         (A, scaling), (B, _) = self.factor(name, "A"), self.factor(name, "B")

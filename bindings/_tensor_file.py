@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -89,8 +89,10 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], read: Callable[[s
     # Widest dtypes first, as the format's own writer does: every tensor then starts at a multiple of its item size.
     order = sorted(specs, key=lambda key: (-DTYPES[specs[key].dtype].itemsize, key))
     with open(path, "wb") as file:
+        header = header_of(specs, order)
+        assert header is not None
         with filed_errors(path):
-            file.write(_header(specs, order))
+            file.write(header)
         for key in order:
             tensor = read(key).detach().cpu().contiguous()
             if spec_of(tensor, key) != TensorSpec(specs[key].dtype, specs[key].shape):
@@ -113,7 +115,8 @@ def spec_of(tensor: Tensor, key: str) -> TensorSpec:
     return TensorSpec(DTYPE_CODES[tensor.dtype], tuple(tensor.shape))
 
 
-def _header(specs: Mapping[str, TensorSpec], order: list[str]) -> bytes:
+def header_of(specs: Mapping[str, TensorSpec], order: Sequence[str], room: int | None = None) -> bytes | None:
+    """The header of a file that holds these tensors in this order; of ``room`` bytes, or None where that is too few."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key in order:
@@ -121,8 +124,8 @@ def _header(specs: Mapping[str, TensorSpec], order: list[str]) -> bytes:
         offsets = [offset, offset := offset + spec.nbytes]
         header[key] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    length = len(text) + -len(text) % 8 if room is None else room - 8
+    return length.to_bytes(8, "little") + text.ljust(length) if len(text) <= length else None
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -185,7 +185,8 @@ def save_adapter(adapter: Adapter, path: PathLike, *, config: Mapping[str, Any] 
     """
     if not adapter.modules:
         raise ValueError("adapter: holds no layers")
-    layout = FileLayout(_shapes(adapter.modules))
+    shapes = _shapes(adapter.modules)
+    layout = FileLayout(shapes)
     extras = extra_specs(adapter)
     document = output_config(config or adapter.config, layout, [key.removeprefix(PREFIX) for key in extras])
 
@@ -199,7 +200,9 @@ def save_adapter(adapter: Adapter, path: PathLike, *, config: Mapping[str, Any] 
         return (layer.A if side == "A" else layer.B), layer.scaling
 
     with staged_directory(path, OUTPUT_FILES) as stage:
-        write_tensors(stage / WEIGHTS_NAME, layout.specs | extras, tensor)
+        specs = layout.specs | extras
+        if not _linked(adapter.modules, stage / WEIGHTS_NAME, specs, layout.verbatim(shapes)):
+            write_tensors(stage / WEIGHTS_NAME, specs, tensor)
         _write_json(stage / CONFIG_NAME, document)
 
 
@@ -207,6 +210,15 @@ def _shapes(modules: Mapping[str, LoraLayer]) -> dict[str, LayerShape]:
     if isinstance(modules, StoredLayers):
         return {name: modules.shape(name) for name in modules}
     return {name: layer_shape(name, layer) for name, layer in modules.items()}
+
+
+def _linked(
+    modules: Mapping[str, LoraLayer],
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    source: Mapping[str, tuple[str, str]] | None,
+) -> bool:
+    return isinstance(modules, StoredLayers) and source is not None and modules.link(path, specs, source)
 
 
 def layer_shape(name: str, layer: LoraLayer) -> LayerShape:

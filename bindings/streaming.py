@@ -7,7 +7,7 @@ once, and a run that was killed goes on from there (``_streaming_journal``). The
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,15 @@ from fedgram.flora_na.streamed import Stream, stream
 from fedgram.flora_na.weights import Weights
 
 from ._buffers import Trimmer
+from ._linked_file import header_room
 from ._staging import reserved_output
 from ._streaming_extras import extra_pieces, extra_shapes
 from ._streaming_identity import run_identity
 from ._streaming_journal import Journal, open_journal
-from ._streaming_results import JournalLayers, layer_result, report_of
+from ._streaming_results import EXTRA, LAYER, RESIDUAL, JournalLayers, layer_result, report_of
 from .peft import OUTPUT_FILES, LazyMapping, PathLike, load_adapter, load_adapters, merge_configs, save_adapter
 
 Progress = Callable[[int, int, str], None]
-LAYER, RESIDUAL, EXTRA = "layer ", "residual ", "extra "
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,8 @@ def aggregate_to_directory(
         for path in (output, residual):
             if path is not None:
                 stack.enter_context(reserved_output(path, OUTPUT_FILES))
-        journal = stack.enter_context(open_journal(Path(output), identity, resume=resume))
+        room = header_room(_names(adapters))
+        journal = stack.enter_context(open_journal(Path(output), identity, resume=resume, room=room))
         run = _Run(journal, adapters, weights, names, named)
         resumed = run.layers()
         run.average()  # first: what is wrong with them is found before the long work
@@ -139,6 +140,13 @@ def aggregate_to_directory(
             save_adapter(rest, residual, config=None if config is None else config | {"task_type": None})
         save_adapter(run.adapter(LAYER, config), output, config=config)
         return Streamed(run.report(), len(resumed))
+
+
+def _names(adapters: Sequence[Adapter]) -> Iterator[str]:
+    """Of the tensors of the result, about: in the file they are longer by less than ``header_room`` allows for."""
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
+        yield from (name, name)
+    yield from dict.fromkeys(name for adapter in adapters for name in adapter.extras)
 
 
 class _Run:

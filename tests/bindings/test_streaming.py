@@ -12,6 +12,7 @@ import torch
 
 from fedgram import flora_na
 from fedgram.bindings import _streaming_extras, streaming
+from fedgram.bindings._linked_file import PAGE
 from fedgram.bindings._tensor_file import TensorFile
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
 from fedgram.bindings.streaming import aggregate_directories
@@ -183,7 +184,7 @@ DAMAGES = {
     "line cut": (lambda journal: cut(journal / "done.jsonl", 5), 1),
     "line not JSON": (lambda journal: flip(journal / "done.jsonl", 0), 0),
     "data cut": (lambda journal: cut(journal / "results.bin", 1), 1),
-    "data changed": (lambda journal: flip(journal / "results.bin", 3), 0),
+    "data changed": (lambda journal: flip(journal / "results.bin", PAGE + 3), 0),
     "data gone": (lambda journal: (journal / "results.bin").unlink(), 0),
     "lines gone": (lambda journal: (journal / "done.jsonl").unlink(), 0),
     "data not counted": (lambda journal: os.truncate(journal / "results.bin", 1 << 16), 2),

@@ -2,7 +2,9 @@
 
 import json
 
+import safetensors
 import torch
+from safetensors import safe_open
 
 from fedgram.bindings._tensor_file import spec_of, write_tensors
 
@@ -46,5 +48,16 @@ def interrupt_after(count):
 
 
 def files_of(directory):
-    """All files of a directory by name."""
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    """All files of a directory by name; of tensors what the format's own reader finds, wherever it lies in the file."""
+    return {
+        path.name: tensors_of(path) if path.suffix == ".safetensors" else path.read_bytes()
+        for path in directory.iterdir()
+    }
+
+
+def tensors_of(path):
+    """Metadata of a file, and dtype, shape and bytes of its tensors."""
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    found = safetensors.deserialize(path.read_bytes())
+    return metadata, {name: (t["dtype"], t["shape"], bytes(t["data"])) for name, t in found}
