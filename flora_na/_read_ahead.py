@@ -18,7 +18,7 @@ HELD = 1.5
 LEAST_HELD = 2
 """What may be held in any case, in units of ``CHUNK_BYTES`` (8 MiB): small portions need not wait for each other."""
 SPARE = 1 << 23
-"""Bytes that may be held beyond ``HELD``: a portion of some megabytes can then be whole before the last is done."""
+"""Bytes that may be held beyond ``HELD`` where a whole second portion then fits: it is ready when the first is done."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,8 @@ class ReadAhead:
         return not self._starving and self._held + self._layer > self._limit()
 
     def _limit(self) -> float:
-        return max(LEAST_HELD * portions.CHUNK_BYTES, HELD * self._largest + SPARE)
+        two = min(2 * self._largest, HELD * self._largest + SPARE)
+        return max(LEAST_HELD * portions.CHUNK_BYTES, two)
 
     def _count(self, nbytes: int) -> int:
         """Count a layer as held."""
