@@ -48,25 +48,15 @@ class Group:
     Attributes:
         targets: the modules.
         factors: the members' factors, module by module, described once for all operations on them.
-        plain: G_B and G_A, each (L, R, R) float64, of the factors without their scalings; None in the implicit regime.
+        gram: G_B and G_A, each (L, R, R) float64, of the scaled factors; None in the implicit regime.
         memo: what was computed once for the group.
     """
 
     targets: tuple[Target, ...]
     factors: kernels.Described
-    plain: tuple[Tensor, Tensor] | None
+    gram: dict[Side, Tensor] | None
     backend: str = "auto"
     memo: dict[str, Tensor] = field(default_factory=dict, repr=False)
-
-    @cached_property
-    def gram(self) -> dict[Side, Tensor] | None:
-        """G_B and G_A, each (L, R, R) float64, of the scaled factors; None in the implicit regime."""
-        if self.plain is None:
-            return None
-        gram: dict[Side, Tensor] = dict(zip(("B", "A"), self.plain, strict=True))
-        if self.unscaled:
-            return gram
-        return {side: g * self.row_scale[side] * self.row_scale[side].mT for side, g in gram.items()}
 
     def apply(self, side: Side, X: Tensor) -> Tensor:
         """``G_side @ X`` for X of shape (L, R, k), float64."""
@@ -154,9 +144,7 @@ class Group:
     @cached_property
     def member_scale(self) -> dict[Side, Tensor]:
         """(L, M) float64 per side: what every member's factor is multiplied by for its scaling."""
-        scalings = torch.stack([t.scalings for t in self.targets]).to(self.device)
-        root = scalings.abs().sqrt()
-        return {"B": scalings.sign() * root, "A": root}
+        return member_scales(self.targets)
 
     @cached_property
     def row_norms(self) -> dict[Side, Tensor]:
@@ -177,8 +165,10 @@ class Group:
 
     def subset(self, ids: list[int]) -> Group:
         """The group of some of its modules."""
-        plain = None if self.plain is None else (self.plain[0][ids], self.plain[1][ids])
-        return Group(tuple(self.targets[i] for i in ids), self.factors.pick(ids), plain, self.backend)
+        gram: dict[Side, Tensor] | None = None
+        if self.gram is not None:
+            gram = {side: g[ids] for side, g in self.gram.items()}
+        return Group(tuple(self.targets[i] for i in ids), self.factors.pick(ids), gram, self.backend)
 
     def expand(self, p: Tensor) -> Tensor:
         """Scalars per member (L, M) as coefficient blocks (L, R, rank)."""
@@ -199,6 +189,13 @@ def members_of_rows(ranks: tuple[int, ...]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
 
 
+def member_scales(targets: Sequence[Target]) -> dict[Side, Tensor]:
+    """(L, M) float64 per side, on the targets' device: what every member's factor is multiplied by for its scaling."""
+    scalings = torch.stack([t.scalings for t in targets]).to(targets[0].device)
+    root = scalings.abs().sqrt()
+    return {"B": scalings.sign() * root, "A": root}
+
+
 def make_groups(targets: Sequence[Target], backend: str = "auto") -> list[tuple[Group, list[int]]]:
     """Batch the modules by member ranks and take their Grams in one launch; with each group, its modules' positions.
 
@@ -214,8 +211,8 @@ def make_groups(targets: Sequence[Target], backend: str = "auto") -> list[tuple[
     for target in (t for at, part in enumerate(parts) if at not in formed for t in part):
         check_finite(target)
     grams = _grams([parts[at] for at in formed], [factors[at] for at in formed], backend)
-    plain = dict(zip(formed, grams, strict=True))
-    groups = [Group(part, of, plain.get(at), backend) for at, (part, of) in enumerate(zip(parts, factors, strict=True))]
+    gram = dict(zip(formed, grams, strict=True))
+    groups = [Group(part, of, gram.get(at), backend) for at, (part, of) in enumerate(zip(parts, factors, strict=True))]
     return list(zip(groups, order.values(), strict=True))
 
 
@@ -225,8 +222,8 @@ def _length(targets: Sequence[Target]) -> int:
 
 def _grams(
     parts: Sequence[Sequence[Target]], factors: Sequence[kernels.Described], backend: str
-) -> list[tuple[Tensor, Tensor]]:
-    """G_B and G_A (L, R, R) of every part, of the factors without their scalings, in one launch."""
+) -> list[dict[Side, Tensor]]:
+    """G_B and G_A (L, R, R) of the scaled factors of every part, in one launch."""
     if not parts:
         return []
     joined = kernels.Described.joined(factors)
@@ -235,9 +232,20 @@ def _grams(
     for part in parts:
         B, A = (_stacked(G[start : start + len(part)]) for G in (G_B, G_A))
         _check_traces(part, B, A)
-        found.append((B, A))
+        found.append(_scaled(part, {"B": B, "A": A}))
         start += len(part)
     return found
+
+
+def _scaled(targets: Sequence[Target], gram: dict[Side, Tensor]) -> dict[Side, Tensor]:
+    """The Grams of the factors with their scalings, in the memory of those without."""
+    if all(t.unscaled for t in targets):
+        return gram
+    rows, scales = members_of_rows(targets[0].ranks).to(targets[0].device), member_scales(targets)
+    return {
+        side: g.mul_(scales[side][:, rows].unsqueeze(-1)).mul_(scales[side][:, rows].unsqueeze(-2))
+        for side, g in gram.items()
+    }
 
 
 def _check_traces(targets: Sequence[Target], B: Tensor, A: Tensor) -> None:
