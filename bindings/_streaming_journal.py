@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -66,7 +67,9 @@ class Journal:
     def __init__(self, directory: Path, room: int = 0) -> None:
         self.directory, self.room, self.data = directory, room, directory / DATA
         self.records: dict[str, Record] = {}
-        self._lines, self._data = self._open(LINES, 0o600), self._open(DATA, 0o666)  # the directory is closed to others
+        self._lines = self._open(LINES, 0o600)
+        _own(self.data)
+        self._data = self._open(DATA, 0o666)  # the directory is closed to others
         self._flush = WriteBehind(self._data.fileno())
         self._restore()
 
@@ -215,6 +218,18 @@ def _make(directory: Path) -> None:
     directory.mkdir(0o700, exist_ok=True)
 
 
+def _own(data: Path) -> None:
+    """A copy in the place of data that is an output's too: a run that was killed before it removed its journal.
+
+    What follows may cut the file, or write to it.
+    """
+    if not data.is_symlink() and data.exists() and data.stat().st_nlink > 1:
+        copy = data.with_name(f"{DATA}.copy")
+        with filed_errors(copy):
+            shutil.copyfile(data, copy)
+            os.replace(copy, data)
+
+
 def _content(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
@@ -223,7 +238,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def _clear(directory: Path) -> None:
-    for name in (RUN, LINES, DATA):  # the identity first: what it names is then no longer valid
+    for name in (RUN, LINES, DATA, f"{DATA}.copy"):  # the identity first: what it names is then no longer valid
         (directory / name).unlink(missing_ok=True)
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from fedgram.bindings import _linked_file, _streaming_results, _write_behind, peft
+from fedgram.bindings import _linked_file, _streaming_journal, _streaming_results, _write_behind, peft
 from fedgram.bindings._linked_file import PAGE, header_room, link_tensors
 from fedgram.bindings._tensor_file import TensorFile
 from fedgram.bindings._tensor_header import MAX_HEADER, TensorSpec
@@ -119,6 +119,34 @@ def test_a_kill_between_linking_and_publishing_loses_nothing(tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
     assert aggregate_directories(dirs, tmp_path / "out").resumed == 4
     assert files_of(tmp_path / "out") == expected(dirs, tmp_path / "expected")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_journal_that_is_an_output_too_is_not_written_to(tmp_path, monkeypatch, lost):
+    """Killed after the output appeared and before the journal went; with ``lost``, a power cut took its lines."""
+    dirs = write_clients(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(_streaming_journal, "_remove", lambda directory: None)
+        aggregate_directories(dirs, tmp_path / "out")
+    data, file = tmp_path / ".out.journal" / "results.bin", tmp_path / "out" / "adapter_model.safetensors"
+    assert data.stat().st_ino == file.stat().st_ino
+    before = file.read_bytes()
+    if lost:
+        os.truncate(data.with_name("done.jsonl"), 0)
+    seen = []
+
+    def look(done, total, module):
+        seen.append((file.read_bytes(), data.stat().st_ino == file.stat().st_ino))
+        raise KeyboardInterrupt
+
+    if lost:
+        with pytest.raises(KeyboardInterrupt):
+            aggregate_directories(dirs, tmp_path / "out", progress=look)
+        assert seen == [(before, False)]
+        assert file.read_bytes() == before
+    assert aggregate_directories(dirs, tmp_path / "out").resumed == 4
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c0", "c1", "c2", "out"]
 
 
 def test_an_error_of_writing_behind_is_told(tmp_path, monkeypatch):
