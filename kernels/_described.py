@@ -38,7 +38,8 @@ def described(B: Factors, A: Factors) -> Described:
     """Check factors, and for the compiled loops describe them, once for several operations of one computation.
 
     The lighter sister of ``prepare``: nothing looks later whether a tensor's memory has moved, so the caller keeps the
-    tensors as they are (their numbers may change) while it uses the result. On GPUs the plans are cached instead.
+    tensors as they are (their numbers may change) while it uses the result. On GPUs, where plans are cached, and where
+    there are no compiled loops nothing happens here: the operations check as ever.
 
     Args:
         B: ``B[l][u]`` (m_l, r_lu) of module ``l`` and client ``u``; any float type, any strides.
@@ -47,13 +48,12 @@ def described(B: Factors, A: Factors) -> Described:
     Raises:
         ValueError: shapes, types or devices do not fit together; the message names the tensor.
     """
-    if _native.missing() is None and all(t.is_cpu for t in first(B, A)):
-        left, right = stacks_of(B, A)
-        assert left is not None
-        assert right is not None
-        return Described(left, right)
-    check_factors(B, A)
-    return Described(B, A)
+    if _native.missing() is not None or not all(t.is_cpu for t in first(B, A)):
+        return Described(B, A)
+    left, right = stacks_of(B, A)
+    assert left is not None
+    assert right is not None
+    return Described(left, right)
 
 
 def stacks_of(B: Factors | None, A: Factors | None) -> tuple[Stacks | None, Stacks | None]:

@@ -145,8 +145,12 @@ def first(*sides: Factors | Sequence[Tensor] | None) -> list[Tensor]:
         if isinstance(side, PreparedSide):
             if side.tensors:
                 return side.tensors[:1]
-        elif tensors := flat(side):
-            return tensors[:1]
+        else:
+            for item in () if side is None else side:
+                if isinstance(item, Tensor):
+                    return [item]
+                if len(item):
+                    return [item[0]]
     return []
 
 
