@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from functools import cached_property, reduce
 from itertools import accumulate, chain
-from operator import add, attrgetter
+from operator import attrgetter
 from typing import overload
 
 import torch
@@ -43,8 +43,7 @@ class Stacks(Sequence[Sequence[Tensor]]):
 
     def __init__(self, factors: Factors, *, transposed: bool) -> None:
         self.transposed = transposed
-        self._factors: Factors | None = factors  # keeps the memory
-        self._kept: tuple[Stacks, ...] = ()
+        self.factors = factors  # keeps the memory
         self.counts = [len(clients) for clients in factors]
         self.lengths: list[int] = []
         self.ranks: list[int] = []
@@ -114,13 +113,6 @@ class Stacks(Sequence[Sequence[Tensor]]):
         """Of all factors, module by module."""
         return self.table[::WIDTH]
 
-    @cached_property
-    def factors(self) -> Factors:
-        """The tensors, by module."""
-        if self._factors is not None:
-            return self._factors
-        return [[*ours, *theirs] for ours, theirs in zip(*self._kept, strict=True)]
-
     def rows(self, module: int) -> array:
         """The rows of the table of one module."""
         first = (self.at[module] - self.at[0]) // 8
@@ -154,24 +146,13 @@ class Stacks(Sequence[Sequence[Tensor]]):
         facts = [list(chain.from_iterable(of)) for of in zip(*(s._facts() for s in every), strict=True)]
         return self._derived([s.table for s in every], list(chain.from_iterable(every)), facts)
 
-    def beside(self, others: Stacks) -> Stacks:
-        """Every module's factors and, as more clients, those of the same module of ``others``."""
-        modules = range(len(self))
-        parts = [part for l in modules for part in (self.rows(l), others.rows(l))]
-        counts, ranks = (list(map(add, x, y)) for x, y in zip(self._facts()[:2], others._facts()[:2], strict=True))
-        widest = list(map(max, self.widest, others.widest))
-        dtypes = list(map(torch.promote_types, self.dtypes, others.dtypes))
-        found = self._derived(parts, None, [counts, ranks, self.lengths, widest, dtypes, [False] * len(self)])
-        found._kept = (self, others)
-        return found
-
     def _facts(self) -> tuple[list, ...]:
         return self.counts, self.ranks, self.lengths, self.widest, self.dtypes, self.mixable
 
-    def _derived(self, parts: Sequence[array], factors: Factors | None, facts: Sequence[list]) -> Stacks:
+    def _derived(self, parts: Sequence[array], factors: Factors, facts: Sequence[list]) -> Stacks:
         found = Stacks.__new__(Stacks)
         found.transposed, found.on_cpu = self.transposed, self.on_cpu
-        found._factors, found._kept = factors, ()
+        found.factors = factors
         found.counts, found.ranks, found.lengths, found.widest, found.dtypes, found.mixable = facts
         found.table = array("q")
         for part in parts:

@@ -53,19 +53,6 @@ def test_numbers_that_change_are_seen(garbage):
 
 
 @built
-def test_a_union_of_sides_has_more_clients(garbage):
-    B, _ = draw([2, 4], [(40, 30), (64, 7)], torch.float32)
-    more, _ = draw([3], [(40, 30), (64, 7)], torch.bfloat16, seed=1)
-    both = Stacks(B, transposed=False).beside(Stacks(more, transposed=False))
-    assert both.counts == [3, 3]
-    assert both.ranks == [9, 9]
-    assert both.widest == [4, 4]
-    assert [[t.data_ptr() for t in clients] for clients in both] == [
-        [t.data_ptr() for t in (*own, *others)] for own, others in zip(B, more, strict=True)
-    ]
-
-
-@built
 def test_prepared_factors_are_described_once_and_still_watched(monkeypatch, garbage):
     B, A = draw([2, 4], [(40, 30)], torch.float32)
     kept, made = prepare(B, A), []
