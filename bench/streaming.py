@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,50 +36,76 @@ MODELS = {
     "405b": {"q_proj": (16384, 16384), "up_proj": (53248, 16384)},
 }
 """Shapes (m, n) of the modules of a layer, by the size of the language model that has them."""
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+"""How a file calls the dtypes that the factors may have; PEFT keeps them in float32 unless told otherwise."""
 READERS = ("read plainly", "read tensors", "read with safetensors")
 PEAK_MODULES, PEAK_BYTES, SHARE = 1.5, 300e6, 0.5
 SAMPLE_SECONDS = 0.02
 
 
-def layers_for(gigabytes: float, clients: int, rank: int, shapes: dict[str, tuple[int, int]]) -> int:
-    """How many layers make up the given size (10^9 bytes) in bfloat16."""
-    return max(1, round(gigabytes * 1e9 / (clients * layer_bytes(rank, shapes))))
+@dataclass(frozen=True)
+class Written:
+    """The adapters to be written.
+
+    Attributes:
+        clients, layers, rank: how many adapters, of how many layers, of which rank.
+        shapes: (m, n) of the modules of a layer, by name.
+        dtype: of the factors, one of ``DTYPES``.
+    """
+
+    clients: int
+    layers: int
+    rank: int
+    shapes: Mapping[str, tuple[int, int]]
+    dtype: str = "float32"
+
+    @staticmethod
+    def of_size(
+        gigabytes: float, clients: int, rank: int, shapes: Mapping[str, tuple[int, int]], dtype: str
+    ) -> Written:
+        """With as many layers as make up the given size (10^9 bytes)."""
+        one = Written(clients, 1, rank, shapes, dtype)
+        return replace(one, layers=max(1, round(gigabytes * 1e9 / one.nbytes)))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The same as torch has it."""
+        return getattr(torch, self.dtype)
+
+    def module_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of a module of that shape (m, n) in all adapters."""
+        return self.clients * self.rank * sum(shape) * self.torch_dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors together."""
+        return self.layers * sum(map(self.module_bytes, self.shapes.values()))
 
 
-def layer_bytes(rank: int, shapes: dict[str, tuple[int, int]]) -> int:
-    """Bytes of one client's factors in one layer, in bfloat16."""
-    return sum(2 * rank * (m + n) for m, n in shapes.values())
-
-
-def write_clients(root: Path, clients: int, layers: int, rank: int, shapes: dict[str, tuple[int, int]]) -> list[Path]:
-    """Adapter directories of random bfloat16 factors around a part that all clients share; no file is held whole."""
+def write_clients(root: Path, written: Written) -> list[Path]:
+    """Adapter directories of random factors around a part that all clients share; no file is held whole."""
     common = torch.Generator().manual_seed(0)
-    shared = {s: torch.randn(2, rank, max(s), generator=common) for s in set(shapes.values())}
+    shared = {s: torch.randn(2, written.rank, max(s), generator=common) for s in sorted(set(written.shapes.values()))}
     dirs = []
-    for client in range(clients):
+    for client in range(written.clients):
         directory = root / f"client-{client:04d}"
         directory.mkdir(parents=True)
-        _write_client(directory, client, layers, rank, shapes, shared)
+        _write_client(directory, client, written, shared)
         dirs.append(directory)
     return dirs
 
 
 def _write_client(
-    directory: Path,
-    client: int,
-    layers: int,
-    rank: int,
-    shapes: dict[str, tuple[int, int]],
-    shared: dict[tuple[int, int], torch.Tensor],
+    directory: Path, client: int, written: Written, shared: Mapping[tuple[int, int], torch.Tensor]
 ) -> None:
-    generator = torch.Generator().manual_seed(1 + client)
+    generator, rank = torch.Generator().manual_seed(1 + client), written.rank
     made: dict[str, tuple[tuple[int, int], int]] = {}
-    for layer in range(layers):
-        for name, shape in shapes.items():
+    for layer in range(written.layers):
+        for name, shape in written.shapes.items():
             for side in range(2):
                 made[f"base_model.model.model.layers.{layer}.{name}.lora_{'AB'[side]}.weight"] = (shape, side)
     specs = {
-        key: TensorSpec("BF16", (rank, shape[1]) if side == 0 else (shape[0], rank))
+        key: TensorSpec(DTYPES[written.dtype], (rank, shape[1]) if side == 0 else (shape[0], rank))
         for key, (shape, side) in made.items()
     }
 
@@ -86,11 +113,11 @@ def _write_client(
         (shape, side), size = made[key], specs[key].shape
         part = shared[shape][side, :, : max(size)].reshape(rank, -1)
         values = part + torch.randn(part.shape, generator=generator)
-        return (0.02 * (values if side == 0 else values.T)).bfloat16()
+        return (0.02 * (values if side == 0 else values.T)).to(written.torch_dtype)
 
     path = directory / "adapter_model.safetensors"
     write_tensors(path, specs, tensor)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(shapes)}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(written.shapes)}
     (directory / "adapter_config.json").write_text(json.dumps(config))
     drop_cached(path)
 
@@ -161,23 +188,20 @@ def _sample(pid: int, peaks: dict[str, int]) -> None:
             peaks[name] = max(peaks[name], int(line.split()[1]) * 1024)
 
 
-def run(
-    root: Path, *, gigabytes: float, clients: int, rank: int, methods: list[str], shapes: dict[str, tuple[int, int]]
-) -> dict[str, Any]:
+def run(root: Path, written: Written, methods: list[str]) -> dict[str, Any]:
     """Write the adapters under ``root``, read and aggregate them, kill and resume; JSON-ready.
 
     Raises:
         OSError: there is not enough room.
         RuntimeError: a process failed.
     """
-    layers = layers_for(gigabytes, clients, rank, shapes)
-    nbytes = layers * clients * layer_bytes(rank, shapes)
+    nbytes = written.nbytes
     if (free := shutil.disk_usage(root).free) < 1.3 * nbytes:
         raise OSError(
             f"{root}: {nbytes / 1e9:.1f} GB of adapters need {1.3 * nbytes / 1e9:.1f} GB, {free / 1e9:.1f} are free"
         )
-    write_clients(root, clients, layers, rank, shapes)
-    module = max(2 * rank * (m + n) for m, n in shapes.values()) * clients
+    write_clients(root, written)
+    module = max(map(written.module_bytes, written.shapes.values()))
     bound = PEAK_MODULES * module + PEAK_BYTES
     reads = {task: measure(root, task) for task in READERS}
     best = min(read["seconds"] for read in reads.values())
@@ -194,10 +218,11 @@ def run(
     return {
         "schema": SCHEMA,
         "environment": environment(torch.device("cpu"), torch.get_num_threads()),
-        "clients": clients,
-        "rank": rank,
-        "layers": layers,
-        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "clients": written.clients,
+        "rank": written.rank,
+        "dtype": written.dtype,
+        "layers": written.layers,
+        "shapes": {name: list(shape) for name, shape in written.shapes.items()},
         "bytes": nbytes,
         "module_bytes": module,
         "peak_bound_bytes": bound,
@@ -212,6 +237,7 @@ def streaming_command(
     clients: Annotated[int, typer.Option(min=1, help="How many adapters share it.")] = 20,
     rank: Annotated[int, typer.Option(min=1, help="Their rank.")] = 16,
     model: Annotated[str, typer.Option(help=f"Whose modules' shapes: {' or '.join(MODELS)}.")] = "7b",
+    dtype: Annotated[str, typer.Option(help=f"Of the factors: {' or '.join(DTYPES)}.")] = "float32",
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "fedavg,flora-na,als,svd",
     folder: Annotated[Path, typer.Option(help="Where the adapters are written, in a folder of their own.")] = Path(
         "out"
@@ -219,15 +245,16 @@ def streaming_command(
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
     """Aggregate adapters larger than a budget of memory from disk; needs Linux. The adapters are removed at the end."""
-    if model not in MODELS:
-        print(f"fedgram: --model: expected one of {', '.join(MODELS)}, got {model!r}", file=sys.stderr)
-        raise typer.Exit(1)
-    shapes = MODELS[model]
+    for option, given, known in (("--model", model, MODELS), ("--dtype", dtype, DTYPES)):
+        if given not in known:
+            print(f"fedgram: {option}: expected one of {', '.join(known)}, got {given!r}", file=sys.stderr)
+            raise typer.Exit(1)
+    written = Written.of_size(gigabytes, clients, rank, MODELS[model], dtype)
     folder.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="streaming-", dir=folder))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the adapters are removed then too
     try:
-        results = run(root, gigabytes=gigabytes, clients=clients, rank=rank, methods=methods.split(","), shapes=shapes)
+        results = run(root, written, methods.split(","))
     except (OSError, RuntimeError) as error:
         print(f"fedgram: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -253,7 +280,7 @@ def show(results: dict[str, Any], console: Console) -> None:
             task, f"{row['seconds']:.1f}", f"{row['bytes_per_second'] / 1e9:.2f}", share, f"{row['cpu_seconds']:.1f}",
             *(f"{(row[key] or 0) / 1e6:.0f} MB" for key in ("peak_bytes", "peak_anonymous_bytes", "peak_file_bytes")),
         )  # fmt: skip
-    size = f"{results['bytes'] / 1e9:.2f} GB, {results['clients']} clients, rank {results['rank']}"
+    size = f"{results['bytes'] / 1e9:.2f} GB, {results['clients']} clients, rank {results['rank']}, {results['dtype']}"
     console.print(f"{size}, {len(results['shapes']) * results['layers']} modules", highlight=False)
     console.print(table)
     for method, row in results["methods"].items():

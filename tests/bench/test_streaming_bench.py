@@ -12,12 +12,13 @@ from fedgram.bindings.peft import load_adapters
 SHAPES = {"q": (640, 480), "up": (960, 480)}
 
 
-def test_the_files_have_the_promised_size_and_are_adapters(tmp_path):
-    layers = streaming.layers_for(0.001, 3, 4, SHAPES)
-    assert layers * 3 * streaming.layer_bytes(4, SHAPES) == pytest.approx(1e6, rel=0.1)
-    dirs = streaming.write_clients(tmp_path, 3, layers, 4, SHAPES)
-    adapters = load_adapters(dirs)
-    assert [len(adapter.modules) for adapter in adapters] == [2 * layers] * 3
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_files_have_the_promised_size_and_are_adapters(dtype, tmp_path):
+    written = streaming.Written.of_size(0.001, 3, 4, SHAPES, dtype)
+    assert written.nbytes == pytest.approx(1e6, rel=0.1)
+    adapters = load_adapters(dirs := streaming.write_clients(tmp_path, written))
+    assert [len(adapter.modules) for adapter in adapters] == [2 * written.layers] * 3
+    assert {str(layer.A.dtype) for layer in adapters[0].modules.values()} == {f"torch.{dtype}"}
     stored = sum((folder / "adapter_model.safetensors").stat().st_size for folder in dirs)
     assert 0.9 < stored / 1e6 < 1.3  # with headers
     first, second = (adapter.modules["model.layers.0.q"].A for adapter in adapters[:2])
@@ -45,7 +46,7 @@ def test_the_figures_are_consistent(figures):
     assert svd["share_of_reading"] == pytest.approx(best / svd["seconds"])
     assert svd["share_met"] == (svd["share_of_reading"] >= 0.5)
     assert svd["peak_met"] == (svd["peak_bytes"] <= found["peak_bound_bytes"])
-    assert found["peak_bound_bytes"] == 1.5 * 2 * 2 * 8 * (960 + 480) + 300e6
+    assert found["peak_bound_bytes"] == 1.5 * 2 * 4 * 8 * (960 + 480) + 300e6
     assert svd["modules"] == 2 * found["layers"]
     assert 0 < svd["rho"] < 1
     assert svd["peak_anonymous_bytes"] <= svd["peak_bytes"]
@@ -65,12 +66,17 @@ def test_the_table_says_what_is_met_and_the_adapters_are_gone(figures):
     assert list((folder / "x").iterdir()) == []
 
 
-def test_an_unknown_model_is_told():
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [(["--model", "1t"], "--model: expected one of 7b, 405b, got '1t'"),
+     (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16, got 'int8'")],
+)  # fmt: skip
+def test_an_unknown_model_or_dtype_is_told(options, known):
     app = typer.Typer()
     app.command()(streaming.streaming_command)
-    result = CliRunner().invoke(app, ["--model", "1t"])
+    result = CliRunner().invoke(app, options)
     assert result.exit_code == 1
-    assert result.stderr == "fedgram: --model: expected one of 7b, 405b, got '1t'\n"
+    assert result.stderr == f"fedgram: {known}\n"
 
 
 def test_a_task_that_fails_is_told(tmp_path):
@@ -80,5 +86,5 @@ def test_a_task_that_fails_is_told(tmp_path):
 
 def test_without_room_nothing_is_written(tmp_path):
     with pytest.raises(OSError, match="are free"):
-        streaming.run(tmp_path, gigabytes=1e6, clients=2, rank=4, methods=["svd"], shapes=SHAPES)
+        streaming.run(tmp_path, streaming.Written.of_size(1e6, 2, 4, SHAPES, "float32"), ["svd"])
     assert list(tmp_path.iterdir()) == []
