@@ -65,5 +65,5 @@ def _solve(
         jobs.append((*given, *common, p + block * l, p + block * (L + l), f + row * l))
     # a handful of sweeps of a product with either Gram
     work = L * R * R * rank * min(max_sweeps, 5) // 2
-    run_jobs(library.fedgram_blocks, table(jobs), L, library.fedgram_blocks_work(R, rank), work)
+    run_jobs(SOLVER.entries["blocks"], table(jobs), L, library.fedgram_blocks_work(R, rank), work)
     return pair, found

@@ -6,7 +6,7 @@ from fedgram.kernels._native import Extension
 
 SOLVER = Extension(
     "fedgram.flora_na._fedgram_solver",
-    {"fedgram_scalars": "pip p", "fedgram_blocks": "pip p", "fedgram_spectrum": "pip p"},
+    {"fedgram_scalars": "ii pip p", "fedgram_blocks": "ii pip p", "fedgram_spectrum": "ii pip p"},
     {
         "fedgram_abi": "",
         "fedgram_figures": "",
@@ -15,7 +15,7 @@ SOLVER = Extension(
         "fedgram_blocks_work": "ii",
         "fedgram_spectrum_work": "i",
     },
-    abi=5,
+    abi=6,
 )
 STATUS = ("converged", "max-sweeps")
 DOUBTFUL = 2

@@ -73,7 +73,7 @@ def _solve(group: Group, tolerances: tuple[float, float], max_sweeps: int) -> tu
     ]
     # a handful of sweeps of some four products with either Gram
     work = L * R * R * (10 if max_sweeps else 1)
-    run_jobs(library.fedgram_scalars, table(jobs), L, library.fedgram_scalars_work(U, R, rank), work)
+    run_jobs(SOLVER.entries["scalars"], table(jobs), L, library.fedgram_scalars_work(U, R, rank), work)
     del layout  # kept until here
     return scalars, found
 

@@ -32,5 +32,5 @@ def compiled_spectrum(group: Group) -> Tensor | None:
         (b + square * l, a + square * l, d + line * l, R, pivot, v + line * l, f + 8 * l)
         for l in range(L)
     ]  # fmt: skip
-    run_jobs(library.fedgram_spectrum, table(jobs), L, library.fedgram_spectrum_work(R), L * R * R * R)
+    run_jobs(SOLVER.entries["spectrum"], table(jobs), L, library.fedgram_spectrum_work(R), L * R * R * R)
     return None if DOUBTFUL in found.tolist() else values

@@ -2,8 +2,9 @@
 
 The extension is optional: built with the package where there is a C compiler, and passed over where there is not or
 where ``FEDGRAM_NATIVE=0``. Work is cut into jobs that depend on the shapes only, and their parts are added in order,
-so that results have the same bits for every number of threads. What the loops do with gradients and with factors is
-called from ``_native_gradients`` and ``_native_factors``.
+so that results have the same bits for every number of threads. The threads are the extension's own
+(``native/spread.h``): those of Python would wait for its lock, twice for every piece of work. What the loops do with
+gradients and with factors is called from ``_native_gradients`` and ``_native_factors``.
 """
 
 from __future__ import annotations
@@ -16,29 +17,30 @@ import os
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import numpy as np
 import torch
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 8  # of native.c
-# Work (vector operations, about) below which waking threads, beside those of torch that may still spin, costs more than
-# it saves: some half a millisecond.
+ABI = 9  # of native.c
+# Work (vector operations, about) below which starting threads, beside those of torch that may still spin, costs more
+# than it saves: some half a millisecond.
 THREADED_WORK = 1 << 21
+MOST_THREADS = 64  # of a call (spread.h)
+LINE = 8  # numbers of a cache line: no two threads write to one
 KEPT_SCRATCH = 1 << 21  # numbers of scratch space that a thread keeps: 16 MiB
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
-    "fedgram_grad_gram": "ii ppp ii p ii pp",
-    "fedgram_grad_combine": "ii ppp ii ppp ii p",
-    "fedgram_products": "i pip p",
-    "fedgram_combine": "i pip p",
-    "fedgram_mix": "i pip p",
+    "fedgram_spread": "pii pii pi",
+    "fedgram_grad_gram": "ii pip p",
+    "fedgram_grad_combine": "ii pip p",
+    "fedgram_products": "ii pip p",
+    "fedgram_combine": "ii pip p",
     "fedgram_lowrank_sum": "ii pip p",
-    "fedgram_collect": "pip p",
+    "fedgram_collect": "ii pip p",
 }
 _COUNTS = {
     "fedgram_abi": "",
@@ -96,6 +98,14 @@ class Extension:
             raise OSError(f"version {abi}, expected {self.abi}: install fedgram again")
         return library
 
+    @functools.cached_property
+    def entries(self) -> dict[str, int]:
+        """The addresses of its calls, by name without ``fedgram_``."""
+        return {
+            name.removeprefix("fedgram_"): ctypes.cast(getattr(self.loaded, name), ctypes.c_void_p).value or 0
+            for name in self.calls
+        }
+
 
 LOOPS = Extension("fedgram.kernels._fedgram_native", _SIGNATURES, _COUNTS, ABI)
 
@@ -137,8 +147,6 @@ def table(rows: Iterable[Iterable[int]]) -> array:
     return array("q", list(chain.from_iterable(rows)))
 
 
-_pools: dict[int, ThreadPoolExecutor] = {}
-os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
 _own = threading.local()
 
 
@@ -175,38 +183,23 @@ def spread_over_jobs() -> Iterator[None]:
         _width = outer
 
 
-def together(function: Callable[[], None], jobs: int, work: int) -> None:
-    """Call ``function`` from as many threads as torch uses where ``jobs`` and ``work`` are enough for them."""
-    threads = min(_width or torch.get_num_threads(), jobs) if work >= THREADED_WORK else 1
-    if threads <= 1:
-        function()
-        return
-    pool = _pools.get(threads)
-    if pool is None:
-        pool = _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="fedgram")
-    others = [pool.submit(function) for _ in range(threads - 1)]
-    function()
-    for other in others:
-        if not other.cancel():  # the pool may be busy with another caller's, and nothing is left to do here
-            other.result()
+def threads_for(jobs: int, work: int) -> int:
+    """As many threads as torch uses where ``jobs`` and ``work`` (vector operations, about) are enough for them."""
+    return max(1, min(_width or torch.get_num_threads(), jobs, MOST_THREADS)) if work >= THREADED_WORK else 1
 
 
-def run_jobs(call: Callable[..., None], jobs: array, count: int, numbers: int, work: int) -> None:
-    """Have threads take the jobs of a table, a row each, one by one: ``call(table, count, next, scratch)``.
+def run_jobs(entry: int, jobs: array, count: int, numbers: int, work: int, *, wide: bool = True) -> None:
+    """Have threads take the jobs of a table, a row each, one by one.
 
     Args:
-        call: a function of a library, its first arguments bound.
+        entry: what works on them, one of an extension's ``entries``.
         jobs: a ``table``.
         count: its rows.
         numbers: of float64 scratch space for every thread.
         work: of all jobs, in vector operations, about.
+        wide: whether loops that exist for float32 too multiply in float64.
     """
-    address, taken = jobs.buffer_info()[0], ctypes.c_int64(0)
-    next_job = ctypes.byref(taken)
-
-    def run() -> None:
-        memory, start = scratch(numbers)  # kept until the call is over
-        call(address, count, next_job, start)
-        del memory
-
-    together(run, count, work)
+    threads, room = threads_for(count, work), numbers // LINE * LINE + 2 * LINE
+    memory, start = scratch(threads * room)  # kept until the call is over
+    library().fedgram_spread(entry, level(), wide, jobs.buffer_info()[0], count, threads, start, room)
+    del memory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._native import TYPES, at, bits, constant, level, library, run_jobs, table
+from ._native import LOOPS, TYPES, at, bits, constant, level, run_jobs, table
 from ._stacks import Stacks
 
 CACHE_BYTES = 3 << 17  # of one block of factors: most of a small L2 cache
@@ -126,8 +125,8 @@ def _run_products(
     start = at(memory)
     multiply = table([(*job, start + 8 * part) for *job, part in jobs])
     collect = table([(start + 8 * part, *whole) for part, *whole in wholes])
-    run_jobs(partial(library().fedgram_products, level()), multiply, len(jobs), numbers, work)
-    run_jobs(library().fedgram_collect, collect, len(wholes), 0, 2 * parts)
+    run_jobs(LOOPS.entries["products"], multiply, len(jobs), numbers, work)
+    run_jobs(LOOPS.entries["collect"], collect, len(wholes), 0, 2 * parts)
 
 
 def factor_combine(sides: Sequence[tuple[Stacks, Sequence[Tensor], Stacks]]) -> None:
@@ -158,7 +157,7 @@ def _combine(parts: Sequence[Part]) -> None:
         job = (S.at[l], S.counts[l], R, at(coefficients), coefficients.shape[1], to.at[l])
         jobs += [(*job, *bounds, block) for bounds in _ranges(S.lengths[l], block, R * rank // 8 + R, RANGES)]
         numbers, work = max(numbers, (R + 2 * width) * (block + pad)), work + S.lengths[l] * (R * rank // 8 + R)
-    run_jobs(partial(library().fedgram_combine, level()), table(jobs), len(jobs), numbers, work)
+    run_jobs(LOOPS.entries["combine"], table(jobs), len(jobs), numbers, work)
 
 
 def _mix(sides: Sequence[tuple[Stacks, list[int], Sequence[Tensor], Stacks]]) -> None:
@@ -174,12 +173,12 @@ def _mix(sides: Sequence[tuple[Stacks, list[int], Sequence[Tensor], Stacks]]) ->
         for l, p in zip(modules, scalars, strict=True):
             clients, numbers, row = S.counts[l], S.lengths[l] * to.ranks[l], S.at[l]
             first_address = column + (row - S.at[0]) // 5
-            job = (first_address, bound, row + 16, clients, p.data_ptr(), to.at[l], to.at[l] + 16)
+            job = (first_address, bound, row + 16, 1, clients, p.data_ptr(), to.at[l], to.at[l] + 16)
             step = max(1, JOB_WORK // clients)
             jobs += [(*job, first, min(first + step, numbers)) for first in range(0, numbers, step)]
             bound, work = bound + 16, work + numbers * clients // 4
     if jobs:
-        run_jobs(partial(library().fedgram_mix, level()), table(jobs), len(jobs), 2 * constant("block"), work)
+        run_jobs(LOOPS.entries["grad_combine"], table(jobs), len(jobs), 2 * constant("block"), work)
 
 
 def lowrank_sum(
@@ -207,5 +206,5 @@ def lowrank_sum(
     begin = left.buffer_info()[0], right.buffer_info()[0], len(B), R, coefficients.data_ptr()
     scale = bits(0.0 if W is None else beta)
     jobs = table([(*begin, *where, m, n, *corner, scale) for corner in corners])
-    call = partial(library().fedgram_lowrank_sum, level(), int(wide))
-    run_jobs(call, jobs, len(corners), constant("sum_work"), m * n * (R // 8 + 1))
+    work = m * n * (R // 8 + 1)
+    run_jobs(LOOPS.entries["lowrank_sum"], jobs, len(corners), constant("sum_work"), work, wide=wide)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._native import TYPES, at, constant, level, library, scratch, together
+from ._native import LOOPS, TYPES, at, constant, run_jobs, table
 
 RANGES = 32
 RANGE_WORK = 1 << 18  # work below which a range of columns is not worth a thread of its own
@@ -44,32 +45,17 @@ def _ranges(length: int, rows: int, part: int = 0) -> list[tuple[int, int]]:
     return [(first, min(first + step, length)) for first in range(0, length, step)]
 
 
-def _each(function: Callable[[int, int, int], None], ranges: Sequence[tuple[int, int]], work: int) -> None:
-    """Call ``function(i, first, last)`` for every range ``i``, each taken by one of the threads."""
-    rest = iter([(i, *bounds) for i, bounds in enumerate(ranges)])  # next() on a list iterator is atomic
-
-    def run() -> None:
-        for job in rest:
-            function(*job)
-
-    together(run, len(ranges), work)
-
-
 def grad_gram(columns: Sequence[Sequence[Tensor]], u: Tensor, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``(<c, c>, <c, e_k>, <e_k, e_l>)`` about ``c = sum_k u_k g_k`` of flat gradients; wide: in float64 products."""
-    table = Table(columns)
-    K, rows = table.tasks, constant("gram_rows", table.tasks)
+    given = Table(columns)
+    K, rows = given.tasks, constant("gram_rows", given.tasks)
     weights = u.detach().to(torch.float64).contiguous()
-    ranges = _ranges(table.length, K * K // 8, rows * rows)
+    ranges = _ranges(given.length, K * K // 8, rows * rows)
     parts = np.zeros((max(len(ranges), 1), rows, rows))
-    call, arguments, numbers = library().fedgram_grad_gram, table.arguments(), constant("gram_work", K)
-
-    def run(i: int, first: int, last: int) -> None:
-        memory, start = scratch(numbers)  # kept until the call is over
-        call(level(), wide, *arguments, weights.data_ptr(), first, last, start, at(parts[i]))
-        del memory
-
-    _each(run, ranges, table.length * (K * K // 8 + K))
+    out, size, common = at(parts), 8 * rows * rows, (*given.arguments(), weights.data_ptr())
+    jobs = table([(*common, *bounds, out + size * i) for i, bounds in enumerate(ranges)])
+    work = given.length * (K * K // 8 + K)
+    run_jobs(LOOPS.entries["grad_gram"], jobs, len(ranges), constant("gram_work", K), work, wide=wide)
     # over the outer axis numpy adds part after part
     upper = np.triu(parts[0] if len(parts) == 1 else np.add.reduce(parts, axis=0))
     whole = torch.from_numpy(upper + np.triu(upper, 1).T)
@@ -78,15 +64,11 @@ def grad_gram(columns: Sequence[Sequence[Tensor]], u: Tensor, wide: bool) -> tup
 
 def grad_combine(columns: Sequence[Sequence[Tensor]], v: Tensor, out: Sequence[Tensor], wide: bool) -> None:
     """Write ``sum_k v_k g_k`` to flat tensors, one per parameter; accumulated in float64 (wide) or float32."""
-    table = Table(columns)
-    to = np.array([t.data_ptr() for t in out], dtype=np.int64)
-    to_type = np.array([TYPES[t.dtype] for t in out], dtype=np.int64)
+    given = Table(columns)
+    to, to_type = array("q", [t.data_ptr() for t in out]), array("q", [TYPES[t.dtype] for t in out])
     coefficients = v.detach().to(torch.float64).contiguous()
-    call, arguments, numbers = library().fedgram_grad_combine, table.arguments(), 2 * constant("block")
-
-    def run(_: int, first: int, last: int) -> None:
-        memory, start = scratch(numbers)  # kept until the call is over
-        call(level(), wide, *arguments, coefficients.data_ptr(), at(to), at(to_type), first, last, start)
-        del memory
-
-    _each(run, _ranges(table.length, table.tasks), table.length * table.tasks)
+    written = coefficients.data_ptr(), to.buffer_info()[0], to_type.buffer_info()[0]
+    ranges = _ranges(given.length, given.tasks)
+    jobs = table([(*given.arguments(), *written, *bounds) for bounds in ranges])
+    work = given.length * given.tasks
+    run_jobs(LOOPS.entries["grad_combine"], jobs, len(ranges), 2 * constant("block"), work, wide=wide)

@@ -135,26 +135,38 @@ static struct room furnish(double *work, int64_t R, int64_t rank) {
 #endif
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 5; }
+int64_t fedgram_abi(void) { return 6; }
 int64_t fedgram_figures(void) { return FIGURES; }
 int64_t fedgram_block_figures(void) { return BLOCK_FIGURES; }
 int64_t fedgram_blocks_work(int64_t R, int64_t rank) { return room_numbers(R, rank); }
 int64_t fedgram_spectrum_work(int64_t R) { return R * R + 2 * R * padded(R) + 4 * R; }
 int64_t fedgram_scalars_work(int64_t U, int64_t R, int64_t rank) { return space_numbers(U, R, rank); }
 
+/* Entries as the loops of `kernels` spread over threads (kernels/native/spread.h); one instruction set, all in double. */
+#define JOBS(name, job)                                                                                                \
+    static void name##_jobs(int64_t, int64_t, const struct job *, int64_t, int64_t *, double *);                       \
+    void fedgram_##name(int64_t level, int64_t wide, const void *jobs, int64_t count, int64_t *next, double *work) {   \
+        name##_jobs(level, wide, jobs, count, next, work);                                                             \
+    }                                                                                                                  \
+    static void name##_jobs(int64_t level, int64_t wide, const struct job *jobs, int64_t count, int64_t *next, double *work)
+#define UNUSED (void)level, (void)wide
+
 INLINE int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
-void fedgram_scalars(const struct module *modules, int64_t count, int64_t *next, double *work) {
+JOBS(scalars, module) {
+    UNUSED;
     void (*solve)(const struct module *, double *) = FASTEST(fit);
-    for (int64_t i = take(next); i < count; i = take(next)) solve(modules + i, work);
+    for (int64_t i = take(next); i < count; i = take(next)) solve(jobs + i, work);
 }
 
-void fedgram_blocks(const struct blocks *modules, int64_t count, int64_t *next, double *work) {
+JOBS(blocks, blocks) {
+    UNUSED;
     void (*solve)(const struct blocks *, double *) = FASTEST(fit_blocks);
-    for (int64_t i = take(next); i < count; i = take(next)) solve(modules + i, work);
+    for (int64_t i = take(next); i < count; i = take(next)) solve(jobs + i, work);
 }
 
-void fedgram_spectrum(const struct spectrum *modules, int64_t count, int64_t *next, double *work) {
+JOBS(spectrum, spectrum) {
+    UNUSED;
     void (*solve)(const struct spectrum *, double *) = FASTEST(find_spectrum);
-    for (int64_t i = take(next); i < count; i = take(next)) solve(modules + i, work);
+    for (int64_t i = take(next); i < count; i = take(next)) solve(jobs + i, work);
 }

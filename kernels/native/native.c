@@ -1,6 +1,6 @@
 /* The CPU path of the operations on gradients and factors: tensors read where they lie, widened block by block into a
- * buffer that fits the cache, multiplied there. Plain C, called through ctypes; threads are the caller's: every job is a
- * range that the shapes decide, and writes where no other does, so results do not depend on which thread takes it. */
+ * buffer that fits the cache, multiplied there. Plain C, called through ctypes: every job is a range that the shapes
+ * decide, and writes where no other does, so results do not depend on which thread takes it. */
 
 #include <stdint.h>
 #include <string.h>
@@ -42,9 +42,18 @@ struct product {
     double *out;
 };
 
-/* Numbers [first, last) of sum_k v_k x_k, for K tensors that lie alike. */
+/* The centred Gram matrix of columns [first, last), in as many rows and columns as gram_rows says. */
+struct centred {
+    struct table of;
+    int64_t K;
+    const double *u;
+    int64_t first, last;
+    double *out;
+};
+
+/* Columns [first, last) of sum_k v_k g_k. */
 struct mixture {
-    const int64_t *address, *bounds, *type;
+    struct table of;
     int64_t K;
     const double *v;
     const int64_t *to, *to_type;
@@ -203,10 +212,8 @@ int64_t fedgram_level(void) {
 #define CALL(name, type, ...) name##_##type##_plain(__VA_ARGS__)
 #endif
 
-/* `level` is at most fedgram_level(); lower ones are for tests. `wide`: double, else float. */
-
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 8; }
+int64_t fedgram_abi(void) { return 9; }
 /* Rows of the Gram matrix of K gradients, and numbers of scratch space that it takes. */
 int64_t fedgram_gram_rows(int64_t K) { return gram_rows(K); }
 int64_t fedgram_gram_work(int64_t K) {
@@ -219,47 +226,49 @@ int64_t fedgram_pad(void) { return PAD; }
 int64_t fedgram_tile_rows(int64_t level) { return level >= 2 ? 12 : 6; }
 int64_t fedgram_tile_columns(int64_t level, int64_t wide) { return 2 * (16 << level) / (wide ? 8 : 4); }
 
-void fedgram_grad_gram(int64_t level, int64_t wide, const int64_t *address, const int64_t *start, const int64_t *type,
-                       int64_t parameters, int64_t K, const double *u, int64_t first, int64_t last, double *work,
-                       double *out) {
-    struct table t = {address, start, type, parameters};
-    if (wide) CALL(grad_gram, double, &t, K, u, first, last, work, out);
-    else CALL(grad_gram, float, &t, K, u, first, last, work, out);
-}
-
-void fedgram_grad_combine(int64_t level, int64_t wide, const int64_t *address, const int64_t *start,
-                          const int64_t *type, int64_t parameters, int64_t K, const double *v, const int64_t *to,
-                          const int64_t *to_type, int64_t first, int64_t last, double *work) {
-    struct table t = {address, start, type, parameters};
-    if (wide) CALL(grad_combine, double, &t, K, v, to, to_type, first, last, work);
-    else CALL(grad_combine, float, &t, K, v, to, to_type, first, last, work);
-}
-
 /* A job that no thread has taken yet, or `count`: threads share `next`. */
 static inline int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
-void fedgram_products(int64_t level, const struct product *jobs, int64_t count, int64_t *next, double *work) {
-    for (int64_t i = take(next); i < count; i = take(next)) CALL(products, double, jobs + i, work);
-}
+/* What works on jobs, rows of a table that threads take one by one, with scratch space of a thread's own. `level` is at
+ * most fedgram_level(); lower ones are for tests. `wide`: in double, else in float, where there is a choice. */
+#define JOBS(name, job)                                                                                                \
+    static void name##_jobs(int64_t, int64_t, const struct job *, int64_t, int64_t *, double *);                       \
+    void fedgram_##name(int64_t level, int64_t wide, const void *jobs, int64_t count, int64_t *next, double *work) {   \
+        name##_jobs(level, wide, jobs, count, next, work);                                                             \
+    }                                                                                                                  \
+    static void name##_jobs(int64_t level, int64_t wide, const struct job *jobs, int64_t count, int64_t *next, double *work)
+#define EACH for (int64_t i = take(next); i < count; i = take(next))
 
-void fedgram_combine(int64_t level, const struct combination *jobs, int64_t count, int64_t *next, double *work) {
-    for (int64_t i = take(next); i < count; i = take(next)) CALL(combine, double, jobs + i, work);
-}
-
-void fedgram_mix(int64_t level, const struct mixture *jobs, int64_t count, int64_t *next, double *work) {
-    for (int64_t i = take(next); i < count; i = take(next)) {
-        const struct mixture *m = jobs + i;
-        struct table t = {m->address, m->bounds, m->type, 1};
-        CALL(grad_combine, double, &t, m->K, m->v, m->to, m->to_type, m->first, m->last, work);
+JOBS(grad_gram, centred) {
+    EACH {
+        const struct centred *j = jobs + i;
+        if (wide) CALL(grad_gram, double, &j->of, j->K, j->u, j->first, j->last, work, j->out);
+        else CALL(grad_gram, float, &j->of, j->K, j->u, j->first, j->last, work, j->out);
     }
+}
+
+JOBS(grad_combine, mixture) {
+    EACH {
+        const struct mixture *j = jobs + i;
+        if (wide) CALL(grad_combine, double, &j->of, j->K, j->v, j->to, j->to_type, j->first, j->last, work);
+        else CALL(grad_combine, float, &j->of, j->K, j->v, j->to, j->to_type, j->first, j->last, work);
+    }
+}
+
+JOBS(products, product) {
+    EACH CALL(products, double, jobs + i, work);
+}
+
+JOBS(combine, combination) {
+    EACH CALL(combine, double, jobs + i, work);
 }
 
 int64_t fedgram_sum_work(void) { return (SUM_ROWS + 1) * SUM_COLUMNS + (SUM_ROWS + SUM_COLUMNS) * RUN; }
 int64_t fedgram_sum_rows(void) { return SUM_ROWS; }
 int64_t fedgram_sum_columns(void) { return SUM_COLUMNS; }
 
-void fedgram_lowrank_sum(int64_t level, int64_t wide, const struct sum *jobs, int64_t count, int64_t *next, double *work) {
-    for (int64_t i = take(next); i < count; i = take(next)) {
+JOBS(lowrank_sum, sum) {
+    EACH {
         if (wide) CALL(lowrank_sum, double, jobs + i, work);
         else CALL(lowrank_sum, float, jobs + i, work);
     }
@@ -273,16 +282,18 @@ struct whole {
     double *out;
 };
 
-void fedgram_collect(const struct whole *jobs, int64_t count, int64_t *next, double *work) {
-    (void)work;
-    for (int64_t at = take(next); at < count; at = take(next)) {
-        const struct whole w = jobs[at];
-        for (int64_t i = 0; i < w.R; i++)
-            for (int64_t j = w.mirror ? i : 0; j < w.k; j++) {
+JOBS(collect, whole) {
+    (void)level, (void)wide, (void)work;
+    EACH {
+        const struct whole w = jobs[i];
+        for (int64_t r = 0; r < w.R; r++)
+            for (int64_t c = w.mirror ? r : 0; c < w.k; c++) {
                 double sum = 0;
-                for (int64_t p = 0; p < w.count; p++) sum += w.parts[(p * w.rows + i) * w.columns + j];
-                w.out[i * w.k + j] = sum;
-                if (w.mirror) w.out[j * w.k + i] = sum;
+                for (int64_t p = 0; p < w.count; p++) sum += w.parts[(p * w.rows + r) * w.columns + c];
+                w.out[r * w.k + c] = sum;
+                if (w.mirror) w.out[c * w.k + r] = sum;
             }
     }
 }
+
+#include "spread.h"

@@ -1,6 +1,9 @@
+import ctypes
+import itertools
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -126,25 +129,62 @@ def test_bits_do_not_follow_the_number_of_threads():
 
 @built
 def test_loops_keep_their_threads_while_torch_has_one():
-    seen = []
-
-    def look():
-        seen.append(threading.get_ident())
-        barrier.wait(10)  # broken unless as many threads come
-
+    enough = _native.THREADED_WORK
     with threads(3):
-        barrier = threading.Barrier(3)
         with spread_over_jobs():
             assert torch.get_num_threads() == 1
-            _native.together(look, 8, _native.THREADED_WORK)
+            assert _native.threads_for(8, enough) == 3
             with spread_over_jobs():
-                assert _native._width == 3
+                assert _native.threads_for(8, enough) == 3
         assert torch.get_num_threads() == 3
-    assert len(set(seen)) == 3
-    assert _native._width is None
+        assert [_native.threads_for(8, enough), _native.threads_for(2, enough), _native.threads_for(8, 9)] == [3, 2, 1]
     with pytest.raises(ValueError, match="inside"), threads(2), spread_over_jobs():
         raise ValueError("inside")
-    assert _native._width is None
+    with threads(5):
+        assert _native.threads_for(8, enough) == 5
+
+
+@built
+@pytest.mark.parametrize("count", [1, 3, 64])
+def test_every_job_is_done_once_in_a_thread_with_its_own_scratch(count):
+    lock, seen, scratches = threading.Lock(), [], {}
+    barrier = threading.Barrier(count)
+
+    @ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 2)
+    def entry(level, wide, jobs, jobs_count, next_job, work):
+        with lock:
+            scratches[threading.get_ident()] = work
+        barrier.wait(20)  # broken unless as many threads come
+        counter, rows = ctypes.c_int64.from_address(next_job), (ctypes.c_int64 * jobs_count).from_address(jobs)
+        while True:
+            with lock:
+                at, counter.value = counter.value, counter.value + 1
+            if at >= jobs_count:
+                return
+            with lock:
+                seen.append((level, wide, rows[at]))
+
+    address = ctypes.cast(entry, ctypes.c_void_p).value
+    with threads(count):
+        _native.run_jobs(address, _native.table([[i] for i in range(100)]), 100, 10, _native.THREADED_WORK, wide=False)
+    assert sorted(seen) == [(_native.level(), 0, i) for i in range(100)]
+    starts = sorted(scratches.values())
+    assert len(starts) == count
+    assert all(b - a >= 8 * 10 for a, b in itertools.pairwise(starts))
+
+
+@built
+def test_signals_reach_the_program_after_threads_were_started():
+    caught, before = [], signal.signal(signal.SIGUSR1, lambda *_: caught.append(threading.current_thread()))
+    try:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        with threads(2):
+            factor_gram(*draw([8] * 4, [(20_000, 20_000)], torch.float32), backend="native")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert caught == [threading.main_thread()]
 
 
 @built
