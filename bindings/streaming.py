@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,16 +171,26 @@ class _Run:
         return [key.removeprefix(LAYER) for key in self.journal.records if key.startswith(LAYER)]
 
     def solve(self, progress: Progress | None) -> None:
-        """Aggregate the modules that are not done."""
-        done, trim = set(self.layers()), Trimmer()
-        for part in self._parts(done):
-            self._keep(part)
-            for module in part.adapter.modules:
-                done.add(module)
+        """Aggregate the modules that are not done; a thread writes them to the journal, a portion behind."""
+        done, trim = self.layers(), Trimmer()
+        total = len(self.stream.cohort.modules)
+
+        def told(written: Future[list[str]]) -> None:
+            for module in written.result():
+                done.append(module)
                 if progress is not None:
-                    progress(len(done), len(self.stream.cohort.modules), module)
-            del part  # its tensors are in the journal
-            trim()
+                    progress(len(done), total, module)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="fedgram-journal") as thread:
+            written: Future[list[str]] | None = None
+            for part in self._parts(set(done)):
+                if written is not None:
+                    told(written)
+                written = thread.submit(self._keep, [part])
+                del part  # its tensors are the journal's to let go
+                trim()
+            if written is not None:
+                told(written)
 
     def average(self) -> None:
         """Average the tensors beside the factors that are not done."""
@@ -212,11 +223,13 @@ class _Run:
         bare = [Adapter(adapter.modules, {}, adapter.config) for adapter in self.adapters]
         return flora_na.aggregate(bare, self.weights, names=self.names, shared=True, **self.options)
 
-    def _keep(self, part: Aggregation) -> None:
-        results = {}
+    def _keep(self, parts: list[Aggregation]) -> list[str]:
+        """Put a portion, the list's one, into the journal; the modules that are then done."""
+        part, results = parts.pop(), {}
         for name, layer in part.adapter.modules.items():
             report: ModuleReport = part.report.modules[name]
             results[LAYER + name] = layer_result(layer, report)
         for name, layer in (part.residual.modules if part.residual is not None else {}).items():
             results[RESIDUAL + name] = layer_result(layer)
         self.journal.append(results)
+        return list(part.adapter.modules)

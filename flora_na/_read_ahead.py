@@ -6,17 +6,14 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
-
-import torch
 
 from . import portions
 from .layer import Adapter, LoraLayer
 
 HELD = 1.5
 """Factors held at most, those being worked on and those read ahead, in units of the largest portion."""
-LEAST_HELD = 2
-"""What may be held in any case, in units of ``CHUNK_BYTES`` (8 MiB): small portions need not wait for each other."""
+LEAST_HELD = 1 << 24
+"""Bytes that may be held in any case: small portions need not wait for each other."""
 SPARE = 1 << 23
 """Bytes that may be held beyond ``HELD`` where a whole second portion then fits: it is ready when the first is done."""
 
@@ -115,13 +112,13 @@ class ReadAhead:
         size = nbytes = 0
         for module in self._modules:
             read, own = self._module(module)
-            promoted = promoted_bytes([layer for layer in read if layer is not None])
-            if names and size + promoted > portions.CHUNK_BYTES:
+            taken = _bytes_taken([layer for layer in read if layer is not None])
+            if names and size + taken > portions.CHUNK_BYTES:
                 yield self._portion(layers, names, nbytes)
                 layers, names, size, nbytes = [{} for _ in layers], [], 0, 0
             _add(layers, module, read)
             names.append(module)
-            size, nbytes = size + promoted, nbytes + own
+            size, nbytes = size + taken, nbytes + own
             del read
             if size >= portions.CHUNK_BYTES:
                 yield self._portion(layers, names, nbytes)
@@ -159,7 +156,7 @@ class ReadAhead:
 
     def _limit(self) -> float:
         two = min(2 * self._largest, HELD * self._largest + SPARE)
-        return max(LEAST_HELD * portions.CHUNK_BYTES, two)
+        return max(LEAST_HELD, two)
 
     def _count(self, nbytes: int) -> int:
         """Count a layer as held."""
@@ -175,7 +172,5 @@ def _add(layers: Sequence[dict[str, LoraLayer]], module: str, read: Sequence[Lor
             mine[module] = layer
 
 
-def promoted_bytes(layers: Sequence[LoraLayer]) -> int:
-    """Bytes of the layers' factors in the one dtype that they are brought to."""
-    numbers = sum([layer.A.numel() + layer.B.numel() for layer in layers])
-    return numbers * reduce(torch.promote_types, {layer.A.dtype for layer in layers}).itemsize
+def _bytes_taken(layers: Sequence[LoraLayer]) -> int:
+    return portions.module_bytes([layer.B for layer in layers], [layer.A for layer in layers])

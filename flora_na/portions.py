@@ -1,28 +1,42 @@
-"""A cohort's modules in portions whose factors fit a budget of memory."""
+"""A cohort's modules in portions whose factors, and what is made of them, fit a budget of memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
 
 from .cohort import Cohort
+from .group import forms_grams
 from .layer import Adapter
 from .target import Target
 
-CHUNK_BYTES = 8 << 20
-"""Factors that are worked on together, on the CPU: bounds the memory of lazily read adapters. A larger module is a
-portion of its own. How modules are put together decides when their iterations stop, so it depends on sizes only."""
+CHUNK_BYTES = 16 << 20
+"""What is worked on together, on the CPU: bounds the memory of lazily read adapters. A larger module is a portion of
+its own. How modules are put together decides when their iterations stop, so it depends on sizes only."""
 CHUNK_BYTES_GPU = 8 << 30
+"""The same on a GPU, of factors only."""
+GRAM_PAIRS = 8
+"""A module's two Grams, and what is made of them, in units of the two."""
+
+
+def module_bytes(B: Sequence[Tensor], A: Sequence[Tensor]) -> int:
+    """What a module takes on the CPU: its factors in the one dtype that they are brought to, and its Grams."""
+    numbers, ranks = sum(x.numel() for x in (*B, *A)), sum(a.shape[0] for a in A)
+    factors = numbers * reduce(torch.promote_types, {a.dtype for a in A}).itemsize
+    grams = GRAM_PAIRS * 2 * 8 * ranks**2 if forms_grams(ranks, B[0].shape[0] + A[0].shape[1]) else 0
+    return factors + grams
 
 
 def chunks(cohort: Cohort, anchor: Adapter | None, *, whole: bool) -> Iterator[list[Target]]:
-    """Modules in portions whose factors fit the budget; all at once where one solve spans them."""
+    """Modules in portions that fit the budget; all at once where one solve spans them."""
     chunk: list[Target] = []
     size = 0
     for module in cohort.modules:
         target = cohort.target(module, anchor)
-        clients = len(target.B) - target.anchored
-        nbytes = sum(x.nbytes for x in (*target.B[:clients], *target.A[:clients]))
-        limit = CHUNK_BYTES if target.device.type == "cpu" else CHUNK_BYTES_GPU
+        nbytes, limit = _bytes_and_limit(target)
         if chunk and not whole and size + nbytes > limit:
             yield chunk
             chunk, size = [], 0
@@ -33,3 +47,11 @@ def chunks(cohort: Cohort, anchor: Adapter | None, *, whole: bool) -> Iterator[l
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def _bytes_and_limit(target: Target) -> tuple[int, int]:
+    clients = len(target.B) - target.anchored
+    B, A = target.B[:clients], target.A[:clients]
+    if target.device.type == "cpu":
+        return module_bytes(B, A), CHUNK_BYTES
+    return sum(x.nbytes for x in (*B, *A)), CHUNK_BYTES_GPU

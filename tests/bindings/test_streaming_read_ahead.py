@@ -9,7 +9,7 @@ import torch
 
 from fedgram import flora_na
 from fedgram.flora_na import LoraLayer, _read_ahead, portions
-from fedgram.flora_na._read_ahead import HELD, ReadAhead
+from fedgram.flora_na._read_ahead import ReadAhead
 from fedgram.flora_na.streamed import iter_aggregate
 
 LAYER_BYTES = 2 * 4 * 8 * 4  # of both factors of rank 4 of an 8 x 8 module in float32
@@ -44,7 +44,7 @@ class Recorded(Mapping):
 def portion_bytes(monkeypatch):
     """A portion is one module of two clients, and bounds are in units of portions."""
     monkeypatch.setattr(portions, "CHUNK_BYTES", 2 * LAYER_BYTES)
-    monkeypatch.setattr(_read_ahead, "LEAST_HELD", HELD)
+    monkeypatch.setattr(_read_ahead, "LEAST_HELD", 0)
     monkeypatch.setattr(_read_ahead, "SPARE", 0)
 
 
@@ -91,7 +91,7 @@ def test_a_second_portion_is_read_ahead_where_it_fits_and_no_third(monkeypatch, 
 
 
 def test_small_portions_do_not_wait_for_each_other(monkeypatch):
-    monkeypatch.setattr(_read_ahead, "LEAST_HELD", 3)
+    monkeypatch.setattr(_read_ahead, "LEAST_HELD", 3 * 2 * LAYER_BYTES)
     clients = [Recorded(names(9), seed) for seed in range(2)]
     parts = iter_aggregate(clients, method="fedavg")
     next(parts)
@@ -120,6 +120,16 @@ def test_what_is_held_is_bounded_whatever_the_sizes(monkeypatch):
     largest = 3 * layer
     assert max(amount for amount, starving in held if not starving) <= 1.5 * largest + layer
     assert max(amount for amount, _ in held) <= 2 * largest
+
+
+def test_grams_count_as_well_as_factors(monkeypatch):
+    clients = [Recorded(names(7), seed) for seed in range(3)]
+    grams = portions.GRAM_PAIRS * 2 * 12 * 12 * 8  # G_B and G_A in float64, of total rank 12
+    monkeypatch.setattr(portions, "CHUNK_BYTES", 3 * (3 * LAYER_BYTES + grams))
+    sizes = [len(part.adapter.modules) for part in iter_aggregate(clients, method="fedavg")]
+    assert sizes == [3, 3, 1]
+    monkeypatch.setattr(portions, "CHUNK_BYTES", 3 * (3 * LAYER_BYTES + grams) - 1)
+    assert [len(part.adapter.modules) for part in iter_aggregate(clients, method="fedavg")] == [2, 2, 2, 1]
 
 
 def test_portions_together_are_what_aggregate_returns():
