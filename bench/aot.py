@@ -128,9 +128,21 @@ def work(job: tuple[str, int, str]) -> tuple[str, tuple[str | bytes, int] | str]
     file, index, target = job
     config = configs(file)[index]
     try:
-        return config.name, machine_code(compile_config(config, target), target)
+        return config.name, machine_code(_compile_again(config, target), target)
     except Exception as error:  # whatever a compiler throws is a finding about this configuration
         return config.name, f"{type(error).__name__}: {error}"
+
+
+def _compile_again(config: Any, target: str) -> Any:
+    """Compile, twice where the compiler's own assertions fail: Triton 3.9 has failed once for sm100 (a cast in its pass
+    for tensor memory) on what it compiled dozens of times before and after."""
+    try:
+        return compile_config(config, target)
+    except RuntimeError as error:
+        if "PassManager" not in str(error):
+            raise
+        print(f"{target} {config.name}: {error}: compiled once more", file=sys.stderr)
+        return compile_config(config, target)
 
 
 def shipped_configs(only: str = "", sample: bool = False) -> list[tuple[str, int, Any]]:
