@@ -25,8 +25,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedgram.bindings._tensor_file import write_tensors
-from fedgram.bindings._tensor_header import TensorSpec
+from fedgram.bindings._files.tensor_file import write_tensors
+from fedgram.bindings._files.tensor_header import TensorSpec
 
 from .environment import environment
 

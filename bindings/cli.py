@@ -22,9 +22,9 @@ except ModuleNotFoundError as error:
 from fedgram import flora_na
 from fedgram.flora_na import Adapter, Aggregation
 
-from . import _cli_tables as tables
-from . import _inspect_plot as picture
-from ._cli_clients import (
+from ._cli import inspect_plot as picture
+from ._cli import tables as tables
+from ._cli.clients import (
     AdapterNameOption,
     AllowDoraOption,
     InitOption,
@@ -35,9 +35,9 @@ from ._cli_clients import (
     open_clients,
     open_global,
 )
-from ._cli_options import ClipOption, MinCosineOption, RankOption, parse_rank
-from ._cli_support import one_line_errors, progress_bar, read_weights
-from ._distributed_launch import alone_or_on_ranks, refuse_launched
+from ._cli.options import ClipOption, MinCosineOption, RankOption, parse_rank
+from ._cli.support import one_line_errors, progress_bar, read_weights
+from ._distributed.launch import alone_or_on_ranks, refuse_launched
 from .distributed import aggregate_sharded
 from .peft import check_output, merge_configs, save_adapter
 from .streaming import aggregate_to_directory

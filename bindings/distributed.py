@@ -7,8 +7,8 @@ rank of the group calls them with the same options.
 
 from __future__ import annotations
 
-from ._distributed_aggregate import ShardedAggregation, aggregate_sharded
-from ._distributed_match import match_sharded
-from ._distributed_watch import RankError, Watch
+from ._distributed.aggregate import ShardedAggregation, aggregate_sharded
+from ._distributed.match import match_sharded
+from ._distributed.watch import RankError, Watch
 
 __all__ = ["RankError", "ShardedAggregation", "Watch", "aggregate_sharded", "match_sharded"]

@@ -14,9 +14,9 @@ import torch
 
 from fedgram import flora_na, stamp
 
-from ._flower_base import Combined, GramStrategy, number
-from ._flower_replies import Reply
-from ._records import lora_record, to_arrays, to_state_dict
+from ._frameworks.flower_base import Combined, GramStrategy, number
+from ._frameworks.flower_replies import Reply
+from ._frameworks.records import lora_record, to_arrays, to_state_dict
 from .modules import ALIGNED
 from .plain import aggregate_state_dicts, match_state_dicts
 

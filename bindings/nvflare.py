@@ -18,8 +18,8 @@ try:
     from nvflare.app_common.abstract.fl_model import FLModel
     from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 
-    from ._nvflare_models import Collected, Round, global_params, like_sent, write_report
-    from ._nvflare_recipes import AdapterModel, FloraNARecipe, StampRecipe, register
+    from ._frameworks.nvflare_models import Collected, Round, global_params, like_sent, write_report
+    from ._frameworks.nvflare_recipes import AdapterModel, FloraNARecipe, StampRecipe, register
 except ImportError as error:
     raise ImportError(
         f"fedgram.bindings.nvflare needs NVIDIA FLARE 2.9 or newer ({error}): pip install 'fedgram[nvflare]'"

@@ -4,7 +4,7 @@ A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` (or 
 exactly are LoRA of linear maps, embeddings, convolutions and the parameters of ``target_parameters`` (experts one by
 one), with alpha / r, rsLoRA and patterns; and beside them ``lora_bias``, ``modules_to_save``, ``bias``, trainable
 tokens and tied weights. DoRA, and initialisations that change the base weights, are read on demand; every other kind
-is refused by name. Pickled files are never opened. ``_peft_names`` says how layers are named.
+is refused by name. Pickled files are never opened. ``_peft.names`` says how layers are named.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor
 
 from fedgram.flora_na import Adapter, LoraLayer
 
-from ._lazy_tensors import LazyMapping, LazyTensors
-from ._peft_config import IN_FILES, PREFIX, read_config, refuse_other_kinds
-from ._peft_contents import contents_of
-from ._peft_initial import check_same_start, since
-from ._peft_layers import LastPair, read_update
-from ._peft_layout import FileLayout, LayerShape
-from ._peft_output import check_shared, merge_configs, output_config
-from ._peft_shards import ShardedTensors, TensorSource
-from ._staging import check_writable, staged_directory
-from ._stored_layers import StoredLayers
-from ._tensor_file import TensorFile, TensorSpec, spec_of, write_tensors
+from ._files.staging import check_writable, staged_directory
+from ._files.tensor_file import TensorFile, TensorSpec, spec_of, write_tensors
+from ._peft.config import IN_FILES, PREFIX, read_config, refuse_other_kinds
+from ._peft.contents import contents_of
+from ._peft.initial import check_same_start, since
+from ._peft.layers import LastPair, read_update
+from ._peft.layout import FileLayout, LayerShape
+from ._peft.lazy_tensors import LazyMapping, LazyTensors
+from ._peft.output import check_shared, merge_configs, output_config
+from ._peft.shards import ShardedTensors, TensorSource
+from ._peft.stored_layers import StoredLayers
 
 __all__ = ["check_compatible", "check_output", "load_adapter", "load_adapters", "merge_configs", "save_adapter"]
 

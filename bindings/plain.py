@@ -18,7 +18,7 @@ from fedgram.flora_na import Adapter, Report
 from fedgram.flora_na.weights import normalise_weights
 from fedgram.stamp import Dual, Gramian
 
-from ._plain_adapters import Numbers, Settings, read_states
+from ._plain.adapters import Numbers, Settings, read_states
 
 __all__ = ["StateDictAggregation", "StateDictMatch", "aggregate_state_dicts", "match_state_dicts"]
 

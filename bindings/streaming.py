@@ -1,7 +1,7 @@
 """Adapters that exceed memory, aggregated from their files module by module into an adapter directory.
 
 While a few modules are worked on, a thread reads the next; what is finished goes to a journal beside the output at
-once, and a run that was killed goes on from there (``_streaming_journal``). The output then appears by one rename.
+once, and a run that was killed goes on from there (``_streaming.journal``). The output then appears by one rename.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fedgram.flora_na.layer import AdapterLike
 from fedgram.flora_na.streamed import Stream, stream
 from fedgram.flora_na.weights import Weights
 
-from ._buffers import Trimmer
-from ._linked_file import header_room
-from ._staging import reserved_output
-from ._streaming_extras import extra_pieces, extra_shapes
-from ._streaming_identity import run_identity
-from ._streaming_journal import Journal, open_journal
-from ._streaming_results import EXTRA, LAYER, RESIDUAL, JournalLayers, layer_result, report_of
+from ._files.buffers import Trimmer
+from ._files.linked_file import header_room
+from ._files.staging import reserved_output
+from ._streaming.extras import extra_pieces, extra_shapes
+from ._streaming.identity import run_identity
+from ._streaming.journal import Journal, open_journal
+from ._streaming.results import EXTRA, LAYER, RESIDUAL, JournalLayers, layer_result, report_of
 from .peft import OUTPUT_FILES, LazyMapping, PathLike, load_adapter, load_adapters, merge_configs, save_adapter
 
 Progress = Callable[[int, int, str], None]

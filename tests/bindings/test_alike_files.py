@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from fedgram.bindings import _peft_contents, _tensor_header
-from fedgram.bindings._tensor_file import TensorFile, write_tensors
-from fedgram.bindings._tensor_header import TensorSpec
+from fedgram.bindings._files import tensor_header
+from fedgram.bindings._files.tensor_file import TensorFile, write_tensors
+from fedgram.bindings._files.tensor_header import TensorSpec
+from fedgram.bindings._peft import contents as peft_contents
 from fedgram.bindings.peft import load_adapter, load_adapters
 
 KEYS = [f"base_model.model.m{i}.lora_{side}.weight" for i in range(3) for side in "AB"]
@@ -34,8 +35,8 @@ def counted(monkeypatch, module, name):
 
 
 def test_what_is_alike_is_parsed_once_and_values_are_each_clients_own(tmp_path, monkeypatch):
-    headers = counted(monkeypatch, _tensor_header, "_entries")
-    contents = counted(monkeypatch, _peft_contents, "_contents")
+    headers = counted(monkeypatch, tensor_header, "_entries")
+    contents = counted(monkeypatch, peft_contents, "_contents")
     adapters = load_adapters([client(tmp_path / f"c{i}", i) for i in range(4)])
     assert len(headers) == len(contents) == 1
     values = [adapter.modules["m1"].A for adapter in adapters]
@@ -66,8 +67,8 @@ def test_a_file_cut_short_under_a_known_header_is_refused(tmp_path):
 
 
 def test_nothing_is_kept_once_the_adapters_are_gone(tmp_path):
-    before = len(_tensor_header._alike), len(_peft_contents._alike)
+    before = len(tensor_header._alike), len(peft_contents._alike)
     adapter = load_adapter(client(tmp_path / "a", 0, rank=7))
-    assert (len(_tensor_header._alike), len(_peft_contents._alike)) == (before[0] + 1, before[1] + 1)
+    assert (len(tensor_header._alike), len(peft_contents._alike)) == (before[0] + 1, before[1] + 1)
     del adapter
-    assert (len(_tensor_header._alike), len(_peft_contents._alike)) == before
+    assert (len(tensor_header._alike), len(peft_contents._alike)) == before

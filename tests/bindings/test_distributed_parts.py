@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from fedgram.bindings._distributed_parcels import ALIGNMENT, pack, unpack
-from fedgram.bindings._distributed_plan import Unit, owner_of, plan
+from fedgram.bindings._distributed.parcels import ALIGNMENT, pack, unpack
+from fedgram.bindings._distributed.plan import Unit, owner_of, plan
 from fedgram.bindings.distributed import RankError, Watch
 
 CPU = torch.device("cpu")

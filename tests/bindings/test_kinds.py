@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedgram import flora_na
-from fedgram.bindings._peft_names import LayerName
+from fedgram.bindings._peft.names import LayerName
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
 from fedgram.flora_na import Adapter
 from fedgram_testing.peft_adapters import quietly

@@ -112,7 +112,7 @@ def test_ranks_that_differ_by_parameter_are_told_by_the_number_of_experts(tmp_pa
 
 def test_the_number_of_experts_is_bounded(copy, monkeypatch):
     """Their number comes from two files of a stranger: rows of lora_A by the rank that the configuration states."""
-    monkeypatch.setattr("fedgram.bindings._peft_layers.MAX_EXPERTS", 5)
+    monkeypatch.setattr("fedgram.bindings._peft.layers.MAX_EXPERTS", 5)
     assert "makes more than 5 experts of it" in refusal(load_adapter, copy("experts"))
 
 

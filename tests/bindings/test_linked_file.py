@@ -8,10 +8,12 @@ import threading
 import pytest
 import torch
 
-from fedgram.bindings import _linked_file, _streaming_journal, _streaming_results, _write_behind, peft
-from fedgram.bindings._linked_file import PAGE, header_room, link_tensors
-from fedgram.bindings._tensor_file import TensorFile
-from fedgram.bindings._tensor_header import MAX_HEADER, TensorSpec
+from fedgram.bindings import peft
+from fedgram.bindings._files import linked_file, write_behind
+from fedgram.bindings._files.linked_file import PAGE, header_room, link_tensors
+from fedgram.bindings._files.tensor_file import TensorFile
+from fedgram.bindings._files.tensor_header import MAX_HEADER, TensorSpec
+from fedgram.bindings._streaming import journal, results
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
 from fedgram.bindings.streaming import aggregate_directories
 from fedgram.flora_na import aggregate, portions
@@ -37,13 +39,13 @@ def expected(dirs, output, **options):
 @pytest.mark.parametrize("method", ["fedavg", "flora-na", "als", "svd", "stack"])
 def test_the_output_is_the_journal_under_another_name(tmp_path, monkeypatch, written, method):
     inodes = []
-    link = _streaming_results.link_tensors
+    link = results.link_tensors
 
     def noted(data, *rest):
         inodes.append(data.stat().st_ino)
         return link(data, *rest)
 
-    monkeypatch.setattr(_streaming_results, "link_tensors", noted)
+    monkeypatch.setattr(results, "link_tensors", noted)
     dirs = write_clients(tmp_path)
     aggregate_directories(dirs, tmp_path / "out", method=method)
     file = tmp_path / "out" / "adapter_model.safetensors"
@@ -126,7 +128,7 @@ def test_a_journal_that_is_an_output_too_is_not_written_to(tmp_path, monkeypatch
     """Killed after the output appeared and before the journal went; with ``lost``, a power cut took its lines."""
     dirs = write_clients(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(_streaming_journal, "_remove", lambda directory: None)
+        patch.setattr(journal, "_remove", lambda directory: None)
         aggregate_directories(dirs, tmp_path / "out")
     data, file = tmp_path / ".out.journal" / "results.bin", tmp_path / "out" / "adapter_model.safetensors"
     assert data.stat().st_ino == file.stat().st_ino
@@ -155,10 +157,10 @@ def test_an_error_of_writing_behind_is_told(tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(_write_behind, "STEP", 1)
+    monkeypatch.setattr(write_behind, "STEP", 1)
     monkeypatch.setattr(os, "fdatasync", full)
     monkeypatch.setattr(portions, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(_write_behind.Future, "done", lambda self: True)
+    monkeypatch.setattr(write_behind.Future, "done", lambda self: True)
     with pytest.raises(OSError, match="no space left on device") as caught:
         aggregate_directories(dirs, tmp_path / "out")
     assert caught.value.filename == str(tmp_path / ".out.journal" / "results.bin")
@@ -168,7 +170,7 @@ def test_an_error_of_writing_behind_is_told(tmp_path, monkeypatch):
 def test_what_is_appended_is_flushed_meanwhile(tmp_path, monkeypatch):
     dirs, flushed = write_clients(tmp_path), []
     flush = os.fdatasync
-    monkeypatch.setattr(_write_behind, "STEP", 1)
+    monkeypatch.setattr(write_behind, "STEP", 1)
     monkeypatch.setattr(portions, "CHUNK_BYTES", 1)
     monkeypatch.setattr(
         os, "fdatasync", lambda descriptor: (flushed.append(threading.current_thread().name), flush(descriptor))
@@ -218,4 +220,4 @@ def test_the_room_is_in_pages_and_bounded():
     assert header_room(["m" * 1000] * 100) % PAGE == 0
     assert header_room(["m" * 1000] * 100) > 100_000
     assert header_room(["m" * 1000] * (MAX_HEADER // 1000)) == 0
-    assert len('"base_model.model..lora_A.weight":{"dtype":"BF16","shape":[16384,128],') <= _linked_file.ENTRY
+    assert len('"base_model.model..lora_A.weight":{"dtype":"BF16","shape":[16384,128],') <= linked_file.ENTRY

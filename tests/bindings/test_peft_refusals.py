@@ -17,7 +17,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedgram.bindings._peft_config import HARMLESS, IN_FILES, REFUSED
+from fedgram.bindings._peft.config import HARMLESS, IN_FILES, REFUSED
 from fedgram.bindings.peft import load_adapter
 from fedgram_testing.peft_adapters import bert, llama, mlp, quietly, write_client
 

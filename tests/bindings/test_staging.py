@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 
-from fedgram.bindings import _staging
-from fedgram.bindings._staging import check_writable, reserved_output, staged_directory
+from fedgram.bindings._files import staging
+from fedgram.bindings._files.staging import check_writable, reserved_output, staged_directory
 from fedgram.bindings.peft import load_adapter, save_adapter
 from fedgram.flora_na import Adapter, LoraLayer
 
@@ -58,7 +58,7 @@ def test_an_earlier_output_and_an_empty_directory_are_replaced(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
 def test_an_exception_leaves_the_previous_output(tmp_path, exchange, monkeypatch):
     if not exchange:
-        monkeypatch.setattr(_staging, "_exchange", lambda stage, target: False)
+        monkeypatch.setattr(staging, "_exchange", lambda stage, target: False)
     write(tmp_path / "out", "1")
     with pytest.raises(KeyboardInterrupt):
         write_and_stop(tmp_path / "out")
@@ -70,7 +70,7 @@ def test_an_exception_leaves_the_previous_output(tmp_path, exchange, monkeypatch
 
 def test_where_the_second_of_two_renames_fails_the_previous_output_comes_back(tmp_path, monkeypatch):
     write(tmp_path / "out", "1")
-    monkeypatch.setattr(_staging, "_exchange", lambda stage, target: False)
+    monkeypatch.setattr(staging, "_exchange", lambda stage, target: False)
     rename = os.rename
 
     def failing(source, target):
@@ -90,7 +90,7 @@ def test_linux_exchanges_in_one_step(tmp_path):
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text(name)
-    assert _staging._exchange(tmp_path / "x", tmp_path / "y")
+    assert staging._exchange(tmp_path / "x", tmp_path / "y")
     assert os.listdir(tmp_path / "x") == ["y"]
     assert os.listdir(tmp_path / "y") == ["x"]
 
@@ -280,7 +280,7 @@ def test_a_directory_of_an_owned_name_is_kept(tmp_path):
 
 
 def test_a_run_that_died_between_two_renames_is_made_good(tmp_path, monkeypatch):
-    monkeypatch.setattr(_staging, "_exchange", lambda stage, target: False)
+    monkeypatch.setattr(staging, "_exchange", lambda stage, target: False)
     write(tmp_path / "out", "1")
     (tmp_path / "out").rename(tmp_path / ".out.0123456789abcdef.previous")
     with pytest.raises(KeyboardInterrupt):

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from fedgram import flora_na
-from fedgram.bindings import _streaming_extras, streaming
-from fedgram.bindings._linked_file import PAGE
-from fedgram.bindings._tensor_file import TensorFile
+from fedgram.bindings import streaming
+from fedgram.bindings._files.linked_file import PAGE
+from fedgram.bindings._files.tensor_file import TensorFile
+from fedgram.bindings._streaming import extras
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
 from fedgram.bindings.streaming import aggregate_directories
 from fedgram.flora_na import portions
@@ -91,7 +92,7 @@ def test_anchor_alignment_residual_screening_and_missing_modules(tmp_path):
 
 
 def test_full_tensors_are_averaged_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(_streaming_extras, "PIECE", 7)
+    monkeypatch.setattr(extras, "PIECE", 7)
     reads = []
     read = TensorFile.read
     monkeypatch.setattr(

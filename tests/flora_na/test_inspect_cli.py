@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedgram import flora_na
-from fedgram.bindings import _inspect_plot as picture
+from fedgram.bindings._cli import inspect_plot as picture
 from fedgram.bindings.peft import load_adapter, load_adapters
 from fedgram.flora_na import LoraLayer
 from fedgram_testing.cli_clients import WEIGHTS, refused, run

@@ -9,7 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from peft import LoraConfig
 
-from fedgram.bindings._records import sent_lora_config
+from fedgram.bindings._frameworks.records import sent_lora_config
 from fedgram.bindings.flower import lora_record, to_arrays, to_state_dict
 
 

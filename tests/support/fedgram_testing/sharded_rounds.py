@@ -8,7 +8,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from fedgram.bindings import _distributed_ranks as ranks
+from fedgram.bindings._distributed import ranks
 from fedgram.bindings.distributed import Watch, aggregate_sharded, match_sharded
 from fedgram.flora_na import METHODS, Adapter, LoraLayer
 

@@ -6,7 +6,7 @@ import safetensors
 import torch
 from safetensors import safe_open
 
-from fedgram.bindings._tensor_file import spec_of, write_tensors
+from fedgram.bindings._files.tensor_file import spec_of, write_tensors
 
 PREFIX = "base_model.model."
 MODULES = {"layers.0.q": (24, 20), "layers.0.up": (36, 20), "layers.1.q": (24, 20), "layers.1.up": (36, 20)}

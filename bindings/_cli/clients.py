@@ -1,0 +1,126 @@
+"""Opening the clients' directories, and one output per client, for the command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fedgram import flora_na
+from fedgram.flora_na import Adapter
+
+from ..peft import check_output, load_adapter, load_adapters, save_adapter
+from .support import progress_bar, shown_warnings
+from .tables import per_client_table
+
+AdapterNameOption = Annotated[
+    str | None, typer.Option("--adapter-name", help="Of several adapters in each directory, the one to read.")
+]
+AllowDoraOption = Annotated[
+    bool, typer.Option("--allow-dora", help="Take DoRA: low-rank parts aggregated, magnitudes averaged by weight.")
+]
+InitOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--init", metavar="DIR", help="The adapter as initialised (PiSSA, OLoRA, CorDA, LoRA-GA): take B A - B0 A0."
+    ),
+]
+RankPerClientOption = Annotated[
+    bool, typer.Option("--rank-per-client", help="One adapter per client, of its own ranks, in OUTPUT/<its name>.")
+]
+
+
+def open_clients(
+    dirs: Sequence[Path], adapter_name: str | None, allow_dora: bool, init: Path | None, *, warn: bool = True
+) -> list[Adapter]:
+    """``load_adapters``, its warnings as lines on stderr."""
+    with shown_warnings(warn):
+        return load_adapters(dirs, adapter_name=adapter_name, allow_dora=allow_dora, init=init)
+
+
+def open_global(path: Path | None, allow_dora: bool) -> Adapter | None:
+    """An earlier result, or None."""
+    with shown_warnings(False):
+        return None if path is None else load_adapter(path, allow_dora=allow_dora)
+
+
+def check_residual(adapters: Sequence[Adapter]) -> None:
+    """Refuse a residual where adding it up means nothing.
+
+    Raises:
+        ValueError: an adapter is DoRA.
+    """
+    if any((adapter.config or {}).get("use_dora") for adapter in adapters):
+        raise ValueError("residual: DoRA scales the sum of all parts, so a residual cannot be added to it")
+
+
+def check_per_client(others: dict[str, Any]) -> None:
+    """Refuse ``--rank-per-client`` with options that speak of one result.
+
+    Raises:
+        typer.BadParameter: names the option.
+    """
+    for option, value in others.items():
+        if value:
+            raise typer.BadParameter(f"one result per client does not go with {option}", param_hint="--rank-per-client")
+
+
+def client_outputs(output: Path, dirs: Sequence[Path]) -> list[Path]:
+    """OUTPUT/<name of the client's directory> for every client, checked to be writable.
+
+    Raises:
+        ValueError: two clients of one name, or an output that holds other files.
+        OSError: the place cannot be written.
+    """
+    names = [os.path.basename(os.path.abspath(path)) for path in dirs]
+    for name, path in zip(names, dirs, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"{path}: another client's directory has the name {name!r}, and with it the same output")
+    outputs = [output / name for name in names]
+    sources = {os.path.realpath(path) for path in dirs}
+    for path in outputs:
+        if os.path.realpath(path) in sources:
+            raise ValueError(f"{path}: is one of the clients' directories: choose another output")
+        check_output(path)
+    return outputs
+
+
+def aggregate_per_client(
+    dirs: Sequence[Path],
+    output: Path,
+    clients: Callable[[], Sequence[Adapter]],
+    weights: Callable[[], list[float] | None],
+    *,
+    shown: bool,
+    **options: Any,
+) -> tuple[dict[str, Any], Table]:
+    """Aggregate, and write every client's result; each appears whole or not at all.
+
+    Args:
+        dirs: the clients' directories.
+        output: the directory of the outputs.
+        clients, weights: open them, once the outputs are known to be writable.
+        shown: whether to show a progress bar.
+        options: of ``flora_na.aggregate_for_clients``.
+
+    Returns:
+        Every client's output and report, JSON-ready and as a table.
+    """
+    outputs = client_outputs(output, dirs)
+    adapters, counts = clients(), weights()
+    with progress_bar("aggregating", shown=shown) as progress:
+        results = flora_na.aggregate_for_clients(
+            adapters, counts, progress=progress, names=[str(path) for path in dirs], **options
+        )
+    for result, path in zip(results, outputs, strict=True):
+        save_adapter(result.adapter, path)
+    reports = [result.report for result in results]
+    document = {
+        str(client): {"output": str(path), **report.to_dict()}
+        for client, path, report in zip(dirs, outputs, reports, strict=True)
+    }
+    return {"clients": document}, per_client_table(reports, outputs)

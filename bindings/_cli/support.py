@@ -1,0 +1,133 @@
+"""What the commands share: errors as one line, progress bars, weights from a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .._files.documents import unambiguous
+
+ProgressCallback = Callable[[int, int, str], None]
+LONGEST = 1000
+"""Characters of a message before it is shortened."""
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn bad input and failing files into one line on stderr and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        fail(describe(error))
+    except RuntimeError as error:
+        if not str(error).startswith("backend="):  # a forced backend that cannot run is input; the rest are faults
+            raise
+        fail(describe(error))
+
+
+@contextlib.contextmanager
+def shown_warnings(shown: bool = True) -> Iterator[None]:
+    """Print each warning as one line on stderr, or none."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught if shown else ():
+        print(f"fedgram: warning: {one_line(str(warning.message))}", file=sys.stderr)
+
+
+def fail(message: str) -> None:
+    """Print one line on stderr and exit with code 1."""
+    print(f"fedgram: {one_line(message)}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def describe(error: Exception) -> str:
+    """An error as a user reads it: for the operating system's, the file and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return str(error)
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line, its control characters escaped, its middle left out if it is long.
+
+    Names and values in adapter files are anybody's.
+    """
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    joined = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, *, shown: bool) -> Iterator[ProgressCallback]:
+    """A bar on stderr, driven by (done, total, module); nothing where it is not shown or stderr is not a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns,
+        TextColumn("{task.fields[module]}"),
+        console=console,
+        transient=True,
+        disable=not shown or not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(label, total=None, module="")
+        yield lambda done, total, module: bar.update(task, completed=done, total=total, module=escape(one_line(module)))
+
+
+def read_weights(path: Path | None, clients: Sequence[Path]) -> list[float] | None:
+    """One weight per client from a JSON file: an object by directory name (or path), or a list in the given order.
+
+    Raises:
+        ValueError: not such JSON, a client without a weight, a name that is no client, or a weight below zero.
+        OSError: the file cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unambiguous)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if isinstance(document, dict):
+        document = _in_order(path, document, clients)
+    if not isinstance(document, list):
+        raise ValueError(f"{path}: expected an object from directory name to number, or a list of numbers")
+    if len(document) != len(clients):
+        raise ValueError(f"{path}: {len(document)} weights for {len(clients)} clients")
+    return [_weight(path, client, value) for client, value in zip(clients, document, strict=True)]
+
+
+def _in_order(path: Path, document: dict[str, Any], clients: Sequence[Path]) -> list[Any]:
+    names = [_name(client) for client in clients]
+    keys = [
+        name if names.count(name) == 1 and name in document else str(c) for name, c in zip(names, clients, strict=True)
+    ]
+    missing = [name for name, key in zip(names, keys, strict=True) if key not in document]
+    if missing:
+        raise ValueError(f"{path}: no weight for client {missing[0]!r}")
+    unknown = sorted(document.keys() - set(keys))
+    if unknown:
+        raise ValueError(f"{path}: {unknown[0]!r} is not the directory of a client")
+    return [document[key] for key in keys]
+
+
+def _name(client: Path) -> str:
+    return os.path.basename(os.path.abspath(client))
+
+
+def _weight(path: Path, client: Path, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{path}: client {_name(client)!r}: expected a number of at least 0, got {value!r}")
+    return float(value)

@@ -1,0 +1,1 @@
+"""Aggregation and matching over the ranks of a torch.distributed group."""

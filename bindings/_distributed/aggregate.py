@@ -1,0 +1,178 @@
+"""``aggregate_sharded``: every module of the adapters is aggregated on one rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch import distributed as dist
+
+from fedgram import flora_na
+from fedgram.flora_na import Adapter, AdapterLike, Aggregation, ModuleReport, Report
+from fedgram.flora_na.layer import as_adapter
+from fedgram.flora_na.rank_choice import Rank
+
+from .clients import Clients, everyone_has_all, everyone_has_own
+from .plan import Unit, plan
+from .ranks import Ranks
+from .watch import Watch
+
+CLIENTS = ("all", "own")
+RESULTS = ("root", "all", "sharded")
+WHOLE = ("shared", "clip", "min_cosine")
+"""Options whose outcome depends on all modules at once."""
+
+T = TypeVar("T")
+PLAIN = (str, int, float, bool, type(None))
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedAggregation(Aggregation):
+    """An aggregation as one rank holds it; see ``result`` of ``aggregate_sharded``.
+
+    Attributes:
+        owned: the modules that this rank aggregated.
+        sent, received: bytes of factors and results that this rank exchanged with others.
+    """
+
+    owned: tuple[str, ...] = ()
+    sent: int = 0
+    received: int = 0
+
+
+def aggregate_sharded(
+    adapters: Sequence[AdapterLike],
+    weights: Sequence[float] | Tensor | None = None,
+    *,
+    clients: str = "all",
+    result: str = "root",
+    method: str = "als",
+    rank: Rank = None,
+    shared: bool = False,
+    anchor: AdapterLike | None = None,
+    align_to: AdapterLike | None = None,
+    missing: str = "error",
+    residual: bool = False,
+    backend: str = "auto",
+    progress: Callable[[int, int, str], None] | None = None,
+    names: Sequence[str] | None = None,
+    group: dist.ProcessGroup | None = None,
+    watch: Watch | None = None,
+    **options: Any,
+) -> ShardedAggregation:
+    """``flora_na.aggregate`` (arXiv:2509.26399) with the modules shared out over the ranks of a process group.
+
+    Modules go to ranks by their cost (``sizing.assign``), and each is aggregated by itself: the result has the same
+    bits for every number of ranks. It has those of ``flora_na.aggregate`` called with that one module; called with all
+    of them, ``als`` and ``flora-na`` iterate some modules together and may stop later, within their tolerance.
+
+    Args:
+        adapters: with ``clients="all"``, all clients, the same on every rank: adapters opened from files that all
+            ranks reach, of which each rank reads its own modules only. With ``clients="own"``, the clients whose
+            factors lie on this rank (or none); the clients of all ranks, in rank order, are aggregated, and every
+            factor travels once, to the rank that needs it, in rounds of one module per rank.
+        weights, names: of ``adapters``; with ``clients="own"`` on all ranks or on none.
+        result: where the whole result goes: to rank 0 of the group ("root"; the other ranks keep their own modules),
+            to "all", or nowhere ("sharded": each keeps its own).
+        method, rank, anchor, align_to, missing, residual, backend, options: as in ``flora_na.aggregate``, the same on
+            every rank.
+        shared: must be False, like every option that needs all modules at once (``clip``, ``min_cosine``).
+        progress: called on each rank with (its modules done, its modules in all, module name).
+        group: default the whole world. With gloo tensors travel through the CPU; with nccl through this process's
+            current device, where adapters on an accelerator also arrive.
+        watch: finds ranks that fail or die while others compute; without one, they are found at the next collective,
+            at the latest by the group's timeout.
+
+    Raises:
+        ValueError, OSError: as ``flora_na.aggregate``, on the rank that found it; or ranks called with different
+            arguments.
+        RankError: on all other ranks, and where another rank has died.
+    """
+    ranks = Ranks(group, watch)
+    settings = {"method": method, "rank": rank, "missing": missing, "residual": residual, "backend": backend, **options}
+    with ranks.together():
+        _check(clients, result, {"shared": shared, **options})
+        local = [as_adapter(adapter) for adapter in adapters]
+        agreed = _digest(clients, result, {**settings, "anchor": anchor is not None, "align_to": align_to is not None})
+    join = everyone_has_all if clients == "all" else everyone_has_own
+    known = join(ranks, local, weights, names, agreed)
+    work = plan(*known.costs(ranks), ranks.count)
+    solve = partial(_solve, known, {**settings, "anchor": anchor, "align_to": align_to})
+    parts: list[Aggregation] = []
+    mine = work[ranks.rank]
+    with ranks.together():
+        for unit, slices in known.slices(ranks, work):
+            parts.append(solve(unit, slices))
+            if progress is not None:
+                progress(len(parts), len(mine), unit.module)
+            if watch is not None:
+                watch.check()
+    parts = _collect(ranks, result, parts)
+    return _assemble(ranks, known, parts, method, residual, tuple(unit.module for unit in mine))
+
+
+def _solve(clients: Clients, settings: Mapping[str, Any], unit: Unit, slices: Sequence[Adapter]) -> Aggregation:
+    """One unit, ready to travel: its yardsticks are numbers."""
+    done = flora_na.aggregate(slices, clients.weights, names=clients.names, **settings)
+    reports = {name: _plain(report) for name, report in done.report.modules.items()}
+    return replace(done, report=replace(done.report, modules=reports))
+
+
+def _plain(report: ModuleReport) -> ModuleReport:
+    return replace(report, _fedavg=partial(float, report.rho_fedavg), _optimal=partial(float, report.rho_optimal))
+
+
+def _collect(ranks: Ranks, result: str, parts: list[Aggregation]) -> list[Aggregation]:
+    """The parts that this rank is to hold."""
+    if result == "sharded":
+        return parts
+    everyone = ranks.gather(parts) if result == "all" else ranks.gather_to([0], parts)
+    return [part for one in everyone for part in one] if everyone else parts
+
+
+def _assemble(
+    ranks: Ranks, clients: Clients, parts: list[Aggregation], method: str, residual: bool, owned: tuple[str, ...]
+) -> ShardedAggregation:
+    """Parts of single modules as one aggregation, modules and extras in the order in which the clients have them."""
+    layers = _join((part.adapter.modules for part in parts), clients.modules)
+    extras = _join((part.adapter.extras for part in parts), clients.extras)
+    rests = _join((part.residual.modules for part in parts if part.residual is not None), clients.modules)
+    reports = _join((part.report.modules for part in parts), clients.modules)
+    roles = {name: role for part in parts for name, role in part.adapter.roles.items() if name in extras}
+    config = parts[0].adapter.config if parts else None
+    shares = parts[0].report.clients if parts else {}
+    whole = Aggregation(
+        Adapter(layers, extras, config, roles),
+        Adapter(rests, {}, config) if residual else None,
+        Report(method, shares, reports),
+    )
+    known = {field.name: getattr(whole, field.name) for field in fields(Aggregation)}
+    return ShardedAggregation(**known, owned=owned, sent=ranks.sent, received=ranks.received)
+
+
+def _join(pieces: Iterable[Mapping[str, T]], order: Sequence[str]) -> dict[str, T]:
+    found = {name: value for piece in pieces for name, value in piece.items()}
+    first = {name: found[name] for name in order if name in found}
+    return first | found
+
+
+def _check(clients: str, result: str, options: Mapping[str, Any]) -> None:
+    if clients not in CLIENTS:
+        raise ValueError(f"clients: expected one of {', '.join(CLIENTS)}, got {clients!r}")
+    if result not in RESULTS:
+        raise ValueError(f"result: expected one of {', '.join(RESULTS)}, got {result!r}")
+    for name in WHOLE:
+        if options.get(name) not in (None, False):
+            raise ValueError(
+                f"{name}: needs all modules in one place, and ranks share them out: aggregate in one process"
+            )
+
+
+def _digest(clients: str, result: str, settings: Mapping[str, Any]) -> str:
+    """A fingerprint of what all ranks must have been called with alike."""
+    plain = {name: value if isinstance(value, PLAIN) else type(value).__name__ for name, value in settings.items()}
+    return hashlib.sha256(repr((clients, result, sorted(plain.items()))).encode()).hexdigest()

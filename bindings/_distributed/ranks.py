@@ -1,0 +1,172 @@
+"""A process group seen from one rank: agreement on errors, exchanges of parcels, and where its tensors travel."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .parcels import here, pack, unpack
+from .watch import RankError, Watch
+
+PIECE = 64 << 20
+"""Bytes to one rank that travel in one collective: each must be done within the group's timeout."""
+
+
+class Ranks:
+    """The ranks of one job.
+
+    Attributes:
+        rank, count: this one, and how many there are.
+        device: where tensors must lie to travel: the CPU if the group's backend carries CPU tensors (gloo), else this
+            process's accelerator (nccl).
+        sent, received: bytes of the parcels so far, those to itself left out.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, watch: Watch | None = None) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise ValueError("group: no process group: call torch.distributed.init_process_group first")
+        self.group, self.watch = group, watch
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("group: this process is not one of its ranks")
+        self.device = _transport(group)
+        self.sent = self.received = 0
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block on every rank: an error on one of them ends it on all.
+
+        A rank that fails says so in place of the sizes of its next exchange, so that the block may hold exchanges.
+
+        Raises:
+            Exception: the block's own, on the ranks where it failed.
+            RankError: on the others; names the first rank that failed, and its reason.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except RankError:  # all have been told
+            raise
+        except Exception as failed:
+            error = failed
+        self.agree(error)
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on all ranks if ``error`` is not None on one of them; a wait for all of them otherwise."""
+        self._settle([0 if error is None else -1] * self.count, error)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        own = pack(value, self.device)
+        sizes = [row[0] for row in self._settle([own.numel()] * self.count)]
+        values = []
+        for k, size in enumerate(sizes):
+            parcel = own if k == self.rank else torch.empty(size, dtype=torch.uint8, device=self.device)
+            for piece in parcel.split(PIECE):
+                with _lost():
+                    dist.broadcast(piece, group=self.group, group_src=k)
+            values.append(unpack(parcel))
+        self.sent += own.numel() * (self.count - 1)
+        self.received += sum(sizes) - own.numel()
+        return values
+
+    def gather_to(self, roots: Sequence[int], value: Any) -> list[Any]:
+        """Every rank's value, on the ranks ``roots``; nothing on the others."""
+        parcel, nothing = pack(value, self.device), torch.empty(0, dtype=torch.uint8, device=self.device)
+        received = self.exchange([parcel if rank in roots else nothing for rank in range(self.count)])
+        return [unpack(one) for one in received] if self.rank in roots else []
+
+    def send_each(self, values: Mapping[int, Any]) -> list[Any]:
+        """Send ``values[k]`` to rank k, and return what was sent here, in rank order."""
+        nothing = torch.empty(0, dtype=torch.uint8, device=self.device)
+        parcels = [pack(values[k], self.device) if k in values else nothing for k in range(self.count)]
+        return [unpack(parcel) for parcel in self.exchange(parcels) if parcel.numel()]
+
+    def exchange(self, parcels: Sequence[Tensor]) -> list[Tensor]:
+        """All to all: ``parcels[k]`` goes to rank k; the parcel of every rank for this one comes back."""
+        sizes = [parcel.numel() for parcel in parcels]
+        table = self._settle(sizes)
+        incoming = [row[self.rank] for row in table]
+        received = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in incoming]
+        for start in range(0, max(map(max, table)), PIECE):
+            outgoing, arriving = ([one[start : start + PIECE] for one in side] for side in (parcels, received))
+            self._all_to_all(arriving, outgoing)
+        self.sent += sum(sizes) - sizes[self.rank]
+        self.received += sum(incoming) - incoming[self.rank]
+        return received
+
+    def _all_to_all(self, arriving: Sequence[Tensor], outgoing: Sequence[Tensor]) -> None:
+        come, go = [one.numel() for one in arriving], [one.numel() for one in outgoing]
+        buffer = torch.empty(sum(come), dtype=torch.uint8, device=self.device)
+        with _lost():
+            dist.all_to_all_single(buffer, torch.cat(list(outgoing)), come, go, group=self.group)
+        for target, source in zip(arriving, buffer.split(come), strict=True):
+            target.copy_(source)
+
+    def gather_numbers(self, numbers: Tensor) -> list[Tensor]:
+        """A tensor of one shape and dtype from every rank, in rank order, on the device it is on."""
+        given = numbers.to(self.device)
+        everyone = [torch.empty_like(given) for _ in range(self.count)]
+        if self.watch is not None:
+            self.watch.ready()
+        with _lost():
+            dist.all_gather(everyone, given, group=self.group)
+        return [one.to(numbers.device) for one in everyone]
+
+    def _settle(self, row: Sequence[int], error: Exception | None = None) -> list[list[int]]:
+        """Every rank's row of numbers, once it is known that none has an error, which is a row of -1."""
+        if error is not None and self.watch is not None:
+            self.watch.claim(reason(self.rank, error))
+            raise error
+        table = [one.tolist() for one in self.gather_numbers(torch.tensor(row))]
+        failed = [k for k, numbers in enumerate(table) if numbers[0] < 0]
+        if failed:
+            self._fail(failed[0], error)
+        return table
+
+    def _fail(self, first: int, error: Exception | None) -> None:
+        """Tell everyone the reason of the first rank that failed, and raise."""
+        reasons: list[Any] = [None] * self.count
+        with _lost():
+            dist.all_gather_object(reasons, None if error is None else reason(self.rank, error), group=self.group)
+        raise error if error is not None else RankError(reasons[first])
+
+
+def reason(rank: int, error: BaseException) -> str:
+    """An error as other ranks report it."""
+    if isinstance(error, RankError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"rank {rank}: {error.filename}: {error.strerror}"
+    return f"rank {rank}: {str(error) or type(error).__name__}"
+
+
+def check_alike(told: Sequence[Any], what: str) -> None:
+    """Raise ValueError, on all ranks alike, where one was called differently."""
+    odd = next((k for k, one in enumerate(told) if one != told[0]), None)
+    if odd is not None:
+        raise ValueError(f"rank {odd} was called with other {what} than rank 0")
+
+
+@contextlib.contextmanager
+def _lost() -> Iterator[None]:
+    """A collective that fails has lost another rank."""
+    try:
+        yield
+    except RankError:
+        raise
+    except RuntimeError as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise RankError(f"lost contact with another rank ({text[0]})") from error
+
+
+def _transport(group: dist.ProcessGroup | None) -> torch.device:
+    carried = dict(entry.split(":", 1) for entry in str(dist.get_backend_config(group)).split(",") if ":" in entry)
+    if "cpu" in carried or not carried:
+        return torch.device("cpu")
+    return here(next(iter(carried)))

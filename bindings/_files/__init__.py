@@ -1,0 +1,1 @@
+"""Files and directories: safetensors read and written, outputs that appear whole, locks."""

@@ -1,0 +1,1 @@
+"""What the bindings of Flower and NVIDIA FLARE are made of."""

@@ -1,0 +1,77 @@
+"""PiSSA, OLoRA, CorDA and LoRA-GA: the update of the original base weights is ``s (B A - B0 A0)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fedgram.flora_na import Adapter, LoraLayer
+
+from .config import mutating_init
+
+
+def since(adapter: Adapter, start: Adapter, label: str) -> Adapter:
+    """The client's update since its initial factors, as LoRA of twice the rank.
+
+    These initialisations put ``s B0 A0`` into the adapter and take it out of the base weights ``W``, so that training
+    ends at ``W - s B0 A0 + s B A``. The result is an adapter of the original ``W``.
+
+    Args:
+        adapter: as trained.
+        start: as initialised; the same for all clients.
+        label: of the client, for messages.
+
+    Raises:
+        ValueError: the start has no such module; where a layer is read, also if rank, shape or scaling differ.
+    """
+    for name in adapter.modules:
+        if name not in start.modules:
+            raise ValueError(f"{label}: {name}: the initial adapter (init) has no such module")
+    config = None if adapter.config is None else {**adapter.config, "init_lora_weights": True}
+    return Adapter(_Since(adapter.modules, start.modules, label), adapter.extras, config, adapter.roles)
+
+
+def check_same_start(configs: Sequence[Mapping[str, Any] | None], labels: Sequence[str]) -> None:
+    """Refuse clients whose configurations state different initialisations: they did not start from one adapter.
+
+    Raises:
+        ValueError: names two clients.
+    """
+    kinds = [mutating_init((config or {}).get("init_lora_weights")) for config in configs]
+    for kind, label in zip(kinds, labels, strict=True):
+        if kind != kinds[0]:
+            raise ValueError(f"{label}: init_lora_weights {kind} differs from {kinds[0]} of {labels[0]}")
+
+
+class _Since(Mapping[str, LoraLayer]):
+    """The client's layers with the initial ones subtracted; still read when asked for."""
+
+    def __init__(self, layers: Mapping[str, LoraLayer], start: Mapping[str, LoraLayer], label: str) -> None:
+        self._layers, self._start, self._label = layers, start, label
+
+    def __getitem__(self, name: str) -> LoraLayer:
+        layer, first = self._layers[name], self._start[name]
+        for what, mine, its in (
+            ("rank", layer.rank, first.rank),
+            ("shape", layer.shape, first.shape),
+            ("scaling", layer.scaling, first.scaling),
+        ):
+            if mine != its:
+                raise ValueError(
+                    f"{self._label}: {name}: {what} {mine} differs from {its} of the initial adapter (init)"
+                )
+        dtype = torch.promote_types(layer.A.dtype, first.A.dtype)
+        A = torch.cat([layer.A.to(dtype), first.A.to(dtype)])
+        B = torch.cat([layer.B.to(dtype), -first.B.to(dtype)], 1)
+        return LoraLayer(A=A, B=B, scaling=layer.scaling)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers

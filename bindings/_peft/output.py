@@ -1,0 +1,214 @@
+"""The configuration of the global adapter: from the clients' configurations and what the aggregation returned."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import LoraSettings, saved_by
+from .extras import is_frozen
+from .keys import LORA_BIAS, MAGNITUDE, TOKENS
+from .layout import FileLayout
+from .parameters import TargetParameters
+from .patterns import PatternTable
+
+SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+SHARED = {
+    "base_model_name_or_path": "base model",
+    "revision": "base model revision",
+    "task_type": "task type",
+    "peft_type": "peft type",
+    "layer_replication": "layer replication",
+    "target_parameters": "target_parameters",
+    "trainable_token_indices": "trainable token indices",
+    "use_dora": "DoRA",
+    "lora_bias": "lora_bias",
+    "ensure_weight_tying": "weight tying",
+}
+DEFAULTS: dict[str, Any] = {
+    "base_model_name_or_path": None,
+    "task_type": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "lora_dropout": 0.0,
+    "modules_to_save": None,
+}
+
+
+def check_shared(configs: Sequence[Mapping[str, Any] | None], names: Sequence[str]) -> None:
+    """Refuse clients whose updates cannot be added up; a client without configuration is passed over.
+
+    Raises:
+        ValueError: names both clients and the field.
+    """
+    stated = [(name, config) for name, config in zip(names, configs, strict=True) if config is not None]
+    for name, config in stated[1:]:
+        first_name, first = stated[0]
+        for field, label in SHARED.items():
+            if _compared(config, field) != _compared(first, field):
+                raise ValueError(
+                    f"{name}: {label} {config.get(field)!r} differs from {first.get(field)!r} of {first_name}"
+                )
+        if config.get("target_parameters") and _old_experts(config) != _old_experts(first):
+            raise ValueError(
+                f"{name}: experts written by PEFT {config.get('peft_version')} lie otherwise than those of "
+                f"{first_name}, written by PEFT {first.get('peft_version')}"
+            )
+
+
+def _compared(config: Mapping[str, Any], field: str) -> Any:
+    value = config.get(field) or None
+    # Their order means nothing: PEFT goes by the base model's.
+    return sorted(map(str, value)) if field == "target_parameters" and isinstance(value, list) else value
+
+
+def _old_experts(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT took the axes of expert parameters in their old order (before 0.19)."""
+    found = re.match(r"(\d{1,6})\.(\d{1,6})", str(config.get("peft_version") or "0.19"))
+    return found is not None and (int(found[1]), int(found[2])) < (0, 19)
+
+
+def merge_configs(configs: Iterable[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """The first client's configuration, without its selection of modules where the clients' selections differ.
+
+    ``modules_to_save`` and ``bias`` are those of all clients together.
+    """
+    stated = [config for config in configs if config is not None]
+    if not stated:
+        return None
+    merged = dict(stated[0])
+    if any(_selection(config) != _selection(merged) for config in stated[1:]):
+        merged |= dict.fromkeys(SELECTION)
+    saved = dict.fromkeys(entry for config in stated for entry in config.get("modules_to_save") or [])
+    biases = {config.get("bias", "none") for config in stated}
+    merged["modules_to_save"] = list(saved) or None
+    merged["bias"] = next((bias for bias in ("all", "lora_only") if bias in biases), "none")
+    return merged
+
+
+def output_config(config: Mapping[str, Any] | None, layout: FileLayout, extras: Iterable[str]) -> dict[str, Any]:
+    """The configuration of an adapter to be written: every scaling is 1 (lora_alpha = r, patterns where ranks vary).
+
+    Args:
+        config: the clients' configuration, or None.
+        layout: of the layers.
+        extras: names of the other tensors, without prefix.
+
+    Raises:
+        ValueError: a tensor or an expert is not declared by the configuration: PEFT would not load it.
+    """
+    out = DEFAULTS | dict(config or {})
+    names = list(extras)
+    r = _default_rank(layout)
+    pattern = _exact_pattern(layout.ranks | _parameter_ranks(out, layout), r)
+    out |= {"peft_type": "LORA", "inference_mode": True, "init_lora_weights": True, "use_rslora": False}
+    out |= {"r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
+    out |= {"eva_config": None, "corda_config": None, "lora_ga_config": None, "loftq_config": {}}
+    out |= _parts(out, names)
+    full = [name for name in names if not name.endswith((LORA_BIAS, MAGNITUDE, TOKENS))]
+    out |= _saved_extras(out, full, layout.paths)
+    if _has_expression(out):
+        out |= dict.fromkeys(SELECTION) | {"target_modules": "|".join(map(re.escape, sorted(layout.selected)))}
+    elif not all(_targeted(out, module) for module in layout.selected):
+        out |= dict.fromkeys(SELECTION) | {"target_modules": sorted(layout.selected)}
+    return out
+
+
+def _default_rank(layout: FileLayout) -> int:
+    """That of the parameters, for which PEFT takes no patterns without a warning; else the commonest."""
+    if layout.parameter_rank is not None:
+        return layout.parameter_rank
+    counts = Counter(layout.ranks.values())
+    return max(counts, key=lambda rank: (counts[rank], rank))
+
+
+def _parameter_ranks(config: Mapping[str, Any], layout: FileLayout) -> dict[str, int]:
+    """Rank of every parameter that PEFT may adapt, by the name that it matches with patterns.
+
+    Raises:
+        ValueError: ``target_parameters`` does not lead to one.
+    """
+    if layout.parameter_rank is None:
+        return {}
+    parameters = TargetParameters(LoraSettings.parse(config, Path("config")))
+    found = {}
+    for module in layout.parameters:
+        names = parameters.of(module)
+        if not names:
+            raise ValueError(f"{module}: target_parameters of the configuration names none of its parameters")
+        found |= {f"{module}.{name}": layout.parameter_rank for name in names}
+    return found
+
+
+def _parts(config: Mapping[str, Any], extras: list[str]) -> dict[str, Any]:
+    """The options whose tensors are there: PEFT would look for those of an option that is set.
+
+    Raises:
+        ValueError: trained token rows whose indices the configuration does not state.
+    """
+    tokens = any(key.endswith(TOKENS) for key in extras)
+    if tokens and not config.get("trainable_token_indices"):
+        raise ValueError("extras: trained token rows without trainable_token_indices in the configuration")
+    return {
+        "lora_bias": any(key.endswith(LORA_BIAS) for key in extras),
+        "use_dora": any(key.endswith(MAGNITUDE) for key in extras),
+        "trainable_token_indices": config.get("trainable_token_indices") if tokens else None,
+    }
+
+
+def _exact_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
+    """Ranks other than the default by module name; anchored where a name is also the end of another's."""
+    plain = {module: rank for module, rank in ranks.items() if rank != default}
+    if plain and not _reads_as(plain, ranks, default):
+        return {f"^{re.escape(module)}": rank for module, rank in plain.items()}
+    return plain
+
+
+def _reads_as(pattern: Mapping[str, int], ranks: Mapping[str, int], default: int) -> bool:
+    """Whether the names, read as expressions, give every module its rank."""
+    try:
+        table = PatternTable(pattern)
+        return all((table.matching(module) or [default]) == [rank] for module, rank in ranks.items())
+    except ValueError:
+        return False
+
+
+def _saved_extras(config: Mapping[str, Any], extras: list[str], modules: Collection[str]) -> dict[str, Any]:
+    """modules_to_save and bias as far as their tensors are there: PEFT fails on declared tensors that are not."""
+    entries = config["modules_to_save"] or []
+    if not entries and config["bias"] == "none":
+        entries = sorted({key.rpartition(".")[0] for key in extras if not is_frozen(key, modules)} - {""})
+    saved = [entry for entry in entries if any(saved_by(entry, key) for key in extras)]
+    has_bias = any(key.endswith("bias") and not any(saved_by(entry, key) for entry in saved) for key in extras)
+    kept = {"modules_to_save": saved or None, "bias": config["bias"] if has_bias else "none"}
+    settings = LoraSettings.parse({**config, **kept}, Path("config"))
+    for key in extras:
+        tied = settings.tying and bool(saved) and key.endswith(".weight")
+        if not (settings.declares(key, modules) or is_frozen(key, modules) or tied):
+            raise ValueError(f"extras: {key!r} is declared neither by modules_to_save nor by bias of the configuration")
+    return kept
+
+
+def _has_expression(config: Mapping[str, Any]) -> bool:
+    """Whether the clients select modules by regular expressions.
+
+    They do not go into the output: PEFT runs them over the names of the base model wherever it is loaded, and a
+    stranger's may take for ever. One of the modules' own names, which cannot, says the same.
+    """
+    expressions = [config.get("target_modules"), config.get("exclude_modules")]
+    return any(isinstance(x, str) and x != "all-linear" for x in expressions) or bool(config.get("layers_pattern"))
+
+
+def _targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Whether the configuration's selection leads PEFT to this module."""
+    targets = config.get("target_modules")
+    names = targets if isinstance(targets, list | set) else ()
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _selection(config: Mapping[str, Any]) -> list[Any]:
+    values = (config.get(field) or None for field in SELECTION)
+    return [sorted(map(str, value)) if isinstance(value, list) else value for value in values]

@@ -1,0 +1,1 @@
+"""State dicts of any framework, told apart into layers and full tensors."""

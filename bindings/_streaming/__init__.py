@@ -1,0 +1,1 @@
+"""A streamed aggregation: its identity, its journal, its results."""
