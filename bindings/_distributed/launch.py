@@ -17,6 +17,8 @@ from torch import distributed as dist
 from .._cli.support import describe, fail, one_line, one_line_errors
 from .watch import RankError, Watch
 
+JOINING = 10.0
+"""Seconds beyond those that torch is told to wait for the other ranks, after which a rank that still waits ends."""
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -78,22 +80,40 @@ def launched_ranks(patience: float) -> Iterator[Watch]:
 
 
 def _join(rank: int, count: int, wait: timedelta) -> dist.Store:
-    """Meet the other ranks; a store of this job's own, over a connection of its own."""
+    """Meet the other ranks; a store of this job's own, over a connection of its own.
+
+    The connection comes before the group, which no rank leaves before all have entered it: whoever stops afterwards
+    is seen by the watch. A store that stops answering before then would be waited for without end, hence the timer.
+    """
     _stay_on_loopback()
     name = f"fedgram/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # a restart must not find what had failed
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    apart = f"the {count} ranks did not meet at {address}:{port}: "
+    limit = wait.total_seconds() + JOINING
+    timer = threading.Timer(limit, _end, [f"{apart}no answer for {limit:g} s"])
+    timer.daemon = True
+    timer.start()
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=wait))
+        own = dist.TCPStore(address, port, is_master=False, timeout=wait)
         dist.init_process_group(
             "gloo", store=dist.PrefixStore(f"{name}/group", store), rank=rank, world_size=count, timeout=wait
         )
-        own = dist.TCPStore(address, port, is_master=False, timeout=wait)
     except (RuntimeError, ValueError) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            fail(f"the {count} ranks did not meet at {address}:{port}: {text[0]}")
+            fail(apart + text[0])
         raise SystemExit(1) from None
+    finally:
+        timer.cancel()
     return dist.PrefixStore(f"{name}/watch", own)
+
+
+def _end(message: str) -> None:
+    """End this process, whatever its other threads are waiting for; the first rank of every host tells why."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"fedgram: {one_line(message)}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 @contextlib.contextmanager

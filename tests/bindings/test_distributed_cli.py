@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -189,6 +190,19 @@ def test_a_rank_that_stops_answering_is_given_up_in_the_stated_time(clients, hit
     assert waited < 3 + 10 + 15  # the patience, the grace for a rank deep in a computation, and a busy machine
     assert contents(output_of(clients)) == before
     assert nothing_is_left()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_store_that_never_answers_is_given_up_while_joining(first):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        meeting = {"MASTER_PORT": silent.getsockname()[1], "TORCHELASTIC_USE_AGENT_STORE": True, "MARK": MARK}
+        env = rank_environments(2, **meeting)[1] | {"LOCAL_RANK": "0" if first else "1"}
+        setting = "from fedgram.bindings._distributed import launch; launch.JOINING = 2 - 30"
+        ended = finish([start([sys.executable, "-P", "-c", f"{setting}; launch.launched_ranks(1).__enter__()"], env)])
+    port = meeting["MASTER_PORT"]
+    line = f"fedgram: the 2 ranks did not meet at 127.0.0.1:{port}: no answer for 2 s"
+    assert ended[0][0] == 1
+    assert spoken(ended) == ([line] if first else [])
 
 
 def test_other_commands_do_not_run_on_ranks(clients, monkeypatch):
