@@ -151,14 +151,22 @@ _own = threading.local()
 
 
 def scratch(numbers: int) -> tuple[np.ndarray, int]:
-    """At least so many uninitialised float64 numbers, this thread's own until it asks again, and their address."""
+    """At least so many uninitialised float64 numbers from the start of a cache line on, and the address of the first.
+
+    They are this thread's own until it asks again.
+    """
+    numbers += LINE
     kept = getattr(_own, "scratch", None)
     if kept is None or len(kept[0]) < numbers:
         memory = np.empty(numbers)
-        kept = memory, at(memory)
+        kept = memory, _padded_to_line(at(memory))
         if numbers <= KEPT_SCRATCH:
             _own.scratch = kept
     return kept
+
+
+def _padded_to_line(address: int) -> int:
+    return -(-address // (8 * LINE)) * (8 * LINE)
 
 
 _width: int | None = None
