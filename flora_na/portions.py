@@ -13,13 +13,13 @@ from .group import forms_grams
 from .layer import Adapter
 from .target import Target
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 14 << 20
 """What is worked on together, on the CPU: bounds the memory of lazily read adapters. A larger module is a portion of
 its own. How modules are put together decides when their iterations stop, so it depends on sizes only."""
 CHUNK_BYTES_GPU = 8 << 30
 """The same on a GPU, of factors only."""
-GRAM_PAIRS = 8
-"""A module's two Grams, and what is made of them, in units of the two."""
+GRAM_PAIRS = 12
+"""A module's two Grams, and what is made of them (most by ``svd``), in units of the two."""
 
 
 def module_bytes(B: Sequence[Tensor], A: Sequence[Tensor]) -> int:
