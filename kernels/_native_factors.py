@@ -1,4 +1,4 @@
-"""The compiled CPU loops over the clients' factors: all modules' products and combinations, in one call per thread."""
+"""The compiled CPU loops over the clients' factors: all modules' products and combinations, each in one call."""
 
 from __future__ import annotations
 
