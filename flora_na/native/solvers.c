@@ -1,10 +1,12 @@
 /* Estimates from Gram matrices, one module after the other: the scalars of FLoRA-NA (scalars.h), the blocks of
- * alternating least squares (blocks.h) and the singular values behind the optimum (spectrum.h). Everything is small and float64; what float64 does not resolve beyond doubt is
- * left to the caller. Plain C, called through ctypes; threads share the modules. */
+ * alternating least squares (blocks.h) and the singular values behind the optimum (spectrum.h). Everything is small and
+ * float64; what float64 does not resolve beyond doubt is left to the caller. Plain C, called through ctypes; threads share the modules. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "../../kernels/native/jobs.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -142,31 +144,23 @@ int64_t fedgram_blocks_work(int64_t R, int64_t rank) { return room_numbers(R, ra
 int64_t fedgram_spectrum_work(int64_t R) { return R * R + 2 * R * padded(R) + 4 * R; }
 int64_t fedgram_scalars_work(int64_t U, int64_t R, int64_t rank) { return space_numbers(U, R, rank); }
 
-/* Entries as the loops of `kernels` spread over threads (kernels/native/spread.h); one instruction set, all in double. */
-#define JOBS(name, job)                                                                                                \
-    static void name##_jobs(int64_t, int64_t, const struct job *, int64_t, int64_t *, double *);                       \
-    void fedgram_##name(int64_t level, int64_t wide, const void *jobs, int64_t count, int64_t *next, double *work) {   \
-        name##_jobs(level, wide, jobs, count, next, work);                                                             \
-    }                                                                                                                  \
-    static void name##_jobs(int64_t level, int64_t wide, const struct job *jobs, int64_t count, int64_t *next, double *work)
+/* One instruction set, all in double. */
 #define UNUSED (void)level, (void)wide
-
-INLINE int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
 JOBS(scalars, module) {
     UNUSED;
     void (*solve)(const struct module *, double *) = FASTEST(fit);
-    for (int64_t i = take(next); i < count; i = take(next)) solve(jobs + i, work);
+    EACH solve(jobs + i, work);
 }
 
 JOBS(blocks, blocks) {
     UNUSED;
     void (*solve)(const struct blocks *, double *) = FASTEST(fit_blocks);
-    for (int64_t i = take(next); i < count; i = take(next)) solve(jobs + i, work);
+    EACH solve(jobs + i, work);
 }
 
 JOBS(spectrum, spectrum) {
     UNUSED;
     void (*solve)(const struct spectrum *, double *) = FASTEST(find_spectrum);
-    for (int64_t i = take(next); i < count; i = take(next)) solve(jobs + i, work);
+    EACH solve(jobs + i, work);
 }

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "jobs.h"
+
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wunused-function" /* every loop exists in both number types; not all are called */
 #endif
@@ -225,19 +227,6 @@ int64_t fedgram_pad(void) { return PAD; }
 /* Rows and columns of the tiles of a product: its output is padded to multiples of them. */
 int64_t fedgram_tile_rows(int64_t level) { return level >= 2 ? 12 : 6; }
 int64_t fedgram_tile_columns(int64_t level, int64_t wide) { return 2 * (16 << level) / (wide ? 8 : 4); }
-
-/* A job that no thread has taken yet, or `count`: threads share `next`. */
-static inline int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
-
-/* What works on jobs, rows of a table that threads take one by one, with scratch space of a thread's own. `level` is at
- * most fedgram_level(); lower ones are for tests. `wide`: in double, else in float, where there is a choice. */
-#define JOBS(name, job)                                                                                                \
-    static void name##_jobs(int64_t, int64_t, const struct job *, int64_t, int64_t *, double *);                       \
-    void fedgram_##name(int64_t level, int64_t wide, const void *jobs, int64_t count, int64_t *next, double *work) {   \
-        name##_jobs(level, wide, jobs, count, next, work);                                                             \
-    }                                                                                                                  \
-    static void name##_jobs(int64_t level, int64_t wide, const struct job *jobs, int64_t count, int64_t *next, double *work)
-#define EACH for (int64_t i = take(next); i < count; i = take(next))
 
 JOBS(grad_gram, centred) {
     EACH {

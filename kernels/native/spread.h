@@ -9,8 +9,6 @@
 
 enum { MOST_THREADS = 64 };
 
-typedef void entry(int64_t level, int64_t wide, const void *jobs, int64_t count, int64_t *next, double *work);
-
 struct share {
     entry *call;
     int64_t level, wide;

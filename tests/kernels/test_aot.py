@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from datetime import date
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,6 +38,35 @@ def test_every_kernel_compiles_without_a_fault(compiled):
     kernels = {line[8:].split()[0] for line in lines if line.startswith("sm100")}
     assert len(lines) == len({id(c.kernel) for _, _, c in aot.shipped_configs()})
     assert {"factor_gram", "factor_combine", "lowrank_sum", "grad_gram", "grad_combine", "ghost_gram"} <= kernels
+
+
+@pytest.mark.parametrize(("failures", "result"), [(0, "machine code"), (1, "machine code"), (2, None)])
+def test_what_the_compiler_fails_at_is_compiled_once_more(monkeypatch, capsys, failures, result):
+    errors = iter([RuntimeError("PassManager::run failed")] * failures)
+
+    def compile_config(config, target):
+        if (error := next(errors, None)) is not None:
+            raise error
+        return "machine code"
+
+    monkeypatch.setattr(aot, "compile_config", compile_config)
+    config = SimpleNamespace(name="some kernel")
+    if result is None:
+        with pytest.raises(RuntimeError, match="PassManager"):
+            aot._compile_again(config, "sm100")
+    else:
+        assert aot._compile_again(config, "sm100") == result
+    assert ("sm100 some kernel: PassManager::run failed: compiled once more" in capsys.readouterr().err) == (
+        failures > 0
+    )
+
+
+def test_other_errors_of_the_compiler_are_findings_at_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(aot, "compile_config", lambda *_: calls.append(1) or int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        aot._compile_again(SimpleNamespace(name="some kernel"), "sm80")
+    assert calls == [1]
 
 
 BREAK = """
