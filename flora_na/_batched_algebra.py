@@ -12,6 +12,9 @@ SHIFTS = (1e-12, 1e-5)
 not (Grams of the GPU kernels are right to 2e-6), enough for any of those. A shift never makes an estimate wrong: the
 pair is another one of the same span, and what it is worth is measured afterwards."""
 
+DEPENDENT = 4.0
+"""A pivot this many times the shift or less is mostly shift."""
+
 
 @functools.lru_cache(maxsize=64)
 def layout_of(ranks: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +42,9 @@ def inverse_or_zero(x: Tensor) -> Tensor:
 def cholesky_inverse_root(S: Tensor, floor: Tensor | None = None) -> Tensor:
     """T (..., r, r) with ``T^T S T`` near the identity on the range of S, zero for columns of norm up to ``floor``.
 
-    The Cholesky counterpart of ``coefficients.orthonormaliser``: eigenvalues make the host wait for a GPU.
+    Zero too for columns that depend on those before them up to the shift: what is left of such a one is rounding, and
+    made as long as the others it would grow from one half-step to the next. The Cholesky counterpart of
+    ``coefficients.orthonormaliser``: eigenvalues make the host wait for a GPU.
     """
     norms = S.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
     scale = inverse_or_zero(norms if floor is None else torch.where(norms > floor, norms, 0.0))
@@ -50,7 +55,8 @@ def cholesky_inverse_root(S: Tensor, floor: Tensor | None = None) -> Tensor:
     roots, failed = [], None
     for shift in SHIFTS:
         L, info = torch.linalg.cholesky_ex(unit + shift * eye)
-        roots.append(torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False).mT)
+        own = L.diagonal(dim1=-2, dim2=-1).square() > DEPENDENT * shift
+        roots.append(torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False).mT * own.unsqueeze(-2))
         failed = info if failed is None else failed
     assert failed is not None
     return scale.unsqueeze(-1) * torch.where((failed == 0)[..., None, None], roots[0], roots[1])

@@ -41,8 +41,9 @@ def certified_blocks(
     if state == DOUBTFUL:  # the other figures may not be set
         return None
     group.memo.setdefault("energies", figures[:, 2])
-    evidence = Evidence(figures[:, 3], figures[:, 4:6])
-    return Pair(pair[0], pair[1], STATUS[state], int(max(row[1] for row in found)), evidence)
+    ended = tuple((STATUS[int(row[0])], int(row[1])) for row in found)
+    evidence = Evidence(figures[:, 3], figures[:, 4:6], ended)
+    return Pair(pair[0], pair[1], STATUS[state], max(count for _, count in ended), evidence)
 
 
 def _solve(

@@ -40,16 +40,34 @@ def certified_pair(
     """
     if not can_solve(group):
         return None
-    scalars, figures = _solve(group, (tolerance, coarse), max_sweeps)
+    scalars, figures = _solved(group, (tolerance, coarse), max_sweeps)
     found = figures.tolist()
     state = int(max(row[0] for row in found))
     if state == DOUBTFUL:  # the other figures may not be set
         return None
-    status, sweeps = STATUS[state] if max_sweeps else "closed-form", int(max(row[1] for row in found))
+    ended = tuple((STATUS[int(row[0])] if max_sweeps else "closed-form", int(row[1])) for row in found)
+    status, sweeps = STATUS[state] if max_sweeps else "closed-form", max(count for _, count in ended)
     group.memo.setdefault("energies", figures[:, 2])
     if min(row[4] for row in found) >= 0:
         group.memo.setdefault("average errors", figures[:, 4])
-    return ScalarPair(group, scalars[0], scalars[1], status, sweeps, Evidence(figures[:, 3], figures[:, 5:7]))
+    evidence = Evidence(figures[:, 3], figures[:, 5:7], ended)
+    return ScalarPair(group, scalars[0], scalars[1], status, sweeps, evidence)
+
+
+def doubtful_modules(group: Group, *, tolerance: float = 0.0, coarse: float = 0.0, max_sweeps: int = 0) -> list[int]:
+    """Positions of the modules for whose sake ``certified_pair`` refuses the group; none where it is not for it."""
+    if not can_solve(group):
+        return []
+    _, figures = _solved(group, (tolerance, coarse), max_sweeps)
+    return [l for l, state in enumerate(figures[:, 0].tolist()) if state == DOUBTFUL]
+
+
+def _solved(group: Group, tolerances: tuple[float, float], max_sweeps: int) -> tuple[Tensor, Tensor]:
+    """``_solve``, once per group."""
+    key = f"scalars {tolerances} {max_sweeps}"
+    if key not in group.memo:
+        group.memo[key] = _solve(group, tolerances, max_sweeps)
+    return group.memo[key]
 
 
 def _solve(group: Group, tolerances: tuple[float, float], max_sweeps: int) -> tuple[Tensor, Tensor]:

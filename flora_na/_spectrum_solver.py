@@ -14,11 +14,11 @@ from .group import Group
 MOST_RANKS = 192  # total; above, LAPACK works in blocks
 
 
-def compiled_spectrum(group: Group) -> Tensor | None:
-    """(L, R) squared singular values of every module's dW, descending, float64.
+def compiled_spectrum(group: Group) -> tuple[Tensor, list[int]] | None:
+    """(L, R) squared singular values of every module's dW, descending, float64, and the modules left out.
 
-    None where it is not for this solver, or the Gram of a module's A is not safely definite: the general path then
-    takes its square root from eigenvectors.
+    Left out, their rows not set, are modules whose Gram of A is not safely definite: the general path takes its square
+    root from eigenvectors. None where the group is not for this solver.
     """
     L, R = len(group.targets), group.total_rank
     if group.gram is None or not 0 < R <= MOST_RANKS or group.device.type != "cpu" or SOLVER.missing is not None:
@@ -33,4 +33,4 @@ def compiled_spectrum(group: Group) -> Tensor | None:
         for l in range(L)
     ]  # fmt: skip
     run_jobs(SOLVER.entries["spectrum"], table(jobs), L, library.fedgram_spectrum_work(R), L * R * R * R)
-    return None if DOUBTFUL in found.tolist() else values
+    return values, [l for l, state in enumerate(found.tolist()) if state == DOUBTFUL]

@@ -15,6 +15,9 @@ from .group import Group, Side
 CANCELLED = 2.0**-24
 """A combination of factors this small beside its terms is rounding: the square root of what float64 Grams resolve."""
 
+RESOLVED = 2.0**-50
+"""A gain below this part of what is captured is rounding."""
+
 
 @dataclass(frozen=True)
 class AlternatingLeastSquares:
@@ -55,7 +58,8 @@ class AlternatingLeastSquares:
                 P, Q_hat, _ = half_step(group, "A", torch.where(lost.any(-1, keepdim=True), filled, Q))
             Q, _, captured = half_step(group, "B", P)
             left = (energy - captured).clamp_min(1e-13 * energy) if energy is not None else 1e-2 * captured
-            if bool(((captured - before <= self.tolerance * left) | zero).all()):
+            enough = torch.maximum(self.tolerance * left, RESOLVED * captured)
+            if bool(((captured - before <= enough) | zero).all()):
                 status = "converged"
                 break
         P, Q_hat, _ = half_step(group, "A", Q)

@@ -75,10 +75,12 @@ class Evidence:
     Attributes:
         error: (L,) ``||dW - BA||^2``.
         norms: (L, 2) ``||B||`` and ``||A||``: how far rounding of the factors can move the product.
+        ended: status and sweeps of every module, where each stopped by itself.
     """
 
     error: Tensor
     norms: Tensor
+    ended: tuple[tuple[str, int], ...] | None = None
 
 
 AnyPair = Pair | ScalarPair

@@ -18,10 +18,9 @@ from torch.nn.functional import pad
 from fedgram import kernels
 
 from .coefficients import AnyPair, Evidence, Pair, ScalarPair, trace_product
-from .group import Group, Side
+from .group import Factors, Group, Side
 from .target import Target
 
-Factors = tuple[list[Tensor], list[Tensor]]
 MARGIN = 2000.0
 """A squared error this many times above its own rounding error gives rho to three digits."""
 ROUNDING = {"cpu": 2.0**-50, "cuda": 4e-6}
@@ -48,7 +47,24 @@ class Errors:
 def combine(
     groups: Sequence[tuple[Group, AnyPair]], dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> list[Factors]:
-    """The factors of all modules in one read of the clients' factors: (list of B, list of A) per group."""
+    """The factors of all modules in one read of the clients' factors, or from the read that took the Grams.
+
+    Returns:
+        (list of B, list of A) per group.
+    """
+    known = [group.averages if dtype is None and _is_average(group, pair) else None for group, pair in groups]
+    rest = [groups[at] for at, found in enumerate(known) if found is None]
+    combined = iter(_combined(rest, dtype, backend))
+    return [next(combined) if found is None else found for found in known]
+
+
+def _is_average(group: Group, pair: AnyPair) -> bool:
+    """Whether the group has the factors of the pair already."""
+    averages = group.averages is not None and isinstance(pair, ScalarPair)
+    return averages and torch.equal(pair.p, group.weights) and torch.equal(pair.q, group.weights)
+
+
+def _combined(groups: Sequence[tuple[Group, AnyPair]], dtype: torch.dtype | None, backend: str) -> list[Factors]:
     if not groups:
         return []
     factors = kernels.Described.joined([group.factors for group, _ in groups])

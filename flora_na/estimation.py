@@ -12,7 +12,7 @@ from .coefficients import AnyPair, Pair
 from .divergence import Errors, Factors, combine_measured, measured_errors
 from .gauge import align
 from .group import Group, make_groups
-from .methods import check_method, solve_each, with_averages, zero_targets
+from .methods import check_method, doubtful_apart, solve_each, with_averages, zero_targets
 from .rank_choice import Rank, split_by_rank
 from .stack import concatenate, residual_factors
 from .target import Target, make_target
@@ -132,7 +132,11 @@ def estimate_targets(
     check_method(method, rank, shared)
     if align_to is not None and method not in ("als", "svd"):
         raise ValueError(f"align_to: rotates the pairs of 'als' and 'svd'; {method!r} has a gauge of its own")
-    groups, ranks = split_by_rank(make_groups(targets, backend), rank)
+    averaged = method == "fedavg" and rank is None  # the coefficients are known before the Grams
+    groups = make_groups(targets, backend, averaged=averaged)
+    if rank is None and not shared:
+        groups = doubtful_apart(groups, method)
+    groups, ranks = split_by_rank(groups, rank)
     if method == "stack":
         pairs = [Pair(torch.empty(0), torch.empty(0), "exact") for _ in groups]
         factors = [_stacked(group) for group, _ in groups]
@@ -169,12 +173,15 @@ def _stacked(group: Group) -> Factors:
 
 def _estimates(group: Group, pair: AnyPair, factors: Factors, errors: Errors) -> list[Estimate]:
     norms, rhos = errors.energy.sqrt().tolist(), errors.rho.tolist()
+    evidence, L = pair.evidence, len(group.targets)
+    ended = ((pair.status, pair.sweeps),) * L if evidence is None or evidence.ended is None else evidence.ended
     yardsticks: dict[int, Yardsticks] = {}
     out = []
     for i, (target, B, A) in enumerate(zip(group.targets, *factors, strict=True)):
-        rho, status = (rhos[i], pair.status) if norms[i] > 0 else (float("nan"), "zero-target")
+        status, sweeps = ended[i]
+        rho, status = (rhos[i], status) if norms[i] > 0 else (float("nan"), "zero-target")
         if norms[i] > 0 and not rho < float("inf"):
             raise ValueError(f"{target.name}: the aggregate overflows {target.dtype}; convert the factors to float32")
         measure = yardsticks.setdefault(A.shape[0], Yardsticks(group, A.shape[0]))
-        out.append(Estimate(B, A, rho, norms[i], status, pair.sweeps, target, measure, i))
+        out.append(Estimate(B, A, rho, norms[i], status, sweeps, target, measure, i))
     return out

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .finite import is_finite
 from .target import Target
 
 Side = Literal["B", "A"]
+Factors = tuple[list[Tensor], list[Tensor]]
 GRAM_RANK_LIMIT = 2048
 SMALL_RANK = 512
 
@@ -49,6 +50,7 @@ class Group:
         targets: the modules.
         factors: the members' factors, module by module, described once for all operations on them.
         gram: G_B and G_A, each (L, R, R) float64, of the scaled factors; None in the implicit regime.
+        averages: the averaged factors (FedIT) of every module, where they were asked for.
         memo: what was computed once for the group.
     """
 
@@ -56,7 +58,8 @@ class Group:
     factors: kernels.Described
     gram: dict[Side, Tensor] | None
     backend: str = "auto"
-    memo: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    averages: Factors | None = None
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def apply(self, side: Side, X: Tensor) -> Tensor:
         """``G_side @ X`` for X of shape (L, R, k), float64."""
@@ -168,7 +171,11 @@ class Group:
         gram: dict[Side, Tensor] | None = None
         if self.gram is not None:
             gram = {side: g[ids] for side, g in self.gram.items()}
-        return Group(tuple(self.targets[i] for i in ids), self.factors.pick(ids), gram, self.backend)
+        averages: Factors | None = None
+        if self.averages is not None:
+            B, A = self.averages
+            averages = [B[i] for i in ids], [A[i] for i in ids]
+        return Group(tuple(self.targets[i] for i in ids), self.factors.pick(ids), gram, self.backend, averages)
 
     def expand(self, p: Tensor) -> Tensor:
         """Scalars per member (L, M) as coefficient blocks (L, R, rank)."""
@@ -196,8 +203,15 @@ def member_scales(targets: Sequence[Target]) -> dict[Side, Tensor]:
     return {"B": scalings.sign() * root, "A": root}
 
 
-def make_groups(targets: Sequence[Target], backend: str = "auto") -> list[tuple[Group, list[int]]]:
+def make_groups(
+    targets: Sequence[Target], backend: str = "auto", *, averaged: bool = False
+) -> list[tuple[Group, list[int]]]:
     """Batch the modules by member ranks and take their Grams in one launch; with each group, its modules' positions.
+
+    Args:
+        targets: the modules.
+        backend: of the operation on the factors.
+        averaged: also average the factors, in the same read where the backend can; only where Grams are formed.
 
     Raises:
         ValueError: a factor holds NaN or Inf (names the module, the client and the factor).
@@ -210,9 +224,12 @@ def make_groups(targets: Sequence[Target], backend: str = "auto") -> list[tuple[
     formed = [at for at, part in enumerate(parts) if forms_grams(sum(part[0].ranks), _length(part))]
     for target in (t for at, part in enumerate(parts) if at not in formed for t in part):
         check_finite(target)
-    grams = _grams([parts[at] for at in formed], [factors[at] for at in formed], backend)
-    gram = dict(zip(formed, grams, strict=True))
-    groups = [Group(part, of, gram.get(at), backend) for at, (part, of) in enumerate(zip(parts, factors, strict=True))]
+    read = _read([parts[at] for at in formed], [factors[at] for at in formed], backend, averaged)
+    found = {at: (grams, averages) for at, grams, averages in zip(formed, *read, strict=True)}
+    groups = []
+    for at, (part, of) in enumerate(zip(parts, factors, strict=True)):
+        gram, averages = found.get(at, (None, None))
+        groups.append(Group(part, of, gram, backend, averages))
     return list(zip(groups, order.values(), strict=True))
 
 
@@ -220,21 +237,37 @@ def _length(targets: Sequence[Target]) -> int:
     return max(t.B[0].shape[0] + t.A[0].shape[1] for t in targets)
 
 
-def _grams(
-    parts: Sequence[Sequence[Target]], factors: Sequence[kernels.Described], backend: str
-) -> list[dict[Side, Tensor]]:
-    """G_B and G_A (L, R, R) of the scaled factors of every part, in one launch."""
+def _read(
+    parts: Sequence[Sequence[Target]], factors: Sequence[kernels.Described], backend: str, averaged: bool
+) -> tuple[list[dict[Side, Tensor]], list[Factors | None]]:
+    """G_B and G_A (L, R, R) of the scaled factors of every part, in one launch, and the averages asked for."""
     if not parts:
-        return []
+        return [], []
     joined = kernels.Described.joined(factors)
-    G_B, G_A = kernels.factor_gram(joined.B, joined.A, backend=backend)
-    found, start = [], 0
+    pair: Factors = ([], [])
+    if averaged:
+        P, Q = ([x for part in parts for x in _average(part)[side]] for side in ("B", "A"))
+        (G_B, G_A), pair = kernels.gram_combine(joined.B, joined.A, P, Q, backend=backend)
+    else:
+        G_B, G_A = kernels.factor_gram(joined.B, joined.A, backend=backend)
+    grams: list[dict[Side, Tensor]] = []
+    averages: list[Factors | None] = []
+    start = 0
     for part in parts:
-        B, A = (_stacked(G[start : start + len(part)]) for G in (G_B, G_A))
+        own = slice(start, start := start + len(part))
+        B, A = _stacked(G_B[own]), _stacked(G_A[own])
         _check_traces(part, B, A)
-        found.append(_scaled(part, {"B": B, "A": A}))
-        start += len(part)
-    return found
+        grams.append(_scaled(part, {"B": B, "A": A}))
+        averages.append((pair[0][own], pair[1][own]) if averaged else None)
+    return grams, averages
+
+
+def _average(targets: Sequence[Target]) -> dict[Side, Sequence[Tensor]]:
+    """The scalars of the average (L, M) for the factors without their scalings."""
+    weights = torch.stack([t.weights for t in targets]).to(targets[0].device)
+    if all(t.unscaled for t in targets):
+        return {"B": weights.unbind(), "A": weights.unbind()}
+    return {side: (weights * scale).unbind() for side, scale in member_scales(targets).items()}
 
 
 def _scaled(targets: Sequence[Target], gram: dict[Side, Tensor]) -> dict[Side, Tensor]:

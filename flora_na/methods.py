@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._scalar_solver import doubtful_modules
 from .als import AlternatingLeastSquares
 from .coefficients import AnyPair, Pair, balance, fit_rank
 from .divergence import energies, mass_of_pair, pair_errors
@@ -53,6 +54,29 @@ def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shar
     else:
         pairs = [solve_svd(group, group.rank if rank is None else rank) for group in groups]
     return pairs
+
+
+def doubtful_apart(groups: Sequence[tuple[Group, list[int]]], method: str) -> list[tuple[Group, list[int]]]:
+    """The groups, each with its modules' positions, cut in two where some modules only need the general path.
+
+    What the compiled solver of scalars leaves to it, because their Grams leave doubt (a module that is zero, clients
+    that are alike), would take the other modules of a group with it, to a path that is many times as slow.
+    """
+    if method not in ("fedavg", "flora-na", "als"):
+        return list(groups)
+    parts: list[tuple[Group, list[int]]] = []
+    for group, ids in groups:
+        doubtful = set(_doubtful(group, method)) if len(ids) > 1 else set()
+        both = [[i for i in range(len(ids)) if (i in doubtful) == side] for side in (False, True)]
+        if all(both):
+            parts += [(group.subset(own), [ids[i] for i in own]) for own in both]
+        else:
+            parts.append((group, ids))
+    return parts
+
+
+def _doubtful(group: Group, method: str) -> list[int]:
+    return doubtful_modules(group) if method == "fedavg" else ScalarLeastSquares().doubtful(group)
 
 
 def _solve_scalars(group: Group, rank: int | None) -> AnyPair:

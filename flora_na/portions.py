@@ -14,8 +14,10 @@ from .layer import Adapter
 from .target import Target
 
 CHUNK_BYTES = 14 << 20
-"""What is worked on together, on the CPU: bounds the memory of lazily read adapters. A larger module is a portion of
-its own. How modules are put together decides when their iterations stop, so it depends on sizes only."""
+"""What is read and worked on together, on the CPU: bounds the memory of lazily read adapters. A larger module is a
+portion of its own. How modules are put together decides when their iterations stop, so it depends on sizes only."""
+HELD_BYTES = 64 << 20
+"""The same of factors that lie in memory: a portion costs some milliseconds of calls, however few its modules."""
 CHUNK_BYTES_GPU = 8 << 30
 """The same on a GPU, of factors only."""
 GRAM_PAIRS = 12
@@ -32,11 +34,13 @@ def module_bytes(B: Sequence[Tensor], A: Sequence[Tensor]) -> int:
 
 def chunks(cohort: Cohort, anchor: Adapter | None, *, whole: bool) -> Iterator[list[Target]]:
     """Modules in portions that fit the budget; all at once where one solve spans them."""
+    held = all(isinstance(adapter.modules, dict) for adapter in cohort.adapters)
+    budget = HELD_BYTES if held else CHUNK_BYTES
     chunk: list[Target] = []
     size = 0
     for module in cohort.modules:
         target = cohort.target(module, anchor)
-        nbytes, limit = _bytes_and_limit(target)
+        nbytes, limit = _bytes_and_limit(target, budget)
         if chunk and not whole and size + nbytes > limit:
             yield chunk
             chunk, size = [], 0
@@ -49,9 +53,10 @@ def chunks(cohort: Cohort, anchor: Adapter | None, *, whole: bool) -> Iterator[l
         yield chunk
 
 
-def _bytes_and_limit(target: Target) -> tuple[int, int]:
+def _bytes_and_limit(target: Target, budget: int) -> tuple[int, int]:
+    """What a module takes, and what a portion may take where its factors are (on the CPU the budget)."""
     clients = len(target.B) - target.anchored
     B, A = target.B[:clients], target.A[:clients]
     if target.device.type == "cpu":
-        return module_bytes(B, A), CHUNK_BYTES
+        return module_bytes(B, A), budget
     return sum(x.nbytes for x in (*B, *A)), CHUNK_BYTES_GPU

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._scalar_problem import HalfStep, Problem
-from ._scalar_solver import certified_pair
+from ._scalar_solver import certified_pair, doubtful_modules
 from .coefficients import ScalarPair
 from .divergence import energies
 from .group import Group
@@ -62,8 +63,15 @@ class ScalarLeastSquares:
 
     def certified(self, group: Group) -> ScalarPair | None:
         """The compiled solver's answer, or None where it leaves the group to ``solve``."""
-        fine = FINER * self.tolerance
-        return certified_pair(group, tolerance=fine, coarse=self.tolerance, max_sweeps=self.max_sweeps)
+        return certified_pair(group, **self._limits)
+
+    def doubtful(self, group: Group) -> list[int]:
+        """Positions of the modules for whose sake ``certified`` leaves the group to ``solve``."""
+        return doubtful_modules(group, **self._limits)
+
+    @property
+    def _limits(self) -> dict[str, Any]:
+        return {"tolerance": FINER * self.tolerance, "coarse": self.tolerance, "max_sweeps": self.max_sweeps}
 
     def _alternate(self, groups: Sequence[Group], *, shared: bool) -> list[Scalars]:
         problem = Problem(groups, shared, self.cg_steps)

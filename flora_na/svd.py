@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,8 +49,15 @@ def spectrum(group: Group) -> Spectrum:
 
 def squared_singular_values(group: Group) -> Tensor:
     """(L, R) float64 of every module's dW, descending; less work than ``spectrum``."""
-    if (values := compiled_spectrum(group)) is not None:
-        return values
+    if (found := compiled_spectrum(group)) is None:
+        return _general_spectrum(group)
+    values, left = found
+    if left:
+        values[left] = _general_spectrum(group.subset(left))
+    return values
+
+
+def _general_spectrum(group: Group) -> Tensor:
     M, _ = _core(group)
     return torch.linalg.eigvalsh(0.5 * (M + M.mT)).clamp_min(0.0).flip(-1)
 
@@ -99,7 +106,8 @@ def solve_svd(group: Group, rank: int) -> Pair:
     again = unresolved(group, s.energies, rank).nonzero().flatten().tolist()
     for i in again:
         P[i], Q[i] = _from_triangles(group, i, rank)
-    return Pair(P, Q, "closed-form", evidence=None if again else pair.evidence)
+    known = None if again or pair.evidence is None else replace(pair.evidence, ended=None)  # the sweep is no iteration
+    return Pair(P, Q, "closed-form", evidence=known)
 
 
 def by_krylov(group: Group) -> bool:

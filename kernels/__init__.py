@@ -12,6 +12,7 @@ from .factor_triangle import factor_triangle
 from .ghost_gram import ghost_gram
 from .grad_combine import grad_combine
 from .grad_gram import GradGram, grad_gram
+from .gram_combine import gram_combine
 from .lowrank_norm import lowrank_norm
 from .lowrank_sum import lowrank_sum
 from .subset_select import SubsetSelection, subset_select
@@ -33,6 +34,7 @@ __all__ = [
     "ghost_gram",
     "grad_combine",
     "grad_gram",
+    "gram_combine",
     "lowrank_norm",
     "lowrank_sum",
     "prepare",

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 9  # of native.c
-# Work (vector operations, about) below which starting threads, beside those of torch that may still spin, costs more
-# than it saves: some half a millisecond.
+ABI = 10  # of native.c
+# Work (vector operations, about a nanosecond each) below which another thread costs more than it saves: starting one
+# takes 40 us, and it may have to share its core with threads of torch that still spin; within ``spread_over_jobs`` not.
 THREADED_WORK = 1 << 21
+SPREAD_WORK = 1 << 18
 MOST_THREADS = 64  # of a call (spread.h)
 LINE = 8  # numbers of a cache line: no two threads write to one
 KEPT_SCRATCH = 1 << 21  # numbers of scratch space that a thread keeps: 16 MiB
@@ -132,6 +133,11 @@ def constant(name: str, *arguments: int) -> int:
     return int(getattr(library(), f"fedgram_{name}")(*arguments))
 
 
+def tile() -> tuple[int, int]:
+    """Rows and columns of the tiles of float64 products, for the instruction set in use."""
+    return constant("tile_rows", level()), constant("tile_columns", level(), 1)
+
+
 def at(numbers: np.ndarray) -> int:
     """The address of an array."""
     return numbers.__array_interface__["data"][0]
@@ -193,7 +199,9 @@ def spread_over_jobs() -> Iterator[None]:
 
 def threads_for(jobs: int, work: int) -> int:
     """As many threads as torch uses where ``jobs`` and ``work`` (vector operations, about) are enough for them."""
-    return max(1, min(_width or torch.get_num_threads(), jobs, MOST_THREADS)) if work >= THREADED_WORK else 1
+    if work < (THREADED_WORK if _width is None else SPREAD_WORK):
+        return 1
+    return max(1, min(_width or torch.get_num_threads(), jobs, MOST_THREADS))
 
 
 def run_jobs(entry: int, jobs: array, count: int, numbers: int, work: int, *, wide: bool = True) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._native import LOOPS, TYPES, at, bits, constant, level, run_jobs, table
+from ._native import LOOPS, TYPES, at, bits, constant, run_jobs, table, tile
 from ._stacks import Stacks
 
 CACHE_BYTES = 3 << 17  # of one block of factors: most of a small L2 cache
@@ -39,9 +39,22 @@ def _ranges(length: int, block: int, work: int, most: int) -> list[tuple[int, in
 Coefficients = Sequence[Tensor]
 
 
+class _Side(NamedTuple):
+    """One side's products: ``S^T S``, or ``S^T X``; or with P, ``S P`` is written to ``to`` in the same read.
+
+    What was written is then X, and more columns of S; not so where it is to stay ``apart``.
+    """
+
+    S: Stacks
+    X: Stacks | None = None
+    P: Coefficients | None = None
+    to: Stacks | None = None
+    apart: bool = False
+
+
 def factor_products(sides: Sequence[tuple[Stacks, Stacks | None]]) -> list[list[Tensor]]:
     """Per side and module ``S^T S``, or ``S^T X`` for the other stacks X; float64. All of them in one go."""
-    return _products([(S, X, None) for S, X in sides])
+    return _products([_Side(S, X) for S, X in sides])
 
 
 def combine_with_products(sides: Sequence[tuple[Stacks, Coefficients, Stacks]]) -> list[list[Tensor]]:
@@ -49,25 +62,30 @@ def combine_with_products(sides: Sequence[tuple[Stacks, Coefficients, Stacks]]) 
 
     In one read of the factors. Scalars (U,) are taken where ``S.mixable``.
     """
-    return _products([(S, to, P) for S, P, to in sides])
+    return _products([_Side(S, to, P, to) for S, P, to in sides])
 
 
-def _products(sides: Sequence[tuple[Stacks, Stacks | None, Coefficients | None]]) -> list[list[Tensor]]:
-    width = constant("tile_columns", level(), 1)
-    tile = constant("tile_rows", level()), width
+def combine_with_grams(sides: Sequence[tuple[Stacks, Coefficients, Stacks]]) -> list[list[Tensor]]:
+    """``factor_combine``, and per side and module ``S^T S``, in one read of the factors."""
+    return _products([_Side(S, None, P, to, apart=True) for S, P, to in sides])
+
+
+def _products(sides: Sequence[_Side]) -> list[list[Tensor]]:
+    deep, width = tile()
     jobs: list[tuple[int, ...]] = []
     wholes: list[tuple[int, ...]] = []
     kept: list[Tensor | np.ndarray] = []
     results: list[list[Tensor]] = []
     part = work = numbers = 0  # where the next part lies, in numbers
-    for S, X, P in sides:
+    for side in sides:
+        S, X = side.S, side.X
         results.append([])
         for l, (own, length) in enumerate(zip(S.ranks, S.lengths, strict=True)):
             k, other = (own, 0) if X is None else (X.ranks[l], X.at[l])
-            written = _Written(0, 0, 0) if P is None else _written(S, l, P[l], k, width, other, kept)
-            R = own + (k if P is not None else 0)
-            rows, columns = _padded(R, tile[0]), _padded(k, tile[1])
-            stacked = _padded(R, tile[1]) + (columns if other else 0) + (width + 1 if P is not None else 0)
+            written = _written(side, l, width, kept)
+            R = own + (k if written.to and not side.apart else 0)
+            rows, columns = _padded(R, deep), _padded(k, width)
+            stacked = _padded(R, width) + (columns if other else 0) + (width + 1 if written.to else 0)
             block = _rows_per_block(stacked)
             cost = R * k // 8 + R + (own * k // 8 if written.stride else 0)
             ranges = _ranges(length, block, cost, length * R // (PART_SHARE * rows * columns + 1))
@@ -84,24 +102,28 @@ def _products(sides: Sequence[tuple[Stacks, Stacks | None, Coefficients | None]]
 
 
 class _Written(NamedTuple):
-    """The combination that a job of products writes first: where to, and the coefficients; zeros for none."""
+    """The combination that a job of products writes first: where to, the coefficients, and whether it stays apart."""
 
-    to: int
-    P: int
-    stride: int
+    to: int = 0
+    P: int = 0
+    stride: int = 0
+    apart: bool = False
 
 
-def _written(S: Stacks, l: int, P: Tensor, rank: int, width: int, to: int, kept: list[Tensor | np.ndarray]) -> _Written:
-    """The coefficients as the loops take them; ``kept`` is to hold their memory."""
+def _written(side: _Side, l: int, width: int, kept: list[Tensor | np.ndarray]) -> _Written:
+    """What is written of a module, with coefficients as the loops take them; ``kept`` is to hold their memory."""
+    if side.P is None or side.to is None:
+        return _Written()
+    P, rank, to = side.P[l], side.to.ranks[l], side.to.at[l]
     if P.ndim == 1 and rank % width == 0:
         scalars = P.detach().contiguous()
         kept.append(scalars)
-        return _Written(to, scalars.data_ptr(), 0)
+        return _Written(to, scalars.data_ptr(), 0, side.apart)
     if P.ndim == 1:
-        P = spread_scalars(P, [rank] * S.counts[l])
+        P = spread_scalars(P, [rank] * side.S.counts[l])
     coefficients = _padded_columns(P, width)
     kept.append(coefficients)
-    return _Written(to, at(coefficients), coefficients.shape[1])
+    return _Written(to, at(coefficients), coefficients.shape[1], side.apart)
 
 
 def spread_scalars(p: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -145,7 +167,7 @@ Part = tuple[Stacks, int, Tensor, Stacks]
 def _combine(parts: Sequence[Part]) -> None:
     if not parts:
         return
-    pad, width = constant("pad"), constant("tile_columns", level(), 1)
+    pad, (_, width) = constant("pad"), tile()
     jobs: list[tuple[int, ...]] = []
     kept: list[np.ndarray] = []
     work = numbers = 0

@@ -12,6 +12,7 @@ from ._factor_inputs import Factors, check_factors
 CORE_SHARE = 4  # R-only QR where 4 R <= min(m, n): there its 2 (m + n) R^2 flops undercut the 2 m n R of the product
 STRIP_BYTES = 1 << 21
 STRIP_COLUMNS = 512
+LEAST_ROWS = 512  # of a block of a QR: less is mostly the call
 
 
 def lowrank_norm(B: Factors, A: Factors, coefficients: Sequence[Tensor]) -> list[Tensor]:
@@ -46,6 +47,9 @@ def lowrank_norm(B: Factors, A: Factors, coefficients: Sequence[Tensor]) -> list
 
 @torch.no_grad()
 def _norm(B: Sequence[Tensor], A: Sequence[Tensor], c: Tensor) -> Tensor:
+    if c.device.type == "cpu" and not torch.compiler.is_compiling():  # comparing waits for a GPU
+        B, A, c = _merged(B, A, c)
+        A, B, c = _merged(A, B, c)
     m, n, R = B[0].shape[0], A[0].shape[1], sum(b.shape[1] for b in B)
     if not m * n * R:
         return torch.zeros((), dtype=torch.float64, device=c.device)
@@ -66,15 +70,34 @@ def _norm(B: Sequence[Tensor], A: Sequence[Tensor], c: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+def _merged(
+    free: Sequence[Tensor], fixed: Sequence[Tensor], c: Tensor
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor]:
+    """The same sum with one term for all clients that have the first one's ``fixed`` factor (a frozen A, say).
+
+    Their ``free`` factors are added up, so that differences are taken between numbers here too.
+    """
+    first = fixed[0]
+    alike = [u for u, x in enumerate(fixed) if x is first or (x.dtype == first.dtype and torch.equal(x, first))]
+    if len(alike) < 2:
+        return free, fixed, c
+    total = torch.zeros_like(free[0], dtype=torch.float64)
+    for u in alike:
+        total.add_(free[u].double() * c[u])
+    rest = [u for u in range(len(fixed)) if u not in alike]
+    one = c.new_ones(1)
+    return [total, *(free[u] for u in rest)], [first, *(fixed[u] for u in rest)], torch.cat([one, c[rest]])
+
+
 def _stacked(columns: Sequence[Tensor], coefficients: Tensor, start: int, stop: int) -> Tensor:
     """Rows ``start:stop`` of the clients' tall factors side by side, each times its coefficient, in float64."""
     return torch.cat([t[start:stop].double() * w for t, w in zip(columns, coefficients, strict=True)], 1)
 
 
 def _triangle(columns: Sequence[Tensor], coefficients: Tensor, width: int) -> Tensor:
-    """R of the QR of the stacked columns, in blocks of rows folded together (TSQR): memory for three triangles."""
+    """R of the QR of the stacked columns, in blocks of rows folded together (TSQR): memory for a few triangles."""
     triangle = torch.zeros(0, width, dtype=torch.float64, device=coefficients.device)
-    step = max(2 * width, 1)
+    step = max(2 * width, LEAST_ROWS)
     for start in range(0, columns[0].shape[0], step):
         block = _stacked(columns, coefficients, start, start + step)
         triangle = torch.linalg.qr(torch.cat([triangle, block]), mode="r").R

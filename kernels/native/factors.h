@@ -181,17 +181,15 @@ static void FN(combine_block)(const struct product *p, const T *E, int64_t first
 
 /* The product of a job. */
 static void FN(products)(const struct product *p, double *work) {
-    int64_t R = p->R + (p->to ? p->to->rank : 0);
-    const struct member *other = p->to ? p->to : p->other;
+    const struct member *joined = p->apart ? 0 : p->to, *other = joined ? joined : p->other;
+    int64_t R = p->R + (joined ? joined->rank : 0);
     T *E = (T *)work, *X = E + (R + WIDTH - 1) / WIDTH * WIDTH * p->block;
-    T *Y = X + (p->k + WIDTH - 1) / WIDTH * WIDTH * p->block;
+    T *Y = X + (other ? (p->k + WIDTH - 1) / WIDTH * WIDTH * p->block : 0);
     memset(p->out, 0, p->rows * p->columns * sizeof(double));
     for (int64_t first = p->first; first < p->last; first += p->block) {
         int64_t n = least(p->last - first, p->block), columns = FN(pack_at)(E, 0, p->members, p->count, first, n);
-        if (p->to) {
-            FN(combine_block)(p, E, first, n, Y);
-            columns = FN(pack_at)(E, columns, p->to, 1, first, n);
-        }
+        if (p->to) FN(combine_block)(p, E, first, n, Y);
+        if (joined) columns = FN(pack_at)(E, columns, joined, 1, first, n);
         FN(fill)(E, columns, n);
         if (other) FN(pack)(X, other, 1, first, n);
         FN(multiply)(E, R, other ? X : E, other ? p->k : R, n, !other, p->out, p->columns);

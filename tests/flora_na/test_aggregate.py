@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from fedgram import flora_na
-from fedgram.flora_na import Adapter, LoraLayer
+from fedgram import flora_na, kernels
+from fedgram.flora_na import Adapter, LoraLayer, ScalarLeastSquares, aggregation, portions
+from fedgram.flora_na._compiled import SOLVER
 from fedgram_testing.factors import clients, dense
 
 SHAPES = {"layer.0.query": (20, 30), "layer.0.value": (12, 30), "layer.1.query": (20, 30)}
@@ -153,6 +154,84 @@ def test_lazy_adapters_are_read_once_a_few_modules_at_a_time(monkeypatch):
     assert [s[:3] for s in seen] == [(i + 1, 3, name) for i, name in enumerate(SHAPES)]
     assert seen[0][3] == ["layer.0.query"]
     assert all(adapter.reads == list(SHAPES) for adapter in lazy)
+
+
+@pytest.mark.parametrize(("lazy", "budget"), [(True, "CHUNK_BYTES"), (False, "HELD_BYTES")])
+def test_portions_of_adapters_in_memory_have_a_budget_of_their_own(lazy, budget, monkeypatch):
+    adapters, sizes = cohort(), []
+    assert portions.CHUNK_BYTES < portions.HELD_BYTES
+    given = [Lazy(a.modules) if lazy else a.modules for a in adapters]
+    whole = aggregation.estimate_targets
+    monkeypatch.setattr(
+        aggregation, "estimate_targets", lambda targets, **o: sizes.append(len(targets)) or whole(targets, **o)
+    )
+    flora_na.aggregate(given)
+    monkeypatch.setattr(portions, budget, 1)
+    flora_na.aggregate(given)
+    assert sizes == [3, 1, 1, 1]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "flora-na", "als"])
+@pytest.mark.parametrize("kind", ["zero", "alike"])
+def test_a_doubtful_module_leaves_the_others_as_they_are_alone(method, kind):
+    """One module that only the general path solves: the others keep the bits, the status and the sweeps."""
+    adapters = cohort(ranks=[4] * 4)
+    odd = "layer.0.value"
+    for adapter in adapters:
+        layer, first = adapter.modules[odd], adapters[0].modules[odd]
+        B, A = (torch.zeros_like(layer.B), layer.A) if kind == "zero" else (first.B.clone(), first.A.clone())
+        adapter.modules[odd] = LoraLayer(A=A, B=B, scaling=2.0)
+    found = flora_na.aggregate(adapters, method=method)
+    for name in SHAPES:
+        alone = flora_na.aggregate([{name: a.modules[name]} for a in adapters], method=method)
+        layer, expected = found.adapter.modules[name], alone.adapter.modules[name]
+        assert torch.equal(layer.A, expected.A)
+        assert torch.equal(layer.B, expected.B)
+        assert found.report.to_dict()["modules"][name] == alone.report.to_dict()["modules"][name]
+    report = found.report.modules[odd]
+    assert report.status == "zero-target" if kind == "zero" else report.rho < 1e-6
+
+
+@pytest.mark.skipif(SOLVER.missing is not None, reason=str(SOLVER.missing))
+def test_a_doubtful_module_does_not_take_the_others_off_the_compiled_path(monkeypatch):
+    adapters, odd, seen = cohort(ranks=[4] * 4), "layer.0.value", []
+    for adapter in adapters:
+        adapter.modules[odd] = LoraLayer(A=adapter.modules[odd].A, B=torch.zeros(12, 4), scaling=2.0)
+    general = ScalarLeastSquares.solve
+    monkeypatch.setattr(
+        ScalarLeastSquares,
+        "solve",
+        lambda self, groups, **o: seen.extend(t.name for g in groups for t in g.targets) or general(self, groups, **o),
+    )
+    flora_na.aggregate(adapters, method="flora-na")
+    assert seen == [odd]
+
+
+def test_each_module_has_its_own_status_and_sweeps():
+    B, A = clients([4] * 4, 40, 50, seed=5)
+    same = [LoraLayer(A=A[0] + 1e-3 * a, B=B[0] + 1e-3 * b) for a, b in zip(A, B, strict=True)]
+    adapters = [{"quick": s, "slow": LoraLayer(A=a, B=b)} for s, a, b in zip(same, A, B, strict=True)]
+    both = flora_na.aggregate(adapters, method="als").report.modules
+    alone = {n: flora_na.aggregate([{n: a[n]} for a in adapters], method="als").report.modules[n] for n in both}
+    assert {n: (m.status, m.sweeps) for n, m in both.items()} == {n: (m.status, m.sweeps) for n, m in alone.items()}
+    assert both["quick"].sweeps < both["slow"].sweeps
+
+
+def test_fedavg_reads_the_factors_once(monkeypatch):
+    adapters = cohort(ranks=[3, 2, 4, 3])
+    expected = flora_na.aggregate(adapters, [1, 2, 3, 4], method="flora-na").report
+
+    def read_again(*_, **__):
+        raise AssertionError("the factors are read again")
+
+    monkeypatch.setattr(kernels, "factor_combine", read_again)
+    monkeypatch.setattr(kernels, "factor_gram", read_again)
+    found = flora_na.aggregate(adapters, [1, 2, 3, 4], method="fedavg")
+    for name in SHAPES:
+        W, layer = target(adapters, name, [1, 2, 3, 4]), found.adapter.modules[name]
+        error = float((W - layer.B.double() @ layer.A.double()).norm() / W.norm())
+        assert found.report.modules[name].rho == pytest.approx(error, rel=5e-4)
+        assert found.report.modules[name].rho == pytest.approx(expected.modules[name].rho_fedavg, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,13 @@ def group_of(*targets):
     return group
 
 
+def whole_spectrum(group):
+    """Where none is left out."""
+    values, left = compiled_spectrum(group)
+    assert left == []
+    return values
+
+
 def dense(t):
     return sum(c * b @ a for c, b, a in zip(t.coefficients.tolist(), t.B, t.A, strict=True))
 
@@ -49,7 +56,7 @@ def expected(t, R):
 def test_it_has_the_squared_singular_values(case, scale):
     targets = [target(CASES[case], seed, scale=scale) for seed in range(3)]
     group = group_of(*targets)
-    values = compiled_spectrum(group)
+    values = whole_spectrum(group)
     assert torch.equal(values, squared_singular_values(group))
     for l, t in enumerate(targets):
         true = expected(t, group.total_rank)
@@ -63,10 +70,10 @@ def test_equal_values_zeros_and_a_diagonal():
     q = torch.linalg.qr(torch.randn(40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
     B, A = [q[:, :4], q[:, 4:8], q[:, 8:]], [q[:, :4].T, q[:, 4:8].T, q[:, 8:].T]
     w = torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64)
-    values = compiled_spectrum(group_of(make_target(B, A, w)))
+    values = whole_spectrum(group_of(make_target(B, A, w)))
     assert torch.allclose(values[0], torch.tensor([0.25] * 4 + [0.0625] * 8, dtype=torch.float64), rtol=1e-13)
     anchored = target([3, 4], anchored=True)
-    values = compiled_spectrum(group_of(anchored))
+    values = whole_spectrum(group_of(anchored))
     true = expected(anchored, 10)
     assert torch.allclose(values[0], true, rtol=1e-10, atol=1e-12 * float(true[0]))
     assert bool((values[0, 7:] <= 1e-14 * values[0, 0]).all())
@@ -76,7 +83,7 @@ def test_products_of_lower_rank():
     """Parallel columns in B only: zeros at the end, to the rounding of the Grams."""
     t = target([4] * 3)
     same = make_target([t.B[0]] * 3, t.A, t.weights)
-    values = compiled_spectrum(group_of(same))
+    values = whole_spectrum(group_of(same))
     true = expected(same, 12)
     assert torch.allclose(values[0], true, rtol=1e-10, atol=1e-13 * float(true[0]))
 
@@ -86,9 +93,21 @@ def test_what_has_no_safe_square_root_goes_to_the_general_path(kind):
     t = target([4] * 3)
     A = [t.A[0]] * 3 if kind == "parallel" else [torch.zeros_like(t.A[0]), *t.A[1:]]
     group = group_of(make_target(t.B, A, t.weights))
-    assert compiled_spectrum(group) is None
+    assert compiled_spectrum(group)[1] == [0]
     true = expected(group.targets[0], 12)
     assert torch.allclose(squared_singular_values(group)[0], true, rtol=1e-8, atol=1e-12 * float(true[0]))
+
+
+def test_what_is_left_out_costs_the_others_nothing():
+    t = target([4] * 3)
+    doubtful = make_target(t.B, [t.A[0]] * 3, t.weights)
+    group = group_of(t, doubtful, target([4] * 3, seed=1))
+    values, left = compiled_spectrum(group)
+    assert left == [1]
+    found = squared_singular_values(group)
+    assert torch.equal(found[[0, 2]], values[[0, 2]])
+    true = expected(doubtful, 12)
+    assert torch.allclose(found[1], true, rtol=1e-8, atol=1e-12 * float(true[0]))
 
 
 def test_more_ranks_than_it_is_for():
@@ -102,7 +121,7 @@ def test_a_spectrum_of_many_sizes(monkeypatch):
     sizes = torch.logspace(0, -6, 24, dtype=torch.float64)
     t = make_target([q * sizes], [p.T], torch.ones(1, dtype=torch.float64))
     group = group_of(t)
-    values = compiled_spectrum(group)
+    values = whole_spectrum(group)
     assert torch.allclose(values[0], sizes.square(), rtol=1e-9, atol=1e-15)
     monkeypatch.setattr(svd, "compiled_spectrum", lambda _: None)
     assert torch.allclose(squared_singular_values(group), values, rtol=1e-9, atol=1e-15)

@@ -102,7 +102,7 @@ def test_the_same_bits_for_any_number_of_threads_and_for_described_factors(kind,
 def test_every_instruction_set(level, monkeypatch, garbage):
     if level > _native.level():
         pytest.skip("not on this processor")
-    monkeypatch.setattr("fedgram.kernels._native_factors.level", lambda: level)
+    monkeypatch.setattr(_native, "level", lambda: level)
     B, A = draw([8, 8, 8], [(600, 77)], torch.bfloat16)
     check(B, A, *scalars(B), backend="native")
     check(B, A, *blocks(B, 9), backend="native")

@@ -89,3 +89,23 @@ BAD = {
 def test_bad_input_is_named(reason):
     with pytest.raises(ValueError, match=reason):
         lowrank_norm(*BAD[reason])
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("others", [0, 2])
+@pytest.mark.parametrize(("m", "n"), [(700, 600), (20, 33)])
+def test_clients_that_share_a_factor_count_as_one(side, others, m, n):
+    """A frozen A or B: the same norm, and of what cancels between the clients the digits that numbers have."""
+    B, A = draw([4] * (3 + others), [(m, n)], torch.float32)
+    shared = A if side == "A" else B
+    shared[0][1:3] = [shared[0][0].clone(), shared[0][0]]
+    c = torch.linspace(-1, 2, 3 + others, dtype=torch.float64)
+    (norm,) = lowrank_norm(B, A, [c])
+    assert abs(norm - dense(B[0], A[0], c).norm()) <= 1e-13 * norm
+    free = B if side == "A" else A
+    free[0][1] = free[0][0] * (1 + 2**-20)
+    c[:2], c[2:] = torch.tensor([1.0, -1.0]), 0.0
+    (left,) = lowrank_norm(B, A, [c])
+    b, a = ([x.double() for x in factors[0][:2]] for factors in (B, A))
+    rest = (b[0] - b[1]) @ a[0] if side == "A" else b[0] @ (a[0] - a[1])
+    assert left == pytest.approx(float(rest.norm()), rel=1e-12)

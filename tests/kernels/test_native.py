@@ -129,14 +129,18 @@ def test_bits_do_not_follow_the_number_of_threads():
 
 @built
 def test_loops_keep_their_threads_while_torch_has_one():
-    enough = _native.THREADED_WORK
+    enough, alone = _native.THREADED_WORK, _native.SPREAD_WORK
+    assert alone < enough
     with threads(3):
         with spread_over_jobs():
             assert torch.get_num_threads() == 1
             assert _native.threads_for(8, enough) == 3
+            # no thread of torch can be in the way, so less work is worth one
+            assert [_native.threads_for(8, alone), _native.threads_for(8, alone - 1)] == [3, 1]
             with spread_over_jobs():
                 assert _native.threads_for(8, enough) == 3
         assert torch.get_num_threads() == 3
+        assert _native.threads_for(8, alone) == 1
         assert [_native.threads_for(8, enough), _native.threads_for(2, enough), _native.threads_for(8, 9)] == [3, 2, 1]
     with pytest.raises(ValueError, match="inside"), threads(2), spread_over_jobs():
         raise ValueError("inside")

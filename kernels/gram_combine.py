@@ -1,0 +1,50 @@
+"""A combination whose coefficients are known beforehand, and the Gram matrices, from one read of the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._dispatch import resolve
+from ._factor_inputs import Factors
+from ._native_factors import combine_with_grams
+from ._prepared import first
+from .factor_combine import factor_combine, native_sides
+from .factor_gram import factor_gram
+
+Pairs = tuple[list[Tensor], list[Tensor]]
+
+
+def gram_combine(
+    B: Factors,
+    A: Factors,
+    P: Sequence[Tensor],
+    Q: Sequence[Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Pairs, Pairs]:
+    """``factor_gram`` and ``factor_combine``: the average of FedIT with all that its divergence takes, say.
+
+    Args:
+        B, A, P, Q, dtype, backend: as in ``factor_combine``; no side is skipped.
+
+    Returns:
+        The Gram matrices, two lists of (R_l, R_l) float64; and the pair, lists of (m_l, r) and (r, n_l). On the CPU
+        from one read of the factors, on GPUs from two.
+
+    Raises:
+        ValueError, RuntimeError: as ``factor_combine``.
+    """
+    if not torch.compiler.is_compiling() and resolve(backend, first(B, A), native=True) == "native":
+        sides = native_sides(B, A, P, Q, dtype)
+        G_B, G_A = combine_with_grams(sides)
+        left, right = ([clients[0] for clients in to] for _, _, to in sides)
+        return (G_B, G_A), (left, right)
+    grams = factor_gram(B, A, backend=backend)
+    left, right = factor_combine(B, A, P, Q, dtype=dtype, backend=backend)
+    assert left is not None
+    assert right is not None
+    return grams, (left, right)
