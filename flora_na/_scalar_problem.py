@@ -13,7 +13,8 @@ from fedgram import kernels
 from ._scalar_newton import newton_step
 from .coefficients import inverse_or_zero, solve_psd, trace_product
 from .divergence import energies
-from .group import Group, Side
+from .group import Group
+from .members import Side
 from .pair_products import PairProducts
 
 DIRECT_MEMBERS = 64

@@ -10,7 +10,8 @@ from torch import Tensor
 from ._block_solver import certified_blocks
 from .coefficients import Pair, balance, orthonormaliser
 from .divergence import energies
-from .group import Group, Side
+from .group import Group
+from .members import Side
 
 CANCELLED = 2.0**-24
 """A combination of factors this small beside its terms is rounding: the square root of what float64 Grams resolve."""

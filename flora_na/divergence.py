@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from torch.nn.functional import pad
 from fedgram import kernels
 
 from .coefficients import AnyPair, Evidence, Pair, ScalarPair, trace_product
-from .group import Factors, Group, Side
+from .group import Factors, Group, stacked
+from .members import Side
 from .target import Target
 
 MARGIN = 2000.0
@@ -38,10 +40,10 @@ class Errors:
     energy: Tensor
     error: Tensor
 
-    @property
-    def rho(self) -> Tensor:
-        """(L,) relative divergence; NaN where dW is zero."""
-        return (self.error / self.energy).sqrt()
+    @cached_property
+    def rho(self) -> list[float]:
+        """(L) relative divergence; NaN where dW is zero."""
+        return (self.error / self.energy).sqrt().tolist()
 
 
 def combine(
@@ -115,7 +117,7 @@ def _coefficients(group: Group, pair: AnyPair, side: Side) -> Sequence[Tensor]:
     """Of every module, for the factors without their scalings: blocks, or one scalar per member."""
     if isinstance(pair, ScalarPair):
         x = pair.p if side == "B" else pair.q
-        return (x if group.unscaled else x * group.member_scale[side]).unbind()
+        return (x if group.members.unscaled else x * group.members.scale[side]).unbind()
     x = group.row_scale[side] * (pair.P if side == "B" else pair.Q)
     return (x if side == "B" else x.mT).unbind()
 
@@ -231,7 +233,7 @@ def _products_of(group: Group, factors: Factors, backend: str) -> Factors:
 
 def _measured(group: Group, factors: Factors, products: Factors) -> Errors:
     R = group.total_rank
-    (X_B, S_B), (X_A, S_A) = ((X[:, :R], X[:, R:]) for X in map(_stacked, products))
+    (X_B, S_B), (X_A, S_A) = ((X[:, :R], X[:, R:]) for X in map(_in_one, products))
     inner = (group.D * group.row_scale["B"] * group.row_scale["A"] * X_B * X_A).sum((-2, -1))
     norms_B, norms_A = (S.diagonal(dim1=-2, dim2=-1).sqrt() for S in (S_B, S_A))
 
@@ -242,11 +244,11 @@ def _measured(group: Group, factors: Factors, products: Factors) -> Errors:
     return _redone(group, error, _doubtful(group, error, (norms_B * norms_A).sum(-1)), pick)
 
 
-def _stacked(products: list[Tensor]) -> Tensor:
+def _in_one(products: list[Tensor]) -> Tensor:
     """(L, R + r, r) of modules whose pairs differ in rank (``stack`` leaves out what has no weight), by zeros."""
     rank = max(x.shape[1] for x in products)
     if all(x.shape[1] == rank for x in products):
-        return torch.stack(products)
+        return stacked(products)
     return torch.stack([pad(x, (0, rank - x.shape[1], 0, rank - x.shape[1])) for x in products])
 
 

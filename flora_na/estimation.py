@@ -52,12 +52,12 @@ class Estimate:
     @property
     def rho_fedavg(self) -> float:
         """rho of the averaged factors (FedIT); computed when first asked for."""
-        return float(self._yardsticks.fedavg.rho[self._index])
+        return self._yardsticks.fedavg.rho[self._index]
 
     @property
     def rho_optimal(self) -> float:
         """rho of the best pair of this rank (Eckart-Young); computed when first asked for."""
-        return float(self._yardsticks.optimal.rho[self._index])
+        return self._yardsticks.optimal.rho[self._index]
 
     def residual(self) -> tuple[Tensor, Tensor]:
         """``dW - BA`` as factors (m, R + r), (R + r, n): what FedEx-LoRA adds to the base weights. float32 or wider."""
@@ -172,7 +172,7 @@ def _stacked(group: Group) -> Factors:
 
 
 def _estimates(group: Group, pair: AnyPair, factors: Factors, errors: Errors) -> list[Estimate]:
-    norms, rhos = errors.energy.sqrt().tolist(), errors.rho.tolist()
+    norms, rhos = errors.energy.sqrt().tolist(), errors.rho
     evidence, L = pair.evidence, len(group.targets)
     ended = ((pair.status, pair.sweeps),) * L if evidence is None or evidence.ended is None else evidence.ended
     yardsticks: dict[int, Yardsticks] = {}

@@ -7,12 +7,11 @@ products with ``G_B = Bs^T Bs`` and ``G_A = As As^T``. A group batches L modules
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +19,9 @@ from torch import Tensor
 from fedgram import kernels
 
 from .finite import is_finite
+from .members import Members, Side
 from .target import Target
 
-Side = Literal["B", "A"]
 Factors = tuple[list[Tensor], list[Tensor]]
 GRAM_RANK_LIMIT = 2048
 SMALL_RANK = 512
@@ -47,14 +46,14 @@ class Group:
     """L modules whose members have the same ranks, with the product by their Grams.
 
     Attributes:
-        targets: the modules.
+        members: the modules, and who takes part in them.
         factors: the members' factors, module by module, described once for all operations on them.
         gram: G_B and G_A, each (L, R, R) float64, of the scaled factors; None in the implicit regime.
         averages: the averaged factors (FedIT) of every module, where they were asked for.
         memo: what was computed once for the group.
     """
 
-    targets: tuple[Target, ...]
+    members: Members
     factors: kernels.Described
     gram: dict[Side, Tensor] | None
     backend: str = "auto"
@@ -79,20 +78,25 @@ class Group:
         assert Y is not None
         return self.row_scale[side] * torch.stack(Y)
 
-    @cached_property
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The modules."""
+        return self.members.targets
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """Ranks of the members, the anchor last."""
-        return self.targets[0].ranks
+        return self.members.ranks
 
     @cached_property
     def rank(self) -> int:
         """The largest member rank: what fedavg and flora-na return."""
         return max(self.ranks)
 
-    @cached_property
+    @property
     def total_rank(self) -> int:
         """R, the sum of the members' ranks."""
-        return sum(self.ranks)
+        return self.members.total_rank
 
     @property
     def anchored(self) -> bool:
@@ -102,17 +106,17 @@ class Group:
     @property
     def device(self) -> torch.device:
         """Where the factors and the solves are."""
-        return self.targets[0].device
+        return self.members.device
 
-    @cached_property
+    @property
     def weights(self) -> Tensor:
-        """(L, M) float64 weights of the members, 0 for the anchor."""
-        return torch.stack([t.weights for t in self.targets]).to(self.device)
+        """(L, M) float64 weights of the members, 0 for the anchor; not to be written to."""
+        return self.members.weights
 
-    @cached_property
+    @property
     def member(self) -> Tensor:
         """(R,) the member that each stacked row belongs to."""
-        return members_of_rows(self.ranks).to(self.device)
+        return self.members.of_row
 
     @cached_property
     def slot(self) -> Tensor:
@@ -134,20 +138,10 @@ class Group:
         """(L, R, 1) float64: the weight of each stacked row, the diagonal of D."""
         return self.weights[:, self.member].unsqueeze(-1)
 
-    @cached_property
+    @property
     def row_scale(self) -> dict[Side, Tensor]:
         """(L, R, 1) float64 per side: what every stacked row is multiplied by for its member's scaling."""
-        return {side: scale[:, self.member].unsqueeze(-1) for side, scale in self.member_scale.items()}
-
-    @cached_property
-    def unscaled(self) -> bool:
-        """Whether all scalings are 1."""
-        return all(t.unscaled for t in self.targets)
-
-    @cached_property
-    def member_scale(self) -> dict[Side, Tensor]:
-        """(L, M) float64 per side: what every member's factor is multiplied by for its scaling."""
-        return member_scales(self.targets)
+        return self.members.row_scale
 
     @cached_property
     def row_norms(self) -> dict[Side, Tensor]:
@@ -175,7 +169,8 @@ class Group:
         if self.averages is not None:
             B, A = self.averages
             averages = [B[i] for i in ids], [A[i] for i in ids]
-        return Group(tuple(self.targets[i] for i in ids), self.factors.pick(ids), gram, self.backend, averages)
+        members = Members(tuple(self.targets[i] for i in ids))
+        return Group(members, self.factors.pick(ids), gram, self.backend, averages)
 
     def expand(self, p: Tensor) -> Tensor:
         """Scalars per member (L, M) as coefficient blocks (L, R, rank)."""
@@ -188,19 +183,6 @@ class Group:
     def member_blocks(self, matrix: Tensor) -> Tensor:
         """Add up (L, R, R) over the blocks of each pair of members: (L, M, M)."""
         return self.membership.mT @ (matrix @ self.membership)
-
-
-@functools.lru_cache(maxsize=64)
-def members_of_rows(ranks: tuple[int, ...]) -> Tensor:
-    """(R,) of every stacked row the member that it belongs to; shared, hence not to be written to."""
-    return torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-
-
-def member_scales(targets: Sequence[Target]) -> dict[Side, Tensor]:
-    """(L, M) float64 per side, on the targets' device: what every member's factor is multiplied by for its scaling."""
-    scalings = torch.stack([t.scalings for t in targets]).to(targets[0].device)
-    root = scalings.abs().sqrt()
-    return {"B": scalings.sign() * root, "A": root}
 
 
 def make_groups(
@@ -219,10 +201,10 @@ def make_groups(
     order: dict[tuple[int, ...], list[int]] = {}
     for i, target in enumerate(targets):
         order.setdefault(target.ranks, []).append(i)
-    parts = [tuple([targets[i] for i in ids]) for ids in order.values()]
-    factors = [kernels.described([t.B for t in part], [t.A for t in part]) for part in parts]
-    formed = [at for at, part in enumerate(parts) if forms_grams(sum(part[0].ranks), _length(part))]
-    for target in (t for at, part in enumerate(parts) if at not in formed for t in part):
+    parts = [Members(tuple([targets[i] for i in ids])) for ids in order.values()]
+    factors = [kernels.described([t.B for t in part.targets], [t.A for t in part.targets]) for part in parts]
+    formed = [at for at, part in enumerate(parts) if forms_grams(part.total_rank, _length(part.targets))]
+    for target in (t for at, part in enumerate(parts) if at not in formed for t in part.targets):
         check_finite(target)
     read = _read([parts[at] for at in formed], [factors[at] for at in formed], backend, averaged)
     found = {at: (grams, averages) for at, grams, averages in zip(formed, *read, strict=True)}
@@ -238,7 +220,7 @@ def _length(targets: Sequence[Target]) -> int:
 
 
 def _read(
-    parts: Sequence[Sequence[Target]], factors: Sequence[kernels.Described], backend: str, averaged: bool
+    parts: Sequence[Members], factors: Sequence[kernels.Described], backend: str, averaged: bool
 ) -> tuple[list[dict[Side, Tensor]], list[Factors | None]]:
     """G_B and G_A (L, R, R) of the scaled factors of every part, in one launch, and the averages asked for."""
     if not parts:
@@ -246,7 +228,7 @@ def _read(
     joined = kernels.Described.joined(factors)
     pair: Factors = ([], [])
     if averaged:
-        P, Q = ([x for part in parts for x in _average(part)[side]] for side in ("B", "A"))
+        P, Q = ([x for part in parts for x in part.average(side)] for side in ("B", "A"))
         (G_B, G_A), pair = kernels.gram_combine(joined.B, joined.A, P, Q, backend=backend)
     else:
         G_B, G_A = kernels.factor_gram(joined.B, joined.A, backend=backend)
@@ -254,31 +236,19 @@ def _read(
     averages: list[Factors | None] = []
     start = 0
     for part in parts:
-        own = slice(start, start := start + len(part))
-        B, A = _stacked(G_B[own]), _stacked(G_A[own])
-        _check_traces(part, B, A)
+        own = slice(start, start := start + len(part.targets))
+        B, A = stacked(G_B[own]), stacked(G_A[own])
+        _check_traces(part.targets, B, A)
         grams.append(_scaled(part, {"B": B, "A": A}))
         averages.append((pair[0][own], pair[1][own]) if averaged else None)
     return grams, averages
 
 
-def _average(targets: Sequence[Target]) -> dict[Side, Sequence[Tensor]]:
-    """The scalars of the average (L, M) for the factors without their scalings."""
-    weights = torch.stack([t.weights for t in targets]).to(targets[0].device)
-    if all(t.unscaled for t in targets):
-        return {"B": weights.unbind(), "A": weights.unbind()}
-    return {side: (weights * scale).unbind() for side, scale in member_scales(targets).items()}
-
-
-def _scaled(targets: Sequence[Target], gram: dict[Side, Tensor]) -> dict[Side, Tensor]:
+def _scaled(members: Members, gram: dict[Side, Tensor]) -> dict[Side, Tensor]:
     """The Grams of the factors with their scalings, in the memory of those without."""
-    if all(t.unscaled for t in targets):
+    if members.unscaled:
         return gram
-    rows, scales = members_of_rows(targets[0].ranks).to(targets[0].device), member_scales(targets)
-    return {
-        side: g.mul_(scales[side][:, rows].unsqueeze(-1)).mul_(scales[side][:, rows].unsqueeze(-2))
-        for side, g in gram.items()
-    }
+    return {side: g.mul_(members.row_scale[side]).mul_(members.row_scale[side].mT) for side, g in gram.items()}
 
 
 def _check_traces(targets: Sequence[Target], B: Tensor, A: Tensor) -> None:
@@ -289,8 +259,16 @@ def _check_traces(targets: Sequence[Target], B: Tensor, A: Tensor) -> None:
             check_finite(target)
 
 
-def _stacked(grams: list[Tensor]) -> Tensor:
-    return grams[0].unsqueeze(0) if len(grams) == 1 else torch.stack(grams)  # one large Gram is not copied
+def stacked(matrices: list[Tensor]) -> Tensor:
+    """(L, ...) of matrices of one shape; no copy where they lie one behind the other, as the loops leave them."""
+    first, step = matrices[0], matrices[0].nbytes
+    storage, begin = first.untyped_storage(), first.data_ptr()
+    end = begin + step * len(matrices)
+    behind = [m.data_ptr() for m in matrices] == list(range(begin, end, step)) if step else False
+    if not behind or end > storage.data_ptr() + storage.nbytes() or not all(m.is_contiguous() for m in matrices):
+        return torch.stack(matrices)
+    size, stride = (len(matrices), *first.shape), (first.numel(), *first.stride())
+    return first.as_strided(size, stride, first.storage_offset())
 
 
 def check_finite(target: Target) -> None:

@@ -108,7 +108,7 @@ def _ladders(group: Group, ranks: Sequence[int]) -> list[dict[str, float]]:
         for method in COEFFICIENT_METHODS:
             [pair] = solve([part], method, rank)
             pair = with_averages(part, pair, zero_targets(part, pair))
-            for i, rho in zip(ids, pair_errors(part, pair).rho.tolist(), strict=True):
+            for i, rho in zip(ids, pair_errors(part, pair).rho, strict=True):
                 out[i][method] = rho
     return out
 

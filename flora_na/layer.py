@@ -30,7 +30,7 @@ class LoraLayer:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             shapes = f"lora_B {tuple(self.B.shape)} and lora_A {tuple(self.A.shape)}"
             raise ValueError(f"{shapes} do not multiply: expected (m, r) and (r, n)")
-        if self.A.dtype != self.B.dtype or not self.A.is_floating_point():
+        if self.A.dtype != self.B.dtype or not self.A.dtype.is_floating_point:
             raise ValueError(
                 f"lora_A is {self.A.dtype} and lora_B is {self.B.dtype}: expected one floating-point dtype"
             )

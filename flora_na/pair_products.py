@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .group import Group, Side
+from .group import Group
+from .members import Side
 
 MEMBERS = 16
 """Up to this many members (clients and anchor) their U^4 products are formed once; a sweep then takes few operations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from operator import attrgetter
 
 import torch
@@ -98,14 +98,13 @@ def make_target(
     labels = tuple(clients) if clients is not None else tuple(f"client {u}" for u in range(len(B)))
     if len(B) != len(A):
         raise ValueError(f"{name}: {len(B)} factors B but {len(A)} factors A")
-    s = torch.ones(len(B), dtype=torch.float64)
-    if scalings is not None:
-        s = torch.as_tensor(scalings, dtype=torch.float64, device="cpu").flatten()
-    if s.numel() != len(B):
-        raise ValueError(f"{name}: expected {len(B)} scalings (one per client), got {s.numel()}")
-    for u, value in enumerate(s.tolist()):
+    given = _numbers(scalings, len(B))
+    if len(given) != len(B):
+        raise ValueError(f"{name}: expected {len(B)} scalings (one per client), got {len(given)}")
+    for u, value in enumerate(given):
         if not abs(value) < float("inf"):
             raise ValueError(f"{name}: the scaling of {labels[u]} is {value}")
+    s = _vector(given)
     if anchor is not None:
         B, A, labels = [*B, anchor[0]], [*A, anchor[1]], (*labels, "the anchor")
         s = torch.cat([s, s.new_tensor([anchor_scaling])])
@@ -123,6 +122,20 @@ def make_target(
     )
 
 
+def _numbers(scalings: Sequence[float] | Tensor | None, count: int) -> tuple[float, ...]:
+    if scalings is None:
+        return (1.0,) * count
+    if isinstance(scalings, Tensor):
+        return tuple(scalings.double().flatten().tolist())
+    return tuple([float(s) for s in scalings])
+
+
+@lru_cache(maxsize=64)
+def _vector(numbers: tuple[float, ...]) -> Tensor:
+    """float64; most modules share one, which is not to be written to."""
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
 def _plain(t: Tensor, dtype: torch.dtype) -> Tensor:
     if t.requires_grad:
         t = t.detach()
@@ -135,14 +148,14 @@ def _check_factors(B: Sequence[Tensor], A: Sequence[Tensor], name: str, labels: 
     m, n, device = B[0].shape[0] if B[0].ndim else -1, A[0].shape[-1] if A[0].ndim else -1, B[0].device
     for b, a, label in zip(B, A, labels, strict=False):
         fits = b.ndim == a.ndim == 2 and b.shape == (m, a.shape[0]) and a.shape[1] == n
-        if fits and b.is_floating_point() and a.is_floating_point() and b.device == a.device == device:
+        if fits and b.dtype.is_floating_point and a.dtype.is_floating_point and b.device == a.device == device:
             continue
         shapes = f"{name}: {label} has B {tuple(b.shape)} and A {tuple(a.shape)}"
         if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
             raise ValueError(f"{shapes}: expected (m, r) and (r, n)")
         if (b.shape[0], a.shape[1]) != (m, n):
             raise ValueError(f"{shapes}: an update of {b.shape[0]} x {a.shape[1]} where {labels[0]} has {m} x {n}")
-        if not (b.is_floating_point() and a.is_floating_point()):
+        if not (b.dtype.is_floating_point and a.dtype.is_floating_point):
             raise ValueError(f"{name}: {label} has dtypes {b.dtype} and {a.dtype}: expected floating point")
         if b.device != device or a.device != device:
             raise ValueError(f"{name}: {label} is on {b.device} and {a.device}, {labels[0]} on {device}")

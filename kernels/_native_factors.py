@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
@@ -51,6 +52,19 @@ class _Side(NamedTuple):
     to: Stacks | None = None
     apart: bool = False
 
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of every module, that of its product."""
+        ranks = self.S.ranks
+        columns = ranks if self.X is None else self.X.ranks
+        joined = columns if self.to is not None and not self.apart else [0] * len(ranks)
+        return [(own + more, k) for own, more, k in zip(ranks, joined, columns, strict=True)]
+
+
+def _matrices(shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Matrices to be written to, float64; those of one shape lie one behind the other."""
+    rest = {shape: iter(torch.empty(n, *shape, dtype=torch.float64).unbind()) for shape, n in Counter(shapes).items()}
+    return [next(rest[shape]) for shape in shapes]
+
 
 def factor_products(sides: Sequence[tuple[Stacks, Stacks | None]]) -> list[list[Tensor]]:
     """Per side and module ``S^T S``, or ``S^T X`` for the other stacks X; float64. All of them in one go."""
@@ -77,6 +91,7 @@ def _products(sides: Sequence[_Side]) -> list[list[Tensor]]:
     kept: list[Tensor | np.ndarray] = []
     results: list[list[Tensor]] = []
     part = work = numbers = 0  # where the next part lies, in numbers
+    outputs = iter(_matrices([shape for side in sides for shape in side.shapes()]))
     for side in sides:
         S, X = side.S, side.X
         results.append([])
@@ -90,7 +105,7 @@ def _products(sides: Sequence[_Side]) -> list[list[Tensor]]:
             cost = R * k // 8 + R + (own * k // 8 if written.stride else 0)
             ranges = _ranges(length, block, cost, length * R // (PART_SHARE * rows * columns + 1))
             numbers, work = max(numbers, stacked * block), work + length * cost
-            out = torch.empty(R, k, dtype=torch.float64)
+            out = next(outputs)
             results[-1].append(out)
             wholes.append((part, len(ranges), rows, columns, R, k, X is None, out.data_ptr()))
             for first, last in ranges:
@@ -116,7 +131,7 @@ def _written(side: _Side, l: int, width: int, kept: list[Tensor | np.ndarray]) -
         return _Written()
     P, rank, to = side.P[l], side.to.ranks[l], side.to.at[l]
     if P.ndim == 1 and rank % width == 0:
-        scalars = P.detach().contiguous()
+        scalars = (P.detach() if P.requires_grad else P).contiguous()
         kept.append(scalars)
         return _Written(to, scalars.data_ptr(), 0, side.apart)
     if P.ndim == 1:
