@@ -54,16 +54,18 @@ def combine(
     Returns:
         (list of B, list of A) per group.
     """
-    known = [group.averages if dtype is None and _is_average(group, pair) else None for group, pair in groups]
+    known = [_averages(group, pair) if dtype is None else None for group, pair in groups]
     rest = [groups[at] for at, found in enumerate(known) if found is None]
     combined = iter(_combined(rest, dtype, backend))
     return [next(combined) if found is None else found for found in known]
 
 
-def _is_average(group: Group, pair: AnyPair) -> bool:
-    """Whether the group has the factors of the pair already."""
-    averages = group.averages is not None and isinstance(pair, ScalarPair)
-    return averages and torch.equal(pair.p, group.weights) and torch.equal(pair.q, group.weights)
+def _averages(group: Group, pair: AnyPair) -> Factors | None:
+    """The factors of the pair where the group has them already."""
+    if group.average is None or not isinstance(pair, ScalarPair):
+        return None
+    is_average = torch.equal(pair.p, group.weights) and torch.equal(pair.q, group.weights)
+    return group.average.factors if is_average else None
 
 
 def _combined(groups: Sequence[tuple[Group, AnyPair]], dtype: torch.dtype | None, backend: str) -> list[Factors]:
@@ -82,13 +84,13 @@ def combine_measured(
     Where that rounding cannot change three digits the errors come from the Grams alone; else from the products of
     what is returned with the clients' factors, which are taken in the same read where they can be.
     """
-    known = [_exact_errors(group, pair) for group, pair in groups]
+    known = [_exact_errors(group, pair) or _average_errors(group, pair) for group, pair in groups]
     left = [at for at, (group, _) in enumerate(groups) if known[at] is None and group.gram is not None]
     rest = [at for at in range(len(groups)) if at not in left]
     factors: dict[int, Factors] = dict(zip(rest, combine([groups[at] for at in rest], backend=backend), strict=True))
     errors = {at: found for at, found in enumerate(known) if found is not None}
     for at, found, products in _combine_with_products([(at, *groups[at]) for at in left], backend):
-        factors[at], errors[at] = found, _measured(groups[at][0], found, products)
+        factors[at], errors[at] = found, _measured(groups[at][0], found, *map(_in_one, products))
     for at in rest:
         if at not in errors:
             errors[at] = _exactly_measured(groups[at][0], factors[at])
@@ -192,12 +194,17 @@ def measured_errors(groups: Sequence[Group], results: Sequence[Factors], backend
         if group.gram is None:
             found.append(_exactly_measured(group, factors))
         else:
-            found.append(_measured(group, factors, _products_of(group, factors, backend)))
+            found.append(_measured(group, factors, *map(_in_one, _products_of(group, factors, backend))))
     return found
 
 
 def _exactly_measured(group: Group, factors: Factors) -> Errors:
     return Errors(energies(group), _residual_squares(group.targets, factors))
+
+
+def shows(dtype: torch.dtype) -> bool:
+    """Whether rounding factors to this type can change three digits of a divergence."""
+    return torch.finfo(dtype).eps > SEEN
 
 
 def _exact_errors(group: Group, pair: AnyPair) -> Errors | None:
@@ -231,9 +238,17 @@ def _products_of(group: Group, factors: Factors, backend: str) -> Factors:
     return X_B or [], X_A or []
 
 
-def _measured(group: Group, factors: Factors, products: Factors) -> Errors:
+def _average_errors(group: Group, pair: AnyPair) -> Errors | None:
+    """Errors of averages that were measured in the read that took the Grams, or None."""
+    if group.average is None or group.average.products is None or (factors := _averages(group, pair)) is None:
+        return None
+    return _measured(group, factors, *group.average.products)
+
+
+def _measured(group: Group, factors: Factors, products_B: Tensor, products_A: Tensor) -> Errors:
+    """From the products (L, R + r, r) of the members' factors, and of these, with these."""
     R = group.total_rank
-    (X_B, S_B), (X_A, S_A) = ((X[:, :R], X[:, R:]) for X in map(_in_one, products))
+    (X_B, S_B), (X_A, S_A) = ((X[:, :R], X[:, R:]) for X in (products_B, products_A))
     inner = (group.D * group.row_scale["B"] * group.row_scale["A"] * X_B * X_A).sum((-2, -1))
     norms_B, norms_A = (S.diagonal(dim1=-2, dim2=-1).sqrt() for S in (S_B, S_A))
 

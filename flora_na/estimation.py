@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import AnyPair, Pair
-from .divergence import Errors, Factors, combine_measured, measured_errors
+from .divergence import Errors, Factors, combine_measured, measured_errors, shows
 from .gauge import align
 from .group import Group, make_groups
 from .methods import check_method, doubtful_apart, solve_each, with_averages, zero_targets
@@ -133,7 +133,8 @@ def estimate_targets(
     if align_to is not None and method not in ("als", "svd"):
         raise ValueError(f"align_to: rotates the pairs of 'als' and 'svd'; {method!r} has a gauge of its own")
     averaged = method == "fedavg" and rank is None  # the coefficients are known before the Grams
-    groups = make_groups(targets, backend, averaged=averaged)
+    measured = averaged and any(shows(target.dtype) for target in targets)
+    groups = make_groups(targets, backend, averaged=averaged, measured=measured)
     if rank is None and not shared:
         groups = doubtful_apart(groups, method)
     groups, ranks = split_by_rank(groups, rank)

@@ -8,7 +8,7 @@ products with ``G_B = Bs^T Bs`` and ``G_A = As As^T``. A group batches L modules
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -42,6 +42,26 @@ def forms_grams(total_rank: int, length: int) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
+class Average:
+    """The averaged factors of L modules.
+
+    Attributes:
+        factors: lists of B (m, r) and A (r, n).
+        products: where they were asked for, per side those of the members' factors (without their scalings), and of
+            the averaged ones as rounded, with the averaged ones: (L, R + r, r) float64.
+    """
+
+    factors: Factors
+    products: tuple[Tensor, Tensor] | None = None
+
+    def pick(self, ids: list[int]) -> Average:
+        """Those of some of the modules."""
+        B, A = ([x[i] for i in ids] for x in self.factors)
+        products = None if self.products is None else (self.products[0][ids], self.products[1][ids])
+        return Average((B, A), products)
+
+
+@dataclass(frozen=True, eq=False)
 class Group:
     """L modules whose members have the same ranks, with the product by their Grams.
 
@@ -49,7 +69,7 @@ class Group:
         members: the modules, and who takes part in them.
         factors: the members' factors, module by module, described once for all operations on them.
         gram: G_B and G_A, each (L, R, R) float64, of the scaled factors; None in the implicit regime.
-        averages: the averaged factors (FedIT) of every module, where they were asked for.
+        average: the averaged factors (FedIT) of every module, where they were asked for.
         memo: what was computed once for the group.
     """
 
@@ -57,7 +77,7 @@ class Group:
     factors: kernels.Described
     gram: dict[Side, Tensor] | None
     backend: str = "auto"
-    averages: Factors | None = None
+    average: Average | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def apply(self, side: Side, X: Tensor) -> Tensor:
@@ -165,12 +185,9 @@ class Group:
         gram: dict[Side, Tensor] | None = None
         if self.gram is not None:
             gram = {side: g[ids] for side, g in self.gram.items()}
-        averages: Factors | None = None
-        if self.averages is not None:
-            B, A = self.averages
-            averages = [B[i] for i in ids], [A[i] for i in ids]
+        average = None if self.average is None else self.average.pick(ids)
         members = Members(tuple(self.targets[i] for i in ids))
-        return Group(members, self.factors.pick(ids), gram, self.backend, averages)
+        return Group(members, self.factors.pick(ids), gram, self.backend, average)
 
     def expand(self, p: Tensor) -> Tensor:
         """Scalars per member (L, M) as coefficient blocks (L, R, rank)."""
@@ -186,7 +203,7 @@ class Group:
 
 
 def make_groups(
-    targets: Sequence[Target], backend: str = "auto", *, averaged: bool = False
+    targets: Sequence[Target], backend: str = "auto", *, averaged: bool = False, measured: bool = False
 ) -> list[tuple[Group, list[int]]]:
     """Batch the modules by member ranks and take their Grams in one launch; with each group, its modules' positions.
 
@@ -194,6 +211,7 @@ def make_groups(
         targets: the modules.
         backend: of the operation on the factors.
         averaged: also average the factors, in the same read where the backend can; only where Grams are formed.
+        measured: take the products with the averages too.
 
     Raises:
         ValueError: a factor holds NaN or Inf (names the module, the client and the factor).
@@ -206,12 +224,13 @@ def make_groups(
     formed = [at for at, part in enumerate(parts) if forms_grams(part.total_rank, _length(part.targets))]
     for target in (t for at, part in enumerate(parts) if at not in formed for t in part.targets):
         check_finite(target)
-    read = _read([parts[at] for at in formed], [factors[at] for at in formed], backend, averaged)
-    found = {at: (grams, averages) for at, grams, averages in zip(formed, *read, strict=True)}
+    own = [parts[at] for at in formed], [factors[at] for at in formed]
+    read = _averaged(*own, backend, measured) if averaged else _grams(*own, backend)
+    found = dict(zip(formed, read, strict=True))
     groups = []
     for at, (part, of) in enumerate(zip(parts, factors, strict=True)):
-        gram, averages = found.get(at, (None, None))
-        groups.append(Group(part, of, gram, backend, averages))
+        gram, average = found.get(at, (None, None))
+        groups.append(Group(part, of, gram, backend, average))
     return list(zip(groups, order.values(), strict=True))
 
 
@@ -219,29 +238,47 @@ def _length(targets: Sequence[Target]) -> int:
     return max(t.B[0].shape[0] + t.A[0].shape[1] for t in targets)
 
 
-def _read(
-    parts: Sequence[Members], factors: Sequence[kernels.Described], backend: str, averaged: bool
-) -> tuple[list[dict[Side, Tensor]], list[Factors | None]]:
-    """G_B and G_A (L, R, R) of the scaled factors of every part, in one launch, and the averages asked for."""
+Read = tuple[dict[Side, Tensor], Average | None]
+
+
+def _grams(parts: Sequence[Members], factors: Sequence[kernels.Described], backend: str) -> list[Read]:
+    """G_B and G_A (L, R, R) of the scaled factors of every part, in one launch."""
     if not parts:
-        return [], []
+        return []
     joined = kernels.Described.joined(factors)
-    pair: Factors = ([], [])
-    if averaged:
-        P, Q = ([x for part in parts for x in part.average(side)] for side in ("B", "A"))
-        (G_B, G_A), pair = kernels.gram_combine(joined.B, joined.A, P, Q, backend=backend)
-    else:
-        G_B, G_A = kernels.factor_gram(joined.B, joined.A, backend=backend)
-    grams: list[dict[Side, Tensor]] = []
-    averages: list[Factors | None] = []
+    G_B, G_A = kernels.factor_gram(joined.B, joined.A, backend=backend)
+    return [(_checked(part, stacked(G_B[own]), stacked(G_A[own])), None) for part, own in _slices(parts)]
+
+
+def _averaged(
+    parts: Sequence[Members], factors: Sequence[kernels.Described], backend: str, measured: bool
+) -> list[Read]:
+    """The same, and the averages, with their products where they are to be ``measured``."""
+    if not parts:
+        return []
+    joined = kernels.Described.joined(factors)
+    P, Q = ([x for part in parts for x in part.average(side)] for side in ("B", "A"))
+    (G_B, G_A), (B, A) = kernels.gram_combine(joined.B, joined.A, P, Q, beside=measured, backend=backend)
+    found: list[Read] = []
+    for part, own in _slices(parts):
+        R, X_B, X_A = part.total_rank, stacked(G_B[own]), stacked(G_A[own])
+        products = (X_B[:, :, R:], X_A[:, :, R:]) if measured else None
+        gram = _checked(part, X_B[:, :R, :R].contiguous(), X_A[:, :R, :R].contiguous())
+        found.append((gram, Average((B[own], A[own]), products)))
+    return found
+
+
+def _slices(parts: Sequence[Members]) -> Iterator[tuple[Members, slice]]:
+    """The parts, and where the modules of each lie among all."""
     start = 0
     for part in parts:
-        own = slice(start, start := start + len(part.targets))
-        B, A = stacked(G_B[own]), stacked(G_A[own])
-        _check_traces(part.targets, B, A)
-        grams.append(_scaled(part, {"B": B, "A": A}))
-        averages.append((pair[0][own], pair[1][own]) if averaged else None)
-    return grams, averages
+        yield part, slice(start, start := start + len(part.targets))
+
+
+def _checked(members: Members, B: Tensor, A: Tensor) -> dict[Side, Tensor]:
+    """The Grams with the scalings, from those without, which are known to be finite."""
+    _check_traces(members.targets, B, A)
+    return _scaled(members, {"B": B, "A": A})
 
 
 def _scaled(members: Members, gram: dict[Side, Tensor]) -> dict[Side, Tensor]:

@@ -18,6 +18,7 @@ from ._stacks import Stacks
 CACHE_BYTES = 3 << 17  # of one block of factors: most of a small L2 cache
 JOB_WORK = 1 << 20  # work (vector operations) below which a range of rows is not worth a job of its own
 RANGES = 32
+CROSSED, APART, BESIDE = 0, 1, 2  # what a combination is to the product (native.c)
 PART_SHARE = 4  # the parts of a product have a fourth of the numbers of its factors at most
 
 
@@ -43,21 +44,21 @@ Coefficients = Sequence[Tensor]
 class _Side(NamedTuple):
     """One side's products: ``S^T S``, or ``S^T X``; or with P, ``S P`` is written to ``to`` in the same read.
 
-    What was written is then X, and more columns of S; not so where it is to stay ``apart``.
+    What was written, ``written`` says: it is X, and more columns of S; nothing else; or only more columns of S.
     """
 
     S: Stacks
     X: Stacks | None = None
     P: Coefficients | None = None
     to: Stacks | None = None
-    apart: bool = False
+    written: int = CROSSED
 
     def shapes(self) -> list[tuple[int, int]]:
         """Of every module, that of its product."""
-        ranks = self.S.ranks
-        columns = ranks if self.X is None else self.X.ranks
-        joined = columns if self.to is not None and not self.apart else [0] * len(ranks)
-        return [(own + more, k) for own, more, k in zip(ranks, joined, columns, strict=True)]
+        none = [0] * len(self.S)
+        joined = none if self.to is None or self.written == APART else self.to.ranks
+        rows = [own + more for own, more in zip(self.S.ranks, joined, strict=True)]
+        return list(zip(rows, rows if self.X is None else self.X.ranks, strict=True))
 
 
 def _matrices(shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -79,9 +80,12 @@ def combine_with_products(sides: Sequence[tuple[Stacks, Coefficients, Stacks]]) 
     return _products([_Side(S, to, P, to) for S, P, to in sides])
 
 
-def combine_with_grams(sides: Sequence[tuple[Stacks, Coefficients, Stacks]]) -> list[list[Tensor]]:
-    """``factor_combine``, and per side and module ``S^T S``, in one read of the factors."""
-    return _products([_Side(S, None, P, to, apart=True) for S, P, to in sides])
+def combine_with_grams(sides: Sequence[tuple[Stacks, Coefficients, Stacks]], *, beside: bool) -> list[list[Tensor]]:
+    """``factor_combine``, and per side and module ``S^T S``, in one read of the factors.
+
+    With what was written, as rounded, ``beside`` S: as its last columns.
+    """
+    return _products([_Side(S, None, P, to, BESIDE if beside else APART) for S, P, to in sides])
 
 
 def _products(sides: Sequence[_Side]) -> list[list[Tensor]]:
@@ -95,16 +99,14 @@ def _products(sides: Sequence[_Side]) -> list[list[Tensor]]:
     for side in sides:
         S, X = side.S, side.X
         results.append([])
-        for l, (own, length) in enumerate(zip(S.ranks, S.lengths, strict=True)):
-            k, other = (own, 0) if X is None else (X.ranks[l], X.at[l])
-            written = _written(side, l, width, kept)
-            R = own + (k if written.to and not side.apart else 0)
+        for l, ((R, k), own, length) in enumerate(zip(side.shapes(), S.ranks, S.lengths, strict=True)):
+            other, written = 0 if X is None else X.at[l], _written(side, l, width, kept)
             rows, columns = _padded(R, deep), _padded(k, width)
-            stacked = _padded(R, width) + (columns if other else 0) + (width + 1 if written.to else 0)
-            block = _rows_per_block(stacked)
+            packed = _padded(R, width) + (columns if other else 0) + (width + 1 if written.to else 0)
+            block = _rows_per_block(packed)
             cost = R * k // 8 + R + (own * k // 8 if written.stride else 0)
             ranges = _ranges(length, block, cost, length * R // (PART_SHARE * rows * columns + 1))
-            numbers, work = max(numbers, stacked * block), work + length * cost
+            numbers, work = max(numbers, packed * block), work + length * cost
             out = next(outputs)
             results[-1].append(out)
             wholes.append((part, len(ranges), rows, columns, R, k, X is None, out.data_ptr()))
@@ -117,12 +119,12 @@ def _products(sides: Sequence[_Side]) -> list[list[Tensor]]:
 
 
 class _Written(NamedTuple):
-    """The combination that a job of products writes first: where to, the coefficients, and whether it stays apart."""
+    """The combination that a job of products writes first: where to, coefficients, what it is to the product."""
 
     to: int = 0
     P: int = 0
     stride: int = 0
-    apart: bool = False
+    kind: int = CROSSED
 
 
 def _written(side: _Side, l: int, width: int, kept: list[Tensor | np.ndarray]) -> _Written:
@@ -133,12 +135,12 @@ def _written(side: _Side, l: int, width: int, kept: list[Tensor | np.ndarray]) -
     if P.ndim == 1 and rank % width == 0:
         scalars = (P.detach() if P.requires_grad else P).contiguous()
         kept.append(scalars)
-        return _Written(to, scalars.data_ptr(), 0, side.apart)
+        return _Written(to, scalars.data_ptr(), 0, side.written)
     if P.ndim == 1:
         P = spread_scalars(P, [rank] * side.S.counts[l])
     coefficients = _padded_columns(P, width)
     kept.append(coefficients)
-    return _Written(to, at(coefficients), coefficients.shape[1], side.apart)
+    return _Written(to, at(coefficients), coefficients.shape[1], side.written)
 
 
 def spread_scalars(p: Tensor, ranks: Sequence[int]) -> Tensor:

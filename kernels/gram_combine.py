@@ -23,6 +23,7 @@ def gram_combine(
     P: Sequence[Tensor],
     Q: Sequence[Tensor],
     *,
+    beside: bool = False,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Pairs, Pairs]:
@@ -30,21 +31,25 @@ def gram_combine(
 
     Args:
         B, A, P, Q, dtype, backend: as in ``factor_combine``; no side is skipped.
+        beside: the pair, as rounded, counts as one more client of every module, the last: its products with the
+            clients' factors, and its own, are in the Gram matrices too.
 
     Returns:
-        The Gram matrices, two lists of (R_l, R_l) float64; and the pair, lists of (m_l, r) and (r, n_l). On the CPU
-        from one read of the factors, on GPUs from two.
+        The Gram matrices, two lists of (R_l, R_l), or (R_l + r, R_l + r), float64; and the pair, lists of (m_l, r) and
+        (r, n_l). On the CPU from one read of the factors, on GPUs from two.
 
     Raises:
         ValueError, RuntimeError: as ``factor_combine``.
     """
     if not torch.compiler.is_compiling() and resolve(backend, first(B, A), native=True) == "native":
         sides = native_sides(B, A, P, Q, dtype)
-        G_B, G_A = combine_with_grams(sides)
+        G_B, G_A = combine_with_grams(sides, beside=beside)
         left, right = ([clients[0] for clients in to] for _, _, to in sides)
         return (G_B, G_A), (left, right)
-    grams = factor_gram(B, A, backend=backend)
     left, right = factor_combine(B, A, P, Q, dtype=dtype, backend=backend)
     assert left is not None
     assert right is not None
-    return grams, (left, right)
+    if beside:
+        B = [(*bs, b) for bs, b in zip(B, left, strict=True)]
+        A = [(*as_, a) for as_, a in zip(A, right, strict=True)]
+    return factor_gram(B, A, backend=backend), (left, right)

@@ -19,6 +19,18 @@ module after module may hold at its peak would then grow by them. Smaller ones a
 
 Buffer: TypeAlias = "np.ndarray | mmap.mmap"
 
+_ARRAYS = {
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.bfloat16: np.int16,  # NumPy has none: the same bits
+    torch.int64: np.int64,
+    torch.int32: np.int32,
+    torch.int16: np.int16,
+    torch.int8: np.int8,
+    torch.uint8: np.uint8,
+}
+
 
 def empty_buffer(nbytes: int) -> Buffer:
     """Bytes to be read into.
@@ -33,10 +45,11 @@ def empty_buffer(nbytes: int) -> Buffer:
 
 def tensor_in(buffer: Buffer, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Tensor:
     """The tensor whose bytes begin ``offset`` bytes into a buffer; it keeps the buffer."""
-    count = prod(shape)
-    if not count:
+    if not prod(shape):
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)
+    # a third of what torch.frombuffer takes, which lets other threads run at every step
+    tensor = torch.from_numpy(np.ndarray(shape, _ARRAYS[dtype], buffer, offset))
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
 class Trimmer:

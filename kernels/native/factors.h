@@ -181,7 +181,8 @@ static void FN(combine_block)(const struct product *p, const T *E, int64_t first
 
 /* The product of a job. */
 static void FN(products)(const struct product *p, double *work) {
-    const struct member *joined = p->apart ? 0 : p->to, *other = joined ? joined : p->other;
+    const struct member *joined = p->written == APART ? 0 : p->to;
+    const struct member *other = joined && p->written == CROSSED ? joined : p->other;
     int64_t R = p->R + (joined ? joined->rank : 0);
     T *E = (T *)work, *X = E + (R + WIDTH - 1) / WIDTH * WIDTH * p->block;
     T *Y = X + (other ? (p->k + WIDTH - 1) / WIDTH * WIDTH * p->block : 0);

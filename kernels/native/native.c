@@ -30,10 +30,13 @@ struct member {
     int64_t address, rank, type, along, across;
 };
 
+/* What a combination that was written, rounded, is to the product: it is X, and the last columns of E; nothing; or only
+ * the last columns of E. */
+enum { CROSSED, APART, BESIDE };
+
 /* E^T X, or E^T E, over rows [first, last) of stacked factors with R (and k) columns, in blocks; out is rows x columns.
  * With `to`, E P is first written to it: P is (R x lines of `stride` numbers), or one number per member (a multiple of
- * WIDTH columns each) where `stride` is 0. What was written, rounded, is then X, and the last columns of E; not so where
- * it is to stay `apart`. */
+ * WIDTH columns each) where `stride` is 0. */
 struct product {
     const struct member *members;
     int64_t count, R;
@@ -41,7 +44,7 @@ struct product {
     int64_t k, first, last, block, rows, columns;
     const struct member *to;
     const double *P;
-    int64_t stride, apart;
+    int64_t stride, written;
     double *out;
 };
 
@@ -216,7 +219,7 @@ int64_t fedgram_level(void) {
 #endif
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 10; }
+int64_t fedgram_abi(void) { return 11; }
 /* Rows of the Gram matrix of K gradients, and numbers of scratch space that it takes. */
 int64_t fedgram_gram_rows(int64_t K) { return gram_rows(K); }
 int64_t fedgram_gram_work(int64_t K) {

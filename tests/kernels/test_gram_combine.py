@@ -33,6 +33,24 @@ def check(B, A, P, Q, **options):
         unit = torch.finfo(got.dtype).eps
         assert torch.allclose(got.double(), want.double(), rtol=2 * unit, atol=1e-13)
         assert got.dtype == torch.float64 or int((got != want).sum()) <= 0.01 * got.numel()
+    check_beside(B, A, P, Q, **options)
+
+
+def check_beside(B, A, P, Q, **options):
+    """With the pair, as it was rounded, as one more client."""
+    options |= {"dtype": None}
+    (G_B, G_A), (left, right) = gram_combine(B, A, P, Q, beside=True, **options)
+    options.pop("dtype")
+    want_B, want_A = factor_gram(
+        [(*bs, b) for bs, b in zip(B, left, strict=True)],
+        [(*as_, a) for as_, a in zip(A, right, strict=True)],
+        **options,
+    )
+    for got, want in zip([*G_B, *G_A], [*want_B, *want_A], strict=True):
+        scale = want.diagonal().sqrt()
+        assert got.shape == want.shape
+        assert torch.equal(got, got.T)
+        assert bool(((got - want).abs() <= 1e-13 * scale[:, None] * scale + 1e-300).all())
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
