@@ -14,7 +14,7 @@ HELD = 1.5
 """Factors held at most, those being worked on and those read ahead, in units of the largest portion."""
 LEAST_HELD = 1 << 24
 """Bytes that may be held in any case: small portions need not wait for each other."""
-SPARE = 1 << 23
+SPARE = 1 << 22
 """Bytes that may be held beyond ``HELD`` where a whole second portion then fits: it is ready when the first is done."""
 
 

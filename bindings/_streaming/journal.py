@@ -48,6 +48,44 @@ class Record:
     facts: dict[str, Any]
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
+    @staticmethod
+    def of(document: Mapping[str, Any]) -> Record:
+        """The record of what JSON holds of it."""
+        tensors = {n: StoredTensor(**{**t, "shape": tuple(t["shape"])}) for n, t in document["tensors"].items()}
+        return Record(document["facts"], tensors)
+
+    def document(self) -> dict[str, Any]:
+        """What JSON holds of it."""
+        return {"facts": self.facts, "tensors": {name: t.document() for name, t in self.tensors.items()}}
+
+
+class Records(Mapping[str, Record]):
+    """Results by key, kept as JSON: a third of the memory, which counts where modules are many and small."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, bytes] = {}
+        self._last: tuple[str, Record] | None = None
+
+    def __getitem__(self, key: str) -> Record:
+        if self._last is None or self._last[0] != key:  # what is asked of a record is asked in a row
+            self._last = key, Record.of(json.loads(self._texts[key]))
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._texts
+
+    def add(self, records: Mapping[str, Record]) -> bytes:
+        """Keep records; the line that holds them."""
+        texts = {key: json.dumps(r.document(), separators=(",", ":")).encode() for key, r in records.items()}
+        self._texts |= texts
+        return b"{%b}\n" % b",".join(b"%b:%b" % (json.dumps(key).encode(), text) for key, text in texts.items())
+
 
 class Journal:
     """Results by key, appended as they are finished: first the bytes of the tensors, then one line that counts them.
@@ -66,7 +104,7 @@ class Journal:
 
     def __init__(self, directory: Path, room: int = 0) -> None:
         self.directory, self.room, self.data = directory, room, directory / DATA
-        self.records: dict[str, Record] = {}
+        self.records = Records()
         self._lines = self._open(LINES, 0o600)
         _own(self.data)
         self._data = self._open(DATA, 0o666)  # the directory is closed to others
@@ -131,13 +169,8 @@ class Journal:
         return StoredTensor(DTYPE_CODES[tensor.dtype], tuple(tensor.shape), start, len(part), zlib.crc32(part))
 
     def _finish(self, records: dict[str, Record]) -> None:
-        document = {
-            key: {"facts": r.facts, "tensors": {name: t.document() for name, t in r.tensors.items()}}
-            for key, r in records.items()
-        }
         self._lines.seek(0, os.SEEK_END)
-        self._write(self._lines, memoryview(json.dumps(document, separators=(",", ":")).encode() + b"\n"))
-        self.records |= records
+        self._write(self._lines, memoryview(self.records.add(records)))
         with filed_errors(self.data):
             self._flush(self._data.seek(0, os.SEEK_END))
 
@@ -155,7 +188,7 @@ class Journal:
             found = _parse(line)
             if found is None or not all(self._is_whole(t) for r in found.values() for t in r.tensors.values()):
                 break
-            self.records |= found
+            self.records.add(found)
             end_of_lines += len(line)
             ends = (t.start + t.nbytes for r in found.values() for t in r.tensors.values())
             end_of_data = max(end_of_data, *ends, 0)
@@ -252,13 +285,7 @@ def _parse(line: bytes) -> dict[str, Record] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        document = json.loads(line)
-        return {
-            key: Record(
-                r["facts"], {n: StoredTensor(**{**t, "shape": tuple(t["shape"])}) for n, t in r["tensors"].items()}
-            )
-            for key, r in document.items()
-        }
+        return {key: Record.of(document) for key, document in json.loads(line).items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
