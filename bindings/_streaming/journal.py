@@ -67,9 +67,10 @@ class Records(Mapping[str, Record]):
         self._last: tuple[str, Record] | None = None
 
     def __getitem__(self, key: str) -> Record:
-        if self._last is None or self._last[0] != key:  # what is asked of a record is asked in a row
-            self._last = key, Record.of(json.loads(self._texts[key]))
-        return self._last[1]
+        last = self._last  # what is asked of a record is asked in a row
+        if last is None or last[0] != key:
+            self._last = last = key, Record.of(json.loads(self._texts[key]))
+        return last[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._texts)
@@ -84,6 +85,7 @@ class Records(Mapping[str, Record]):
         """Keep records; the line that holds them."""
         texts = {key: json.dumps(r.document(), separators=(",", ":")).encode() for key, r in records.items()}
         self._texts |= texts
+        self._last = None
         return b"{%b}\n" % b",".join(b"%b:%b" % (json.dumps(key).encode(), text) for key, text in texts.items())
 
 
