@@ -42,7 +42,7 @@ class Errors:
 
     @cached_property
     def rho(self) -> list[float]:
-        """(L) relative divergence; NaN where dW is zero."""
+        """L numbers, relative divergence; NaN where dW is zero."""
         return (self.error / self.energy).sqrt().tolist()
 
 
@@ -209,8 +209,8 @@ def shows(dtype: torch.dtype) -> bool:
 
 def _exact_errors(group: Group, pair: AnyPair) -> Errors | None:
     """Errors in exact arithmetic, or None where rounding of the factors could be seen in three digits of one."""
-    own = torch.finfo(group.targets[0].dtype)
-    if group.gram is None or group.device.type != "cpu" or pair.status == "exact" or own.eps > SEEN:
+    dtype = group.targets[0].dtype
+    if group.gram is None or group.device.type != "cpu" or pair.status == "exact" or shows(dtype):
         return None
     evidence = pair.evidence
     if evidence is None and isinstance(pair, Pair):
@@ -218,7 +218,7 @@ def _exact_errors(group: Group, pair: AnyPair) -> Errors | None:
     if evidence is None:
         return None
     # elements rounded to u = eps / 2 move the product by 2 u |B| |A|, if none of them over- or underflows
-    norms, errors = evidence.norms.numpy(), evidence.error.numpy()
+    own, norms, errors = torch.finfo(dtype), evidence.norms.numpy(), evidence.error.numpy()
     unseen = own.eps * norms[:, 0] * norms[:, 1] <= SEEN * np.sqrt(errors)
     within = (norms < 0.01 * own.max) & (norms > own.tiny / own.eps)
     return Errors(energies(group), evidence.error) if unseen.all() and within.all() else None

@@ -125,9 +125,9 @@ def make_target(
 def _numbers(scalings: Sequence[float] | Tensor | None, count: int) -> tuple[float, ...]:
     if scalings is None:
         return (1.0,) * count
-    if isinstance(scalings, Tensor):
-        return tuple(scalings.double().flatten().tolist())
-    return tuple([float(s) for s in scalings])
+    if not isinstance(scalings, Tensor) and all(type(s) is float for s in scalings):  # as the layers have them
+        return tuple(scalings)
+    return tuple(torch.as_tensor(scalings, dtype=torch.float64, device="cpu").flatten().tolist())
 
 
 @lru_cache(maxsize=64)

@@ -54,9 +54,10 @@ class Record:
         tensors = {n: StoredTensor(**{**t, "shape": tuple(t["shape"])}) for n, t in document["tensors"].items()}
         return Record(document["facts"], tensors)
 
-    def document(self) -> dict[str, Any]:
-        """What JSON holds of it."""
-        return {"facts": self.facts, "tensors": {name: t.document() for name, t in self.tensors.items()}}
+    def text(self) -> bytes:
+        """As JSON."""
+        document = {"facts": self.facts, "tensors": {name: t.document() for name, t in self.tensors.items()}}
+        return json.dumps(document, separators=(",", ":")).encode()
 
 
 class Records(Mapping[str, Record]):
@@ -81,12 +82,10 @@ class Records(Mapping[str, Record]):
     def __contains__(self, key: object) -> bool:
         return key in self._texts
 
-    def add(self, records: Mapping[str, Record]) -> bytes:
-        """Keep records; the line that holds them."""
-        texts = {key: json.dumps(r.document(), separators=(",", ":")).encode() for key, r in records.items()}
+    def add(self, texts: Mapping[str, bytes]) -> None:
+        """Keep records as their JSON."""
         self._texts |= texts
         self._last = None
-        return b"{%b}\n" % b",".join(b"%b:%b" % (json.dumps(key).encode(), text) for key, text in texts.items())
 
 
 class Journal:
@@ -171,8 +170,11 @@ class Journal:
         return StoredTensor(DTYPE_CODES[tensor.dtype], tuple(tensor.shape), start, len(part), zlib.crc32(part))
 
     def _finish(self, records: dict[str, Record]) -> None:
+        texts = {key: record.text() for key, record in records.items()}
+        line = b",".join(b"%b:%b" % (json.dumps(key).encode(), text) for key, text in texts.items())
         self._lines.seek(0, os.SEEK_END)
-        self._write(self._lines, memoryview(self.records.add(records)))
+        self._write(self._lines, memoryview(b"{%b}\n" % line))
+        self.records.add(texts)  # what could not be written is not kept
         with filed_errors(self.data):
             self._flush(self._data.seek(0, os.SEEK_END))
 
@@ -190,7 +192,7 @@ class Journal:
             found = _parse(line)
             if found is None or not all(self._is_whole(t) for r in found.values() for t in r.tensors.values()):
                 break
-            self.records.add(found)
+            self.records.add({key: record.text() for key, record in found.items()})
             end_of_lines += len(line)
             ends = (t.start + t.nbytes for r in found.values() for t in r.tensors.values())
             end_of_data = max(end_of_data, *ends, 0)

@@ -8,7 +8,7 @@ import torch
 
 from fedgram.bindings._files.buffers import empty_buffer, tensor_in
 from fedgram.bindings._files.tensor_header import DTYPES
-from fedgram.bindings._streaming.journal import Journal, Record, Records, StoredTensor
+from fedgram.bindings._streaming.journal import LINES, Journal, Record, Records, StoredTensor
 
 NAMES = ["layer model.q_proj", 'extra "quoted" \\ name', "residual ünïcode", ""]
 
@@ -24,25 +24,21 @@ def same(x, y):
 
 def test_records_come_back_as_they_were_kept():
     records = Records()
-    first = records.add({name: record(i) for i, name in enumerate(NAMES[:2])})
-    second = records.add({name: record(i + 2) for i, name in enumerate(NAMES[2:])})
+    records.add({name: record(i).text() for i, name in enumerate(NAMES[:2])})
+    records.add({name: record(i + 2).text() for i, name in enumerate(NAMES[2:])})
     assert list(records) == NAMES
     assert (len(records), "another" in records, records.get("another")) == (4, False, None)
     for i, name in [*enumerate(NAMES), (1, NAMES[1]), (1, NAMES[1])]:
         same(records[name], record(i))
-    for line, names in ((first, NAMES[:2]), (second, NAMES[2:])):
-        assert line.endswith(b"\n")
-        assert line.count(b"\n") == 1
-        assert list(json.loads(line)) == names
     with pytest.raises(KeyError):
         records["another"]
 
 
 def test_a_key_kept_again_is_the_new_one():
     records = Records()
-    records.add({"x": record(1)})
+    records.add({"x": record(1).text()})
     same(records["x"], record(1))
-    records.add({"x": record(2)})
+    records.add({"x": record(2).text()})
     same(records["x"], record(2))
 
 
@@ -52,10 +48,29 @@ def test_a_journal_opened_again_has_the_same_records(tmp_path):
     journal.append({name: ({"number": i}, tensors) for i, name in enumerate(NAMES)})
     kept = {name: journal.records[name] for name in NAMES}
     journal.close()
+    [line] = (tmp_path / LINES).read_text().splitlines()
+    assert list(json.loads(line)) == NAMES
     again = Journal(tmp_path)
     assert {name: again.records[name] for name in again.records} == kept
     assert all(torch.equal(again.read(name, "B"), tensors["B"]) for name in NAMES)
     again.close()
+
+
+def test_what_could_not_be_written_is_not_kept(tmp_path, monkeypatch):
+    journal = Journal(tmp_path)
+    journal.append({"first": ({}, {"A": torch.ones(3)})})
+    write = Journal._write
+
+    def full(self, file, part):
+        if file is self._lines:
+            raise OSError(28, "No space left on device", "disk")
+        write(self, file, part)
+
+    monkeypatch.setattr(Journal, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        journal.append({"second": ({}, {"A": torch.ones(3)})})
+    assert list(journal.records) == ["first"]
+    journal.close()
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -75,3 +75,14 @@ def test_gradients(K, dtype):
     G = gradients(K, dtype=dtype)
     kernels.grad_gram(G, backend="triton")
     kernels.grad_combine(G, torch.ones(K, dtype=torch.float64), backend="triton")
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 3, 10, 37], [0, 1]])
+@pytest.mark.parametrize("dtype", TYPES[:2])
+def test_inputs_and_output_gradients(offsets, dtype):
+    N = offsets[-1]
+    kernels.ghost_gram(torch.randn(N, 19).to(dtype), torch.randn(N, 7).to(dtype), offsets, bias=True, backend="triton")
+
+
+def test_rows_of_classes():
+    kernels.subset_select(torch.randn(33, 13), [0, 5, 5, 33], [2, 0, 7], backend="triton")
