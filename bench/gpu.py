@@ -25,7 +25,15 @@ from types import ModuleType
 from typing import Any
 
 SCRIPT = Path(__file__).resolve()
-CHECKS = ("correctness", "repeats", "graphs", "compiled", "sanitizers")  # side by side: they only need to be right
+PARTS = ("bf16", "fp32", "fp16", "fp64", "subset", "estimates")  # of the correctness checks, by type and kind
+CHECKERS = ("memcheck", "racecheck", "initcheck", "planted")  # the last one must find a fault that was put there
+CHECKS = (  # side by side: they only need to be right
+    *(f"correctness {part}" for part in PARTS),
+    "repeats",
+    "graphs",
+    "compiled",
+    *(f"sanitizer {checker}" for checker in CHECKERS),
+)
 TIMINGS = ("timings", "end_to_end")  # one after the other, alone on the device
 SECTIONS = CHECKS + TIMINGS
 CHECK_SHARE = 0.45  # of the time limit that the checks may take
@@ -46,22 +54,24 @@ def run_section(name: str, part: Path | None, deadline: float) -> list[dict[str,
     import torch
 
     support = importlib.import_module("fedgram.bench.gpu_support")
-    module = importlib.import_module(f"fedgram.bench.gpu_{name if name in TIMINGS else 'checks'}")
+    kind, *which = name.split()
+    room = {"sanitizer": "sanitizers", "sanitized": "sanitizers"}.get(kind, kind if kind in TIMINGS else "checks")
+    module = importlib.import_module(f"fedgram.bench.gpu_{room}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     journal = support.Journal(part, deadline)
     try:
-        arguments = (SCRIPT,) if name == "sanitizers" else ()
-        getattr(module, name)(journal, device, *arguments)
+        arguments = (SCRIPT,) if kind == "sanitizer" else ()
+        getattr(module, kind)(journal, device, *which, *arguments)
     except Exception as error:
         journal.add(name=name, ok=False, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-        if name == "sanitized":
+        if kind == "sanitized":
             raise
     return journal.rows
 
 
 def start(name: str, folder: Path, seconds: float) -> tuple[subprocess.Popen[bytes], Path, Path]:
     """Start a section as a process that knows how long it has."""
-    part, log = folder / f"{name}.json", folder / f"{name}.log"
+    part, log = (folder / f"{name.replace(' ', '-')}.{ending}" for ending in ("json", "log"))
     command = [sys.executable, "-P", str(SCRIPT), "--section", name, "--part", str(part), "--limit", str(seconds)]
     with log.open("wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT), part, log
@@ -147,7 +157,7 @@ def summary(report: Mapping[str, Any]) -> str:
         rows = section["rows"]
         good, bad = (sum(row.get("ok") is value for row in rows) for value in (True, False))
         ended = "" if section["exit"] == 0 else f"; ended: {section['exit']}"
-        lines.append(f"{name:12} {good} ok, {bad} failed, {len(rows) - good - bad} skipped{ended}")
+        lines.append(f"{name:22} {good} ok, {bad} failed, {len(rows) - good - bad} skipped{ended}")
         lines += [f"  FAILED {row['name']}: {failure(row)}" for row in rows if row.get("ok") is False]
         lines += [
             f"  skipped {reason}" for reason in dict.fromkeys(r["skipped"][:100] for r in rows if r.get("skipped"))
@@ -188,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/gpu.json"), help="the JSON to write")
     parser.add_argument("--dry-run", action="store_true", help="tiny inputs in Triton's interpreter, no GPU")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds in all")
-    parser.add_argument("--section", choices=(*SECTIONS, "sanitized"), help=argparse.SUPPRESS)
+    parser.add_argument("--section", choices=(*SECTIONS, "sanitized all", "sanitized planted"), help=argparse.SUPPRESS)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.dry_run:

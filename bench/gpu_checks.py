@@ -1,15 +1,8 @@
-"""The GPU script's checks: right, repeatable to the bit, capturable, compilable, clean under sanitisers."""
+"""The GPU script's checks: right, repeatable to the bit, capturable, compilable."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
-from glob import glob
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +18,17 @@ KERNELS = "triton"
 REPEATS = 20
 
 
-def correctness(journal: Journal, device: torch.device) -> None:
-    """Every operation against float64, its outputs poisoned and guarded; the torch twin on the device beside it."""
-    for case in all_cases(device):
+def correctness(journal: Journal, device: torch.device, part: str) -> None:
+    """Every operation against float64, its outputs poisoned and guarded; the torch twin on the device beside it.
+
+    A part is one type, or ``subset``, or ``estimates``: each compiles kernels of its own: they run side by side.
+    """
+    if part == "estimates":
+        for method in flora_na.batched.METHODS:
+            journal.guard(f"estimate_modules({method})", lambda method=method: _estimated(method, device))
+        return
+    for case in all_cases(device, part):
         journal.guard(case.name, lambda case=case: _check(case))
-    for method in flora_na.batched.METHODS:
-        journal.guard(f"estimate_modules({method})", lambda method=method: _estimated(method, device))
 
 
 def _estimated(method: str, device: torch.device) -> dict[str, Any]:
@@ -221,57 +219,3 @@ def _apart(x: Tensor, y: Tensor) -> float:
     if not x.numel():
         return 0.0
     return float((x.double() - y.double()).norm() / x.double().norm().clamp_min(1e-30))
-
-
-def sanitizers(journal: Journal, device: torch.device, script: Path) -> None:
-    """Small cases under compute-sanitizer's memory and race checkers, where the tool is there."""
-    tool = sanitizer()
-    if tool is None or device.type != "cuda":
-        journal.add(name="compute-sanitizer", ok=None, skipped="not found" if tool is None else "needs a GPU")
-        return
-    for checker in ("memcheck", "racecheck", "initcheck"):
-        journal.guard(checker, lambda checker=checker: _sanitize(tool, checker, script, journal.deadline), need_s=20)
-
-
-def sanitizer() -> str | None:
-    """The path of compute-sanitizer, or None."""
-    found = [shutil.which("compute-sanitizer"), *sorted(glob("/usr/local/cuda*/bin/compute-sanitizer"))]
-    return next((path for path in found if path), None)
-
-
-def _sanitize(tool: str, checker: str, script: Path, deadline: float) -> dict[str, Any]:
-    command = [
-        tool,
-        "--tool",
-        checker,
-        "--error-exitcode",
-        "99",
-        "--kernel-regex",
-        "kns=_kernel",
-        "--print-limit",
-        "20",
-    ]
-    command += [sys.executable, "-P", str(script), "--section", "sanitized"]
-    limit = max(10.0, min(150.0, deadline - time.monotonic()))
-    # without torch's caching allocator every tensor is an allocation of its own, whose bounds the checker knows
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
-    except subprocess.TimeoutExpired as late:
-        return {"ok": None, "skipped": f"not done in {limit:.0f} s", "output": _text(late.stdout)[-2000:]}
-    summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
-    clean = done.returncode == 0 and bool(summary)
-    output = "" if clean else (done.stdout + done.stderr)[-6000:]
-    return {"ok": clean if summary else None, "summary": summary, "exit": done.returncode, "output": output}
-
-
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
-
-
-def sanitized(journal: Journal, device: torch.device) -> None:
-    """What runs under a sanitiser: every kernel once."""
-    for case in small_cases(device):
-        case.run(KERNELS)
-        torch.cuda.synchronize(device)
-    journal.add(name="ran", ok=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .measure import synchronise
 
 SENTINEL = 7.0
+LONGEST = 8  # kernels that are told by name
 MARGIN = 3  # elements or rows around a provoking layout
 
 
@@ -115,10 +116,11 @@ class Guarded:
         return bool((self.room[outside] == SENTINEL).all())
 
 
-def kernel_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 20) -> float | None:
-    """Seconds that the GPU computes in one run, launches' gaps left out; None where no profiler works."""
+def kernel_times(run: Callable[[], Any], device: torch.device, repeats: int = 20) -> dict[str, Any]:
+    """``kernels_s``, the seconds that the GPU computes in one run (gaps between launches left out), and ``kernels``,
+    the longest of them by name with their number; nothing where no profiler works."""
     if device.type != "cuda":
-        return None
+        return {}
     try:
         from torch.profiler import ProfilerActivity, profile
 
@@ -128,10 +130,12 @@ def kernel_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 
             for _ in range(repeats):
                 run()
             torch.cuda.synchronize()
-        total = sum(e.self_device_time_total for e in trace.key_averages())
-    except Exception:  # a profiler that cannot start costs a column, no more
-        return None
-    return total * 1e-6 / repeats or None
+        events = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
+    except Exception as error:  # a profiler that cannot start costs columns, no more
+        return {"profiler": f"{type(error).__name__}: {error}"}
+    times = {e.key[:60]: [e.self_device_time_total * 1e-6 / repeats, e.count / repeats] for e in events}
+    total = sum(seconds for seconds, _ in times.values())
+    return {"kernels_s": total, "kernels": dict(list(times.items())[:LONGEST])} if total else {}
 
 
 def host_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
