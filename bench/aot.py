@@ -50,9 +50,9 @@ def kernel_files() -> Iterator[str]:
             yield module.name
 
 
-def configs(file: str) -> list[Any]:
-    """The configurations that a kernel file ships (``aot_configs()``)."""
-    return importlib.import_module(f"fedgram.kernels.{file}").aot_configs()
+def configs(file: str, target: str) -> list[Any]:
+    """The configurations that a kernel file ships for a target (``aot_configs``), of the same names for all."""
+    return importlib.import_module(f"fedgram.kernels.{file}").aot_configs(target)
 
 
 def compile_config(config: Any, target: str) -> Any:
@@ -63,18 +63,19 @@ def compile_config(config: Any, target: str) -> Any:
 
     signature, constexprs, attributes = _specialised(config, target)
     source = ASTSource(fn=config.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=_options(config))
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=_options(config, target))
 
 
 def fingerprint(config: Any, target: str) -> str:
     """A short hash of what decides the machine code under one Triton version, and of how it is read."""
-    parts = [config.kernel.cache_key, *_specialised(config, target), _options(config), TARGETS[target]]
+    parts = [config.kernel.cache_key, *_specialised(config, target), _options(config, target), TARGETS[target]]
     parts += [inspect.getsource(module) for module in (aot_machine_code, _specialised, compile_config)]
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def _options(config: Any) -> dict[str, Any]:
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+def _options(config: Any, target: str) -> dict[str, Any]:
+    limit = {} if config.registers is None or TARGETS[target][0] == "hip" else {"maxnreg": config.registers}
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True, **limit}
 
 
 def _specialised(config: Any, target: str) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
@@ -126,7 +127,7 @@ def gate(config: Any, target: str, figures: dict[str, int], committed: dict[str,
 def work(job: tuple[str, int, str]) -> tuple[str, tuple[str | bytes, int] | str]:
     """Compile configuration ``index`` of a file; a failure to compile comes back as text."""
     file, index, target = job
-    config = configs(file)[index]
+    config = configs(file, target)[index]
     try:
         return config.name, machine_code(_compile_again(config, target), target)
     except Exception as error:  # whatever a compiler throws is a finding about this configuration
@@ -145,9 +146,9 @@ def _compile_again(config: Any, target: str) -> Any:
         return compile_config(config, target)
 
 
-def shipped_configs(only: str = "", sample: bool = False) -> list[tuple[str, int, Any]]:
+def shipped_configs(target: str, only: str = "", sample: bool = False) -> list[tuple[str, int, Any]]:
     """``(file, index, configuration)`` of all with ``only`` in their name; with ``sample`` the first of each kernel."""
-    shipped = [(f, i, c) for f in kernel_files() for i, c in enumerate(configs(f)) if only in c.name]
+    shipped = [(f, i, c) for f in kernel_files() for i, c in enumerate(configs(f, target)) if only in c.name]
     if not sample:
         return shipped
     return list({id(c.kernel): (f, i, c) for f, i, c in reversed(shipped)}.values())[::-1]
@@ -162,15 +163,18 @@ def run(
     targets: Iterable[str], only: str = "", sample: bool = False, jobs: int | None = None, changed: bool = False
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Compile for ``targets``: figures[target][name], and the faults found by "target name"."""
-    shipped = shipped_configs(only, sample)
-    by_name = {c.name: c for _, _, c in shipped}
-    if len(by_name) != len(shipped):
+    shipped = {t: shipped_configs(t, only, sample) for t in targets}
+    by_name = {t: {c.name: c for _, _, c in found} for t, found in shipped.items()}
+    if any(len(by_name[t]) != len(found) for t, found in shipped.items()):
         raise ValueError("two shipped configurations have one name")
     figures: dict[str, Any] = {}
     faults: dict[str, list[str]] = {}
     committed = read_table().get(triton_version(), {})
     with tempfile.TemporaryDirectory() as cache, _compilers(jobs or os.cpu_count() or 1, cache) as pool:
-        chosen = {t: [(f, i, c) for f, i, c in shipped if not changed or _is_due(c, t, committed)] for t in targets}
+        chosen = {
+            t: [(f, i, c) for f, i, c in found if not changed or _is_due(c, t, committed)]
+            for t, found in shipped.items()
+        }
         compiling = {t: [pool.submit(work, (f, i, t)) for f, i, _ in found] for t, found in chosen.items()}
         for target, futures in compiling.items():
             results = dict(future.result() for future in futures)
@@ -179,11 +183,11 @@ def run(
             names = [name for name in results if name not in broken]
             rows = figures_of([results[name] for name in names], target)
             figures[target] = {
-                name: row | {"source": fingerprint(by_name[name], target)}
+                name: row | {"source": fingerprint(by_name[target][name], target)}
                 for name, row in zip(names, rows, strict=True)
             }
             for name, row in figures[target].items():
-                if found := gate(by_name[name], target, row, committed.get(target, {}).get(name)):
+                if found := gate(by_name[target][name], target, row, committed.get(target, {}).get(name)):
                     faults[f"{target} {name}"] = found
     return figures, faults
 
@@ -236,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, row in rows.items():
             print(f"{target:7s} {name:44s}", " ".join(f"{k}={v}" for k, v in row.items()))
     if options.write:
-        table, shipped = read_table(), {c.name for _, _, c in shipped_configs()}
+        table, shipped = read_table(), {c.name for _, _, c in shipped_configs(targets[0])}
         held = table.setdefault(triton_version(), {})
         for target, rows in figures.items():
             held[target] = {k: row for k, row in (held.get(target, {}) | rows).items() if k in shipped}

@@ -112,8 +112,13 @@ def _combine_case(
     truth = [torch.cat(list(bs), 1).double() @ p for bs, p in zip(B, blocks_P, strict=True)]
     truth += [q @ torch.cat(list(as_), 0).double() for as_, q in zip(A, blocks_Q, strict=True)]
     contenders = [
-        # one rounding of the output type
-        Contender("factor_combine", partial(kernels.factor_combine, B, A, P, Q), "ours", 1e-7),
+        # one rounding of the output type; on a GPU three tf32 products as well
+        Contender(
+            "factor_combine",
+            partial(kernels.factor_combine, B, A, P, Q),
+            "ours",
+            1e-7 if device.type == "cpu" else 2e-6,
+        ),
         Contender(plain.__doc__ or "", lambda: plain(B, A), "torch", 1e-5),
     ]
     flops = 2 * lora.modules * (lora.m + lora.n) * sum(p.numel() for p in P) / lora.modules

@@ -130,12 +130,17 @@ def kernel_times(run: Callable[[], Any], device: torch.device, repeats: int = 20
             for _ in range(repeats):
                 run()
             torch.cuda.synchronize()
-        events = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
+        events = list(trace.key_averages())
     except Exception as error:  # a profiler that cannot start costs columns, no more
         return {"profiler": f"{type(error).__name__}: {error}"}
-    times = {e.key[:60]: [e.self_device_time_total * 1e-6 / repeats, e.count / repeats] for e in events}
+    times: dict[str, list[float]] = {}
+    for e in events:
+        sums = times.setdefault(e.key[:60], [0.0, 0.0])
+        sums[0] += e.self_device_time_total * 1e-6 / repeats
+        sums[1] += e.count / repeats
     total = sum(seconds for seconds, _ in times.values())
-    return {"kernels_s": total, "kernels": dict(list(times.items())[:LONGEST])} if total else {}
+    longest = sorted((n for n in times if times[n][0] > 0), key=lambda n: -times[n][0])[:LONGEST]
+    return {"kernels_s": total, "kernels": {n: times[n] for n in longest}} if total else {}
 
 
 def host_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedgram import kernels
 
 from ._batched_algebra import layout_of, positions_of
+from .group import stacked
 
 Side = Literal["B", "A"]
 Factors = Sequence[Sequence[Tensor]]
@@ -42,9 +43,10 @@ class BatchedGroup:
         scalings: Tensor,
         *,
         formed: bool,
+        precise: bool,
         backend: str,
     ) -> None:
-        self.B, self.A, self.ranks, self.backend = B, A, ranks, backend
+        self.B, self.A, self.ranks, self.precise, self.backend = B, A, ranks, precise, backend
         self.modules, self.total_rank, self.rank = len(ids), sum(ranks), max(ranks)
         layout, positions = layout_of, positions_of
         if torch.compiler.is_compiling():  # a trace holds them as constants
@@ -73,10 +75,11 @@ class BatchedGroup:
         self.mass = (self.D.squeeze(-1) * self.norms["B"] * self.norms["A"]).sum(-1)
 
     def _grams(self, B: Factors, A: Factors) -> dict[Side, Tensor]:
-        G_B, G_A = kernels.factor_gram(B, A, backend=self.backend)
+        G_B, G_A = kernels.factor_gram(B, A, precise=self.precise, backend=self.backend)
+        in_one = torch.stack if torch.compiler.is_compiling() else stacked
         return {
-            "B": torch.stack(G_B) * self.scale["B"] * self.scale["B"].mT,
-            "A": torch.stack(G_A) * self.scale["A"] * self.scale["A"].mT,
+            "B": in_one(G_B).mul_(self.scale["B"]).mul_(self.scale["B"].mT),
+            "A": in_one(G_A).mul_(self.scale["A"]).mul_(self.scale["A"].mT),
         }
 
     def apply(self, side: Side, X: Tensor) -> Tensor:

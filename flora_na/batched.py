@@ -24,6 +24,8 @@ from .divergence import MARGIN, ROUNDING, ZERO
 METHODS = ("fedavg", "flora-na", "als")
 GRAM_RANK_LIMIT = 1024
 """Total rank up to which the Grams of all modules are kept: at 224 modules they take 4 GB there, and 9 GB at 1600."""
+GRAM_SHARE = 8
+"""Above it they are kept where they take at most one part in so many of the device's memory."""
 
 
 class BatchedEstimate(NamedTuple):
@@ -60,15 +62,16 @@ def estimate_modules(
     rank: int | None = None,
     sweeps: int = 24,
     tolerance: float = 1e-6,
+    precise: bool = True,
     backend: str = "auto",
 ) -> BatchedEstimate:
     """Estimate one pair per module for ``dW_l = sum_u w_u s_u B_lu A_lu`` (arXiv:2509.26399), all modules at once.
 
     Nothing of it makes the host wait for the device. The price is a fixed number of sweeps (a module that has
     converged is kept as it is), Cholesky factors in place of eigenvalues, and a simpler gauge: for ``als`` the rows of
-    A are orthogonal and every column of B is as long as its row of A. Up to a total rank of 1024 the Grams are formed
-    once; above it products with them are taken from the factors (``flora-na`` by conjugate gradients), and the norms
-    from Grams of a few modules at a time.
+    A are orthogonal and every column of B is as long as its row of A. Up to a total rank of 1024, and above it where
+    they take an eighth of the device's memory at most, the Grams are formed once; else products with them are taken
+    from the factors (``flora-na`` by conjugate gradients), and the norms from Grams of a few modules at a time.
 
     Args:
         B: ``B[l][u]`` (m_l, r_lu); all modules have the same clients. ``kernels.prepare`` and ``kernels.FactorSlab``
@@ -81,6 +84,8 @@ def estimate_modules(
         rank: of ``als``; None is, per module, the largest client rank.
         sweeps: of ``als``; ``flora-na`` (which ``als`` starts from) takes a third of them.
         tolerance: a module has converged once a sweep lowers its squared error by less than this fraction of it.
+        precise: take Grams and the evidence from float64 products. False is faster where arithmetic counts (some
+            hundred clients), and leaves rho certain only where little cancels.
         backend: ``auto``, ``triton`` or ``torch``.
 
     Raises:
@@ -90,7 +95,7 @@ def estimate_modules(
     device, U = B[0][0].device, len(B[0])
     w = torch.full((U,), 1.0, dtype=torch.float64, device=device) if weights is None else weights.to(device).double()
     s = torch.ones_like(w) if scalings is None else scalings.to(device).double()
-    groups = _groups(B, A, w / w.sum(), s, backend)
+    groups = _groups(B, A, w / w.sum(), s, precise, backend)
     P: list[Tensor] = [w] * len(B)
     Q: list[Tensor] = [w] * len(B)
     ran = torch.zeros(len(B), dtype=torch.int64, device=device)
@@ -105,7 +110,7 @@ def estimate_modules(
     out_B, out_A = kernels.factor_combine(B, A, P, Q, backend=backend)
     assert out_B is not None
     assert out_A is not None
-    norm, rho, certain = _measured(groups, B, A, out_B, out_A, backend)
+    norm, rho, certain = _measured(groups, B, A, out_B, out_A, precise, backend)
     return BatchedEstimate(out_B, out_A, rho, norm, certain, ran, converged)
 
 
@@ -129,7 +134,9 @@ def _check(
             raise ValueError(f"{name}: expected shape ({U},), got {tuple(given.shape)}")
 
 
-def _groups(B: Factors, A: Factors, w: Tensor, s: Tensor, backend: str) -> list[tuple[BatchedGroup, list[int]]]:
+def _groups(
+    B: Factors, A: Factors, w: Tensor, s: Tensor, precise: bool, backend: str
+) -> list[tuple[BatchedGroup, list[int]]]:
     """Modules by their clients' ranks; the Grams of all that form them in one call."""
     order: dict[tuple[int, ...], list[int]] = {}
     if isinstance(B, kernels.PreparedSide):  # reading the shapes of 20,000 tensors takes 10 ms
@@ -142,9 +149,17 @@ def _groups(B: Factors, A: Factors, w: Tensor, s: Tensor, backend: str) -> list[
     for ranks, ids in order.items():
         whole = len(ids) == len(B)  # prepared factors are passed on as they are
         sides = (B, A) if whole else ([B[l] for l in ids], [A[l] for l in ids])
-        formed = sum(ranks) <= GRAM_RANK_LIMIT
-        groups.append((BatchedGroup(*sides, ranks, ids, w, s, formed=formed, backend=backend), ids))
+        formed = _kept(sum(ranks), len(ids), w.device)
+        group = BatchedGroup(*sides, ranks, ids, w, s, formed=formed, precise=precise, backend=backend)
+        groups.append((group, ids))
     return groups
+
+
+def _kept(total_rank: int, modules: int, device: torch.device) -> bool:
+    """Whether the Grams are formed once for all."""
+    if total_rank <= GRAM_RANK_LIMIT or device.type != "cuda":
+        return total_rank <= GRAM_RANK_LIMIT
+    return 2 * 8 * total_rank**2 * modules <= torch.cuda.get_device_properties(device).total_memory // GRAM_SHARE
 
 
 def _solve(group: BatchedGroup, method: str, rank: int | None, sweeps: int, tolerance: float) -> tuple[Tensor, ...]:
@@ -183,17 +198,18 @@ def _measured(
     A: Factors,
     out_B: list[Tensor],
     out_A: list[Tensor],
+    precise: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``||dW||``, rho of the factors as they are returned, and whether it is certain, (L,) each."""
-    X_B, X_A = kernels.factor_cross(B, A, out_B, out_A, backend=backend)
-    S_B, S_A = kernels.factor_gram([[b] for b in out_B], [[a] for a in out_A], backend=backend)
+    X_B, X_A = kernels.factor_cross(B, A, out_B, out_A, precise=precise, backend=backend)
+    S_B, S_A = kernels.factor_gram([[b] for b in out_B], [[a] for a in out_A], precise=precise, backend=backend)
     assert X_B is not None
     assert X_A is not None
     device = out_B[0].device
     norm, rho = (torch.zeros(len(B), dtype=torch.float64, device=device) for _ in range(2))
     certain = torch.zeros(len(B), dtype=torch.bool, device=device)
-    rounding = ROUNDING.get(device.type, ROUNDING["cuda"])
+    rounding = ROUNDING["float64" if precise or device.type == "cpu" else "float32"]
     for group, ids in groups:
         x_B, x_A, s_B, s_A = (torch.stack([x[l] for l in ids]) for x in (X_B, X_A, S_B, S_A))
         inner = (group.D * group.scale["B"] * group.scale["A"] * x_B * x_A).sum((-2, -1))

@@ -25,8 +25,8 @@ from .target import Target
 
 MARGIN = 2000.0
 """A squared error this many times above its own rounding error gives rho to three digits."""
-ROUNDING = {"cpu": 2.0**-50, "cuda": 4e-6}
-"""Relative error of a Gram entry: float64 on the CPU; on a GPU the kernels' promise for 16-bit and float32 inputs."""
+ROUNDING = {"float64": 2.0**-50, "float32": 4e-6}
+"""Relative error of a Gram entry: of float64 products, and what the kernels promise without."""
 SEEN = 2.5e-4
 """What may be missing in rho unseen: half a unit of its third digit, and half of that again for its own rounding."""
 ZERO = 1e-14
@@ -90,7 +90,7 @@ def combine_measured(
     factors: dict[int, Factors] = dict(zip(rest, combine([groups[at] for at in rest], backend=backend), strict=True))
     errors = {at: found for at, found in enumerate(known) if found is not None}
     for at, found, products in _combine_with_products([(at, *groups[at]) for at in left], backend):
-        factors[at], errors[at] = found, _measured(groups[at][0], found, *map(_in_one, products))
+        factors[at], errors[at] = found, _measured(groups[at][0], found, *products)
     for at in rest:
         if at not in errors:
             errors[at] = _exactly_measured(groups[at][0], factors[at])
@@ -105,7 +105,9 @@ def _combine_with_products(
         return []
     pairs = [(group, pair) for _, group, pair in groups]
     factors = kernels.Described.joined([group.factors for group, _ in pairs])
-    (B, A), (X_B, X_A) = kernels.combine_products(factors.B, factors.A, *_all_coefficients(pairs), backend=backend)
+    (B, A), (X_B, X_A) = kernels.combine_products(
+        factors.B, factors.A, *_all_coefficients(pairs), precise=True, backend=backend
+    )
     parts = [_split(items, pairs) for items in (B, A, X_B, X_A)]
     return [(at, (b, a), (x, y)) for (at, _, _), b, a, x, y in zip(groups, *parts, strict=True)]
 
@@ -116,12 +118,14 @@ def _all_coefficients(groups: Sequence[tuple[Group, AnyPair]]) -> tuple[list[Ten
 
 
 def _coefficients(group: Group, pair: AnyPair, side: Side) -> Sequence[Tensor]:
-    """Of every module, for the factors without their scalings: blocks, or one scalar per member."""
+    """Of every module, for the factors without their scalings and where these are: blocks, or one scalar per member."""
+    where = group.targets[0].device
     if isinstance(pair, ScalarPair):
         x = pair.p if side == "B" else pair.q
-        return (x if group.members.unscaled else x * group.members.scale[side]).unbind()
+        return kernels.moved(x if group.members.unscaled else x * group.members.scale[side], where).unbind()
     x = group.row_scale[side] * (pair.P if side == "B" else pair.Q)
-    return (x if side == "B" else x.mT).unbind()
+    x = x if side == "B" else x.mT
+    return x.unbind() if where.type == "cpu" else kernels.moved(x.contiguous(), where).unbind()
 
 
 def _split(items: list[Tensor], groups: Sequence[tuple[Group, AnyPair]]) -> list[list[Tensor]]:
@@ -194,7 +198,7 @@ def measured_errors(groups: Sequence[Group], results: Sequence[Factors], backend
         if group.gram is None:
             found.append(_exactly_measured(group, factors))
         else:
-            found.append(_measured(group, factors, *map(_in_one, _products_of(group, factors, backend))))
+            found.append(_measured(group, factors, *_products_of(group, factors, backend)))
     return found
 
 
@@ -234,7 +238,7 @@ def _products_of(group: Group, factors: Factors, backend: str) -> Factors:
     """Per module the products of the clients' factors, and of the result's own, with the result's."""
     beside_B = [(*t.B, b) for t, b in zip(group.targets, factors[0], strict=True)]
     beside_A = [(*t.A, a) for t, a in zip(group.targets, factors[1], strict=True)]
-    X_B, X_A = kernels.factor_cross(beside_B, beside_A, *factors, backend=backend)
+    X_B, X_A = kernels.factor_cross(beside_B, beside_A, *factors, precise=True, backend=backend)
     return X_B or [], X_A or []
 
 
@@ -245,10 +249,13 @@ def _average_errors(group: Group, pair: AnyPair) -> Errors | None:
     return _measured(group, factors, *group.average.products)
 
 
-def _measured(group: Group, factors: Factors, products_B: Tensor, products_A: Tensor) -> Errors:
+def _measured(
+    group: Group, factors: Factors, products_B: Tensor | list[Tensor], products_A: Tensor | list[Tensor]
+) -> Errors:
     """From the products (L, R + r, r) of the members' factors, and of these, with these."""
     R = group.total_rank
-    (X_B, S_B), (X_A, S_A) = ((X[:, :R], X[:, R:]) for X in (products_B, products_A))
+    products = ((X if isinstance(X, Tensor) else _in_one(X)).to(group.device) for X in (products_B, products_A))
+    (X_B, S_B), (X_A, S_A) = ((X[:, :R], X[:, R:]) for X in products)
     inner = (group.D * group.row_scale["B"] * group.row_scale["A"] * X_B * X_A).sum((-2, -1))
     norms_B, norms_A = (S.diagonal(dim1=-2, dim2=-1).sqrt() for S in (S_B, S_A))
 
@@ -271,13 +278,13 @@ def _redone(group: Group, error: Tensor, doubtful: Tensor, factors: Callable[[li
     """The errors, with the doubtful ones taken again without a difference of squares."""
     ids = doubtful.nonzero().flatten().tolist()
     if ids:
-        error[ids] = _residual_squares([group.targets[i] for i in ids], factors(ids))
+        error[ids] = _residual_squares([group.targets[i] for i in ids], factors(ids)).to(error.device)
     return Errors(energies(group), error)
 
 
 def rounding(group: Group) -> float:
-    """The relative error of the group's Gram entries."""
-    return ROUNDING.get(group.device.type, ROUNDING["cuda"])
+    """The relative error of the group's Gram entries, or of the products with those that are not formed."""
+    return ROUNDING["float64" if group.gram is not None or group.device.type == "cpu" else "float32"]
 
 
 def energies(group: Group) -> Tensor:
@@ -291,7 +298,7 @@ def _certified_energies(group: Group) -> Tensor:
     energy, mass = group.gram_energy.clone(), group.mass
     ids = (energy < MARGIN * rounding(group) * mass**2).nonzero().flatten().tolist()
     if ids:
-        exact = _squares([group.targets[i] for i in ids])
+        exact = _squares([group.targets[i] for i in ids]).to(energy.device)
         energy[ids] = torch.where(exact <= (ZERO * mass[ids]) ** 2, 0.0, exact)
     return energy
 

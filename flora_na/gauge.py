@@ -33,7 +33,8 @@ def align(group: Group, pair: Pair, previous: Sequence[tuple[Tensor, Tensor]], b
     B = [b.to(t.dtype) for t, (b, _) in zip(group.targets, previous, strict=True)]
     A = [a.to(t.dtype) for t, (_, a) in zip(group.targets, previous, strict=True)]
     X_B, X_A = kernels.factor_cross([t.B for t in group.targets], [t.A for t in group.targets], B, A, backend=backend)
-    M = pair.P.mT @ (group.row_scale["B"] * _stack(X_B, rank)) + pair.Q.mT @ (group.row_scale["A"] * _stack(X_A, rank))
+    Y_B, Y_A = (group.row_scale[side] * _stack(X, rank).to(group.device) for side, X in (("B", X_B), ("A", X_A)))
+    M = pair.P.mT @ Y_B + pair.Q.mT @ Y_A
     U, _, Vt = torch.linalg.svd(M)
     R = U @ Vt
     return Pair(pair.P @ R, pair.Q @ R, pair.status, pair.sweeps)

@@ -25,6 +25,9 @@ from .target import Target
 Factors = tuple[list[Tensor], list[Tensor]]
 GRAM_RANK_LIMIT = 2048
 SMALL_RANK = 512
+HOST_RANK = 512
+"""Up to this total rank the Grams of a GPU's factors come to the host: its solvers are launches of a few microseconds'
+work each (at rank 80, 60 ms of them on an H100 for what the CPU does in 5), and the copy takes less than one."""
 
 
 def forms_grams(total_rank: int, length: int) -> bool:
@@ -68,7 +71,8 @@ class Group:
     Attributes:
         members: the modules, and who takes part in them.
         factors: the members' factors, module by module, described once for all operations on them.
-        gram: G_B and G_A, each (L, R, R) float64, of the scaled factors; None in the implicit regime.
+        gram: G_B and G_A, each (L, R, R) float64 from float64 products, of the scaled factors; None in the implicit
+            regime.
         average: the averaged factors (FedIT) of every module, where they were asked for.
         memo: what was computed once for the group.
     """
@@ -87,7 +91,7 @@ class Group:
     def _implicitly(self, side: Side, X: Tensor) -> Tensor:
         """The same with a Gram that is never formed: combine the factors, then project on them (two reads of them)."""
         X = self.row_scale[side] * X
-        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
+        dtype = torch.float64 if self.device.type == "cpu" else torch.float32  # solved where the factors are
         B, A = self.factors.B, self.factors.A
         if side == "B":
             combined, _ = kernels.factor_combine(B, None, list(X), None, dtype=dtype, backend=self.backend)
@@ -125,7 +129,7 @@ class Group:
 
     @property
     def device(self) -> torch.device:
-        """Where the factors and the solves are."""
+        """Where the Grams and the solves are; the factors may be on a GPU beside it."""
         return self.members.device
 
     @property
@@ -186,7 +190,7 @@ class Group:
         if self.gram is not None:
             gram = {side: g[ids] for side, g in self.gram.items()}
         average = None if self.average is None else self.average.pick(ids)
-        members = Members(tuple(self.targets[i] for i in ids))
+        members = Members(tuple(self.targets[i] for i in ids), self.device)
         return Group(members, self.factors.pick(ids), gram, self.backend, average)
 
     def expand(self, p: Tensor) -> Tensor:
@@ -219,9 +223,9 @@ def make_groups(
     order: dict[tuple[int, ...], list[int]] = {}
     for i, target in enumerate(targets):
         order.setdefault(target.ranks, []).append(i)
-    parts = [Members(tuple([targets[i] for i in ids])) for ids in order.values()]
+    parts = [_members(tuple([targets[i] for i in ids])) for ids in order.values()]
     factors = [kernels.described([t.B for t in part.targets], [t.A for t in part.targets]) for part in parts]
-    formed = [at for at, part in enumerate(parts) if forms_grams(part.total_rank, _length(part.targets))]
+    formed = [at for at, part in enumerate(parts) if _forms_grams(part.targets)]
     for target in (t for at, part in enumerate(parts) if at not in formed for t in part.targets):
         check_finite(target)
     own = [parts[at] for at in formed], [factors[at] for at in formed]
@@ -234,8 +238,15 @@ def make_groups(
     return list(zip(groups, order.values(), strict=True))
 
 
-def _length(targets: Sequence[Target]) -> int:
-    return max(t.B[0].shape[0] + t.A[0].shape[1] for t in targets)
+def _members(targets: tuple[Target, ...]) -> Members:
+    """The members of modules of equal ranks, and where they are solved: near their Grams, small ones on the host."""
+    device = targets[0].device
+    on_host = _forms_grams(targets) and sum(targets[0].ranks) <= HOST_RANK
+    return Members(targets, torch.device("cpu") if on_host and device.type == "cuda" else device)
+
+
+def _forms_grams(targets: Sequence[Target]) -> bool:
+    return forms_grams(sum(targets[0].ranks), max(t.B[0].shape[0] + t.A[0].shape[1] for t in targets))
 
 
 Read = tuple[dict[Side, Tensor], Average | None]
@@ -246,8 +257,8 @@ def _grams(parts: Sequence[Members], factors: Sequence[kernels.Described], backe
     if not parts:
         return []
     joined = kernels.Described.joined(factors)
-    G_B, G_A = kernels.factor_gram(joined.B, joined.A, backend=backend)
-    return [(_checked(part, stacked(G_B[own]), stacked(G_A[own])), None) for part, own in _slices(parts)]
+    G_B, G_A = kernels.factor_gram(joined.B, joined.A, precise=True, backend=backend)
+    return [(_checked(part, _held(part, G_B[own]), _held(part, G_A[own])), None) for part, own in _slices(parts)]
 
 
 def _averaged(
@@ -258,10 +269,10 @@ def _averaged(
         return []
     joined = kernels.Described.joined(factors)
     P, Q = ([x for part in parts for x in part.average(side)] for side in ("B", "A"))
-    (G_B, G_A), (B, A) = kernels.gram_combine(joined.B, joined.A, P, Q, beside=measured, backend=backend)
+    (G_B, G_A), (B, A) = kernels.gram_combine(joined.B, joined.A, P, Q, beside=measured, precise=True, backend=backend)
     found: list[Read] = []
     for part, own in _slices(parts):
-        R, X_B, X_A = part.total_rank, stacked(G_B[own]), stacked(G_A[own])
+        R, X_B, X_A = part.total_rank, _held(part, G_B[own]), _held(part, G_A[own])
         products = (X_B[:, :, R:], X_A[:, :, R:]) if measured else None
         gram = _checked(part, X_B[:, :R, :R].contiguous(), X_A[:, :R, :R].contiguous())
         found.append((gram, Average((B[own], A[own]), products)))
@@ -273,6 +284,11 @@ def _slices(parts: Sequence[Members]) -> Iterator[tuple[Members, slice]]:
     start = 0
     for part in parts:
         yield part, slice(start, start := start + len(part.targets))
+
+
+def _held(members: Members, matrices: list[Tensor]) -> Tensor:
+    """Matrices of one shape as one tensor, where they are solved."""
+    return stacked(matrices).to(members.device)
 
 
 def _checked(members: Members, B: Tensor, A: Tensor) -> dict[Side, Tensor]:

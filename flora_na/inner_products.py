@@ -47,6 +47,7 @@ def client_gramian(
     cohort = make_cohort(adapters, None, names=names, missing="zero" if missing == "renormalize" else missing)
     total = sum(module_gramians(cohort, backend))
     assert isinstance(total, Tensor)
+    total = total.to(next(iter(cohort.adapters[0].modules.values())).A.device)
     if weights is None:
         return total
     w = normalise_weights(weights, len(adapters)).to(total.device)

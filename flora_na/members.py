@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedgram import kernels
+
 from .target import Target
 
 Side = Literal["B", "A"]
@@ -22,9 +24,11 @@ class Members:
 
     Attributes:
         targets: the modules.
+        device: where they are solved; their factors may lie elsewhere.
     """
 
     targets: tuple[Target, ...]
+    device: torch.device
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -35,11 +39,6 @@ class Members:
     def total_rank(self) -> int:
         """R, the sum of the members' ranks."""
         return sum(self.ranks)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the factors and the solves are."""
-        return self.targets[0].device
 
     @cached_property
     def weights(self) -> Tensor:
@@ -69,8 +68,9 @@ class Members:
         return {side: scale[:, self.of_row].unsqueeze(-1) for side, scale in self.scale.items()}
 
     def average(self, side: Side) -> Sequence[Tensor]:
-        """The scalars (M,) of every module's average, for the factors without their scalings."""
-        return (self.weights if self.unscaled else self.weights * self.scale[side]).unbind()
+        """The scalars (M,) of every module's average, for the factors without their scalings, where these are."""
+        scalars = self.weights if self.unscaled else self.weights * self.scale[side]
+        return kernels.moved(scalars, self.targets[0].device).unbind()
 
 
 @functools.lru_cache(maxsize=64)

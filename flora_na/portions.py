@@ -19,13 +19,13 @@ portion of its own. How modules are put together decides when their iterations s
 HELD_BYTES = 64 << 20
 """The same of factors that lie in memory: a portion costs some milliseconds of calls, however few its modules."""
 CHUNK_BYTES_GPU = 8 << 30
-"""The same on a GPU, of factors only."""
+"""The same on a GPU."""
 GRAM_PAIRS = 12
 """A module's two Grams, and what is made of them (most by ``svd``), in units of the two."""
 
 
 def module_bytes(B: Sequence[Tensor], A: Sequence[Tensor]) -> int:
-    """What a module takes on the CPU: its factors in the one dtype that they are brought to, and its Grams."""
+    """What a module takes: its factors in the one dtype that they are brought to, and its Grams."""
     numbers, ranks = sum(x.numel() for x in (*B, *A)), sum(a.shape[0] for a in A)
     factors = numbers * reduce(torch.promote_types, {a.dtype for a in A}).itemsize
     grams = GRAM_PAIRS * 2 * 8 * ranks**2 if forms_grams(ranks, B[0].shape[0] + A[0].shape[1]) else 0
@@ -56,7 +56,5 @@ def chunks(cohort: Cohort, anchor: Adapter | None, *, whole: bool) -> Iterator[l
 def _bytes_and_limit(target: Target, budget: int) -> tuple[int, int]:
     """What a module takes, and what a portion may take where its factors are (on the CPU the budget)."""
     clients = len(target.B) - target.anchored
-    B, A = target.B[:clients], target.A[:clients]
-    if target.device.type == "cpu":
-        return module_bytes(B, A), budget
-    return sum(x.nbytes for x in (*B, *A)), CHUNK_BYTES_GPU
+    nbytes = module_bytes(target.B[:clients], target.A[:clients])
+    return nbytes, budget if target.device.type == "cpu" else CHUNK_BYTES_GPU

@@ -148,6 +148,7 @@ def _core_values(group: Group, i: int) -> Tensor:
     """The singular values of module ``i``, as many as its dW can have, from ``R_B D R_A^T``: nothing is squared."""
     target = group.targets[i]
     [R_B], [R_A] = kernels.factor_triangle([target.B], [target.A])
+    R_B, R_A = R_B.to(group.device), R_A.to(group.device)
     scale = (group.D[i] * group.row_scale["B"][i] * group.row_scale["A"][i]).mT
     return torch.linalg.svdvals((R_B * scale) @ R_A.mT)
 

@@ -143,7 +143,7 @@ def blurred(group: Group, error: Tensor, mass: Tensor | float = 0.0) -> Tensor:
 
     ``mass`` (L,) is what cancels within the pair itself, beside what cancels within dW.
     """
-    energy, lost = energies(group), ROUNDING["cpu"] * (mass_of_target(group) + mass) ** 2
+    energy, lost = energies(group), ROUNDING["float64"] * (mass_of_target(group) + mass) ** 2
     if group.gram is None:
         lost = torch.maximum(lost, IMPLICIT_FLOOR / MARGIN * energy)
     own = max(torch.finfo(t.dtype).eps for t in group.targets) ** 2
@@ -154,6 +154,7 @@ def _from_triangles(group: Group, i: int, rank: int) -> tuple[Tensor, Tensor]:
     """Coefficients (R, rank) of module ``i`` from the SVD of ``R_B D R_A^T``, whose entries are not squared."""
     target = group.targets[i]
     [R_B], [R_A] = kernels.factor_triangle([target.B], [target.A])
+    R_B, R_A = R_B.to(group.device), R_A.to(group.device)
     R_B, R_A = R_B * group.row_scale["B"][i].mT, R_A * group.row_scale["A"][i].mT
     U, sigma, Vt = torch.linalg.svd((R_B * group.D[i].mT) @ R_A.mT, full_matrices=False)
     inverse = torch.where(sigma > RESOLVED * sigma[:1], sigma, torch.inf).rsqrt()

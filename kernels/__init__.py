@@ -1,6 +1,7 @@
 """Operations on the big tensors: each a public function with a torch twin and, where it pays, a Triton kernel."""
 
 from ._described import Described, described
+from ._grad_plan import moved
 from ._native import spread_over_jobs
 from ._prepared import FactorSlab, PreparedFactors, PreparedSide, prepare
 from .combine_products import combine_products
@@ -37,6 +38,7 @@ __all__ = [
     "gram_combine",
     "lowrank_norm",
     "lowrank_sum",
+    "moved",
     "prepare",
     "spread_over_jobs",
     "subset_select",

@@ -18,9 +18,18 @@ BLOCK_C = 32  # stacked columns of one step
 ALIGN = 64  # outputs start at multiples of this many elements: wide stores
 
 
-def tile_k(tile_r: int) -> int:
-    """Rows of one program: fewer for many columns, which would not fit the registers."""
-    return 128 if tile_r == 16 else 64
+def tile_k(tile_r: int, precision: str, out: torch.dtype, *, narrow: bool) -> int:
+    """Rows of one program: fewer for many columns, and for an address in registers for every number."""
+    if narrow or precision == "fp64":
+        return 128 if tile_r == 16 else 64
+    if precision == "bf16x3":
+        return {16: 256 if out.itemsize == 2 else 128, 32: 128, 64: 64}[tile_r]
+    return 64
+
+
+def is_narrow(vector: int, dtype: torch.dtype) -> bool:
+    """Whether loads of so many numbers take less than eight bytes."""
+    return vector * dtype.itemsize < 8
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Variant:
-    """What a launch is compiled for."""
+    """What a launch is compiled for: rows and columns of a tile, types, and the vector widths that are proven."""
 
+    tile_k: int
     tile_r: int
     scalars: bool
     dtype: torch.dtype
@@ -84,9 +94,10 @@ class CombinePlan:
             self.outputs.append(Output(t.dtype, offset, shape, x.wide != t.transposed))
             self.sizes[t.dtype] += -(-length * t.rank // ALIGN) * ALIGN
             tile_r = tile_of(t.rank, LARGEST_TILE[t.precision])
-            rows = groups[tile_r, t.scalars, x.dtype, t.dtype, t.precision][x.wide, (x.vector,)]
+            height = tile_k(tile_r, t.precision, t.dtype, narrow=is_narrow(x.vector, x.dtype))
+            rows = groups[height, tile_r, t.scalars, x.dtype, t.dtype, t.precision][x.wide, (x.vector,)]
             first = (int(x.wide), int(t.transposed), x.first, x.columns)
-            for k0 in range(0, length, tile_k(tile_r)):
+            for k0 in range(0, length, height):
                 rows += [(*first, k0, length, j0, t.rank, offset, index) for j0 in range(0, t.rank, tile_r)]
         self.addresses = columns.addresses(device)
         self.coefficients = AddressTable(np.arange(len(tasks)), np.zeros(len(tasks), np.int64), device)
@@ -94,7 +105,7 @@ class CombinePlan:
         self.strides, self.clients, self.positions = (to_device(a, device) for a in arrays)
         self.launches: list[tuple[Variant, Tensor]] = []
         for kind, variants in groups.items():
-            for tall, wide, rows in pair_variants(variants, (WIDEST // kind[2].itemsize,)):
+            for tall, wide, rows in pair_variants(variants, (WIDEST // kind[3].itemsize,)):
                 if rows:
                     self.launches.append((Variant(*kind, *tall, *wide), to_device(np.array(rows, np.int64), device)))
 

@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._factor_combine_plan import BLOCK_C, CombinePlan, Variant, tile_k
+from ._factor_combine_plan import BLOCK_C, CombinePlan, Variant, is_narrow
 from ._triton_common import (
     TYPES,
     AotConfig,
     column_tile,
     float32_precision,
+    generation,
     interpret_flag,
     options,
     product,
@@ -87,9 +88,10 @@ def combine(
             acc = weigh(tl.trans(b_c), b_x, acc, True, PRECISION, INTERPRET)
         else:
             acc = weigh(b_c, b_x, acc, False, PRECISION, INTERPRET)
-        if (s + 1) % FLUSH == 0:  # tensor cores truncate: only short chains are left to them
-            total += acc
-            acc = tl.zeros(SHAPE, SUM)
+        if FLUSH > 0:  # noqa: SIM102 - FLUSH is a constant: tensor cores truncate, so they get short chains only
+            if (s + 1) % FLUSH == 0:
+                total += acc
+                acc = tl.zeros(SHAPE, SUM)
     return total + acc
 
 
@@ -135,16 +137,27 @@ def factor_combine_kernel(
         tl.store(p + k[:, None] * rank + j[None, :], rounded(b, p_out.dtype.element_ty, INTERPRET), mask=m)
 
 
-def configuration(v: Variant) -> tuple[dict[str, Any], int, int]:
-    """Compile-time arguments, warps and stages of a variant."""
+def configuration(v: Variant, generation: str) -> tuple[dict[str, Any], int, int]:
+    """Compile-time arguments, warps and stages of a variant: the fastest on an H100 of those that spill nowhere.
+
+    Coefficients are read and taken apart by every program: many rows make up for that. Outputs of 16 bits are rounded
+    by far more than what a long chain of the tensor cores loses, and need no second sum.
+    """
     arguments = {
-        "TYPE": TYPES[v.dtype], "TALL": v.tall, "WIDE": v.wide, "TILE_K": tile_k(v.tile_r), "TILE_R": v.tile_r,
-        "BLOCK_C": BLOCK_C, "FLUSH": FLUSH, "SCALARS": v.scalars, "PRECISION": v.precision,
+        "TYPE": TYPES[v.dtype], "TALL": v.tall, "WIDE": v.wide, "TILE_K": v.tile_k, "TILE_R": v.tile_r,
+        "BLOCK_C": BLOCK_C, "FLUSH": FLUSH if v.out_dtype.itemsize > 2 else 0, "SCALARS": v.scalars,
+        "PRECISION": v.precision,
     }  # fmt: skip
-    # three stages of 64 columns in three bf16 terms spill on sm100 (Triton 3.6)
+    # with more columns of numbers to widen, or a third stage of them, float64 spills on sm100 (Triton 3.6)
+    if v.precision == "fp64":
+        return (arguments, 8, 3) if v.dtype == torch.float64 else (arguments | {"BLOCK_C": BLOCK_C // 2}, 8, 2)
+    narrow = is_narrow(min(v.tall, v.wide), v.dtype)
     if v.precision == "bf16x3":
-        return (arguments, 8, 2) if v.tile_r == 64 else (arguments, 4, 3)
-    return arguments, 8, 3
+        # fewer warps of 64 columns spill on sm80, a third stage of the largest tiles on sm80 or sm100 (Triton 3.6)
+        if v.tile_r == 64:
+            return arguments, 8 if narrow or generation == "sm80" else 4, 2
+        return arguments, 4, 2 if v.tile_k == 256 else 3
+    return arguments, 8 if narrow else 2 if v.tile_r == 16 else 4, 3
 
 
 def factor_combine_triton(
@@ -154,7 +167,7 @@ def factor_combine_triton(
     table, p_c = plan.addresses.of(pointers), plan.coefficients.of(coefficients)
     buffers = {t: torch.empty(n, dtype=t, device=table.device) for t, n in plan.sizes.items()}
     for variant, work in plan.launches:
-        arguments, warps, stages = configuration(variant)
+        arguments, warps, stages = configuration(variant, generation(table.device))
         factor_combine_kernel[(len(work),)](
             table, plan.strides, plan.clients, plan.positions, p_c, work, buffers[variant.out_dtype],
             **arguments, INTERPRET=interpret_flag(), **options(warps, stages),
@@ -162,25 +175,31 @@ def factor_combine_triton(
     return buffers
 
 
-def aot_configs() -> list[AotConfig]:
+def aot_configs(generation: str) -> list[AotConfig]:
     """The shipped configurations."""
     bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
     x3, b3 = float32_precision(), "bf16x3"
     variants = {
-        "bf16 rank 16 blocks": Variant(16, False, bf16, bf16, b3, 8, 8),
-        "bf16 rank 16 scalars": Variant(16, True, bf16, bf16, b3, 8, 8),
-        "bf16 rank 32 blocks": Variant(32, False, bf16, bf16, b3, 8, 8),
-        "bf16 rank 64 blocks": Variant(64, False, bf16, bf16, b3, 8, 8),
-        "bf16 rank 16 blocks scalar loads": Variant(16, False, bf16, bf16, b3, 1, 1),
-        "bf16 rank 64 blocks scalar loads": Variant(64, False, bf16, bf16, b3, 1, 1),
-        "fp32 rank 32 scalar loads": Variant(32, True, fp32, fp32, x3, 1, 1),
-        "fp32 rank 16 blocks": Variant(16, False, fp32, fp32, x3, 4, 4),
-        "fp32 rank 32 blocks": Variant(32, False, fp32, fp32, x3, 4, 4),
-        "fp32 rank 16 scalars": Variant(16, True, fp32, fp32, x3, 4, 4),
-        "fp16 rank 32 blocks": Variant(32, False, fp16, fp16, x3, 8, 8),
-        "fp16 rank 16 blocks": Variant(16, False, fp16, fp16, x3, 8, 8),
-        "fp64 rank 32 blocks": Variant(32, False, fp64, fp64, "fp64", 2, 2),
-        "fp64 rank 16 blocks": Variant(16, False, fp64, fp64, "fp64", 2, 2),
+        "bf16 rank 16 blocks": Variant(256, 16, False, bf16, bf16, b3, 8, 8),
+        "bf16 rank 16 scalars": Variant(256, 16, True, bf16, bf16, b3, 8, 8),
+        "bf16 rank 16 blocks into fp32": Variant(128, 16, False, bf16, fp32, b3, 8, 8),
+        "bf16 rank 32 blocks": Variant(128, 32, False, bf16, bf16, b3, 8, 8),
+        "bf16 rank 64 blocks": Variant(64, 64, False, bf16, bf16, b3, 8, 8),
+        "bf16 rank 16 blocks scalar loads": Variant(128, 16, False, bf16, bf16, b3, 1, 1),
+        "bf16 rank 64 blocks scalar loads": Variant(64, 64, False, bf16, bf16, b3, 1, 1),
+        "fp32 rank 32 scalar loads": Variant(64, 32, True, fp32, fp32, x3, 1, 1),
+        "fp32 rank 16 blocks": Variant(64, 16, False, fp32, fp32, x3, 4, 4),
+        "fp32 rank 32 blocks": Variant(64, 32, False, fp32, fp32, x3, 4, 4),
+        "fp32 rank 16 scalars": Variant(64, 16, True, fp32, fp32, x3, 4, 4),
+        "fp16 rank 32 blocks": Variant(64, 32, False, fp16, fp16, x3, 8, 8),
+        "fp16 rank 16 blocks": Variant(64, 16, False, fp16, fp16, x3, 8, 8),
+        "bf16 rank 16 blocks into fp64": Variant(128, 16, False, bf16, fp64, "fp64", 8, 8),
+        "bf16 rank 32 blocks into fp64": Variant(64, 32, False, bf16, fp64, "fp64", 8, 8),
+        "fp16 rank 16 blocks into fp64": Variant(128, 16, False, fp16, fp64, "fp64", 8, 8),
+        "bf16 rank 16 scalars into fp64 scalar loads": Variant(128, 16, True, bf16, fp64, "fp64", 1, 1),
+        "fp32 rank 16 blocks into fp64": Variant(128, 16, False, fp32, fp64, "fp64", 4, 4),
+        "fp64 rank 32 blocks": Variant(64, 32, False, fp64, fp64, "fp64", 2, 2),
+        "fp64 rank 16 blocks": Variant(128, 16, False, fp64, fp64, "fp64", 2, 2),
     }
     signature = {
         "p_table": "*i64", "p_strides": "*i32", "p_clients": "*i32", "p_positions": "*i32", "p_coefficients": "*i64",
@@ -189,8 +208,9 @@ def aot_configs() -> list[AotConfig]:
     types = {bf16: "*bf16", fp16: "*fp16", fp32: "*fp32", fp64: "*fp64"}
     configs = []
     for name, v in variants.items():
-        arguments, warps, stages = configuration(v)
-        flags = {"wide_loads": v.tall > 1, "tensor_cores": v.precision != "fp64"}
+        arguments, warps, stages = configuration(v, generation)
+        fills = v.tile_k * arguments["BLOCK_C"] >= 32 * warps * v.tall  # a vector for every thread
+        flags = {"wide_loads": v.tall > 1 and fills, "tensor_cores": v.precision != "fp64"}
         signature = {**signature, "p_out": types[v.out_dtype]}
         configs.append(
             AotConfig(f"factor_combine {name}", factor_combine_kernel, signature, arguments, warps, stages, **flags)

@@ -13,11 +13,16 @@ from torch import Tensor
 from ._factor_plan import MAX_OFFSET, ColumnTable, Operand, Piece, is_wide, pair_variants, tile_of, vector_width
 from ._plan import WIDEST, to_device
 
-LARGEST_TILE = {"native": 128, "tf32x3": 64, "ieee": 64, "fp64": 64}
+TILES = {  # the tile of so many stacked columns and more: the fastest on an H100, where one more launched warp waits
+    "native": ((0, 32), (129, 128)),
+    "tf32x3": ((0, 64),),
+    "ieee": ((0, 64),),
+    "fp64": ((0, 16), (193, 32), (449, 64)),
+}
 NARROW = 8  # bytes of one load below which tiles are kept to 64 columns
 PROGRAMS = 512  # what the splits aim at: four programs on each processor of today's largest GPUs
 SPLIT = (256, 4096)  # fewest and most rows of one program: float32 chains stay short, partials stay few
-PARTIAL_BYTES = 1 << 26  # partial sums of one batch of modules: they stay in the GPU's cache until they are reduced
+PARTIAL_BYTES = 1 << 28  # partial sums of one batch of modules: some thousand programs, whose last wave counts little
 
 
 @dataclass(frozen=True)
@@ -123,10 +128,11 @@ def _place(task: Task, table: ColumnTable, out: int) -> Product:
 
 
 def _largest_tile(task: Task) -> int:
-    """The largest tile whose addresses and sums fit the registers: narrow loads need more addresses."""
-    wide = is_wide(task.i)
+    """The best tile whose addresses and sums fit the registers: narrow loads need more addresses."""
+    wide, columns = is_wide(task.i), sum(p.rank for p in task.i)
     narrow = any(vector_width(x, wide=wide) * x[0].dtype.itemsize < NARROW for x in (task.i, task.j) if x)
-    return min(LARGEST_TILE[task.precision], 64 if narrow else 128)
+    best = max((least, tile) for least, tile in TILES[task.precision] if columns >= least)[1]
+    return min(best, 64 if narrow else 128)
 
 
 def rows_per_program(products: Sequence[Product]) -> int:
@@ -166,7 +172,9 @@ class _Draft:
         j, (a, b) = p.j or p.i, tile
         symmetric = p.j is None
         row, column = a * p.tile_i, b * p.tile_j
-        kind = (p.tile_i, p.tile_j, symmetric and a == b, p.i.dtype, j.dtype, p.precision)
+        # tiles on the diagonal could be read once: a launch of their own would cost more than that saves
+        alone = symmetric and p.shape()[0] <= p.tile_i
+        kind = (p.tile_i, p.tile_j, alone, p.i.dtype, j.dtype, p.precision)
         rows = self.work[kind][p.i.wide, (p.i.vector, j.vector)]
         size = p.tile_i * p.tile_j
         self.tiles[p.tile_i, p.tile_j, symmetric].append((self.elements, slots, p.out, *p.shape(), row, column, 0))

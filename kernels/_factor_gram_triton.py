@@ -11,7 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._factor_gram_plan import NARROW, GramPlan, Variant
-from ._triton_common import TYPES, AotConfig, column_tile, float32_precision, interpret_flag, options, product, trips
+from ._triton_common import (
+    TYPES,
+    AotConfig,
+    column_tile,
+    float32_precision,
+    generation,
+    interpret_flag,
+    options,
+    product,
+    trips,
+)
 
 REDUCE_ROWS = 16
 
@@ -147,18 +157,26 @@ def gram_reduce_kernel(
         tl.store(p_matrix + column * n_columns + row, b, mask=m)
 
 
-def configuration(v: Variant) -> tuple[dict[str, Any], int, int]:
-    """Compile-time arguments, warps and stages of a variant."""
-    largest = max(v.tile_i, v.tile_j)
+def configuration(v: Variant, generation: str) -> tuple[dict[str, Any], int, int]:
+    """Compile-time arguments, warps and stages of a variant: few warps, since barriers cost more than longer loops."""
+    largest, area = max(v.tile_i, v.tile_j), v.tile_i * v.tile_j
     narrow = min(*v.tall, *v.wide) * v.dtype_i.itemsize < NARROW  # an address in registers for every few bytes
-    block_k = {"native": 32 if narrow else 64 if largest > 32 else 128, "fp64": 16}.get(v.precision, 32)
+    block_k = {"native": 32 if narrow else 64, "fp64": 32 if largest == 16 else 16}.get(v.precision, 32)
     chain = {"native": 256, "fp64": 0}.get(v.precision, 128)
     arguments = {
         "TILE_I": v.tile_i, "TILE_J": v.tile_j, "TYPE_I": TYPES[v.dtype_i], "TYPE_J": TYPES[v.dtype_j],
         "TALL_I": v.tall[0], "TALL_J": v.tall[1], "WIDE_I": v.wide[0], "WIDE_J": v.wide[1],
         "BLOCK_K": block_k, "FLUSH": chain // block_k, "DIAGONAL": v.diagonal, "PRECISION": v.precision,
     }  # fmt: skip
-    return arguments, 8 if v.tile_i * v.tile_j > 64 * 64 else 4, 3
+    if area > 64 * 64:
+        warps = 8
+    elif narrow or largest > 32 or (largest == 32 and v.precision == "fp64"):
+        # without tensor cores for float64 (sm100) four warps spill where 16-bit numbers are multiplied in it
+        widening = v.precision == "fp64" and min(v.dtype_i.itemsize, v.dtype_j.itemsize) == 2
+        warps = 8 if widening and area > 32 * 64 and generation not in ("sm80", "sm90") else 4
+    else:
+        warps = 1 if largest == 16 else 2
+    return arguments, warps, 3
 
 
 def factor_gram_triton(plan: GramPlan, pointers: np.ndarray) -> Tensor:
@@ -170,7 +188,7 @@ def factor_gram_triton(plan: GramPlan, pointers: np.ndarray) -> Tensor:
         sums = torch.float64 if batch.wide_sums else torch.float32
         partials = torch.empty(batch.elements, dtype=sums, device=table.device)
         for variant, work in batch.launches:
-            arguments, warps, stages = configuration(variant)
+            arguments, warps, stages = configuration(variant, generation(table.device))
             factor_gram_kernel[(len(work),)](
                 table, plan.strides, work, partials, **arguments, INTERPRET=flag, **options(warps, stages)
             )
@@ -182,7 +200,7 @@ def factor_gram_triton(plan: GramPlan, pointers: np.ndarray) -> Tensor:
     return out
 
 
-def aot_configs() -> list[AotConfig]:
+def aot_configs(generation: str) -> list[AotConfig]:
     """The shipped configurations of both kernels."""
     bf16, fp32, fp64, x3 = torch.bfloat16, torch.float32, torch.float64, float32_precision()
     variants = {
@@ -201,15 +219,18 @@ def aot_configs() -> list[AotConfig]:
         "fp32 tile 64 off": Variant(64, 64, False, fp32, fp32, x3, (4, 4), (4, 4)),
         "fp32 tile 32": Variant(32, 32, True, fp32, fp32, x3, (4, 4), (4, 4)),
         "fp32 tile 16": Variant(16, 16, True, fp32, fp32, x3, (4, 4), (4, 4)),
+        "bf16 tile 64 precise": Variant(64, 64, True, bf16, bf16, "fp64", (8, 8), (8, 8)),
+        "bf16 tile 64 x fp64 16": Variant(64, 16, False, bf16, fp64, "fp64", (8, 2), (8, 2)),
         "fp32 tile 64 precise": Variant(64, 64, True, fp32, fp32, "fp64", (4, 4), (4, 4)),
         "fp64 tile 64 off": Variant(64, 64, False, fp64, fp64, "fp64", (2, 2), (2, 2)),
     }
     pointers = {"p_table": "*i64", "p_strides": "*i32", "p_work": "*i32"}
     configs = []
     for name, v in variants.items():
-        arguments, warps, stages = configuration(v)
+        arguments, warps, stages = configuration(v, generation)
         signature = {**pointers, "p_partials": "*fp64" if v.precision == "fp64" else "*fp32"}
-        flags = {"tensor_cores": v.precision != "fp64", "wide_loads": max(v.tall) > 1}
+        fills = v.tile_i * arguments["BLOCK_K"] >= 32 * warps * v.tall[0]  # a vector for every thread
+        flags = {"tensor_cores": v.precision != "fp64", "wide_loads": max(v.tall) > 1 and fills}
         configs.append(
             AotConfig(f"factor_gram {name}", factor_gram_kernel, signature, arguments, warps, stages, **flags)
         )

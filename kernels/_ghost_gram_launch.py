@@ -81,7 +81,7 @@ def ghost_gram_triton(
         kernels.ghost_gram_kernel[(len(work),)](
             inputs, output_grads, plan.tasks, work, partials, inputs.stride(0), inputs.shape[-1],
             output_grads.stride(0), output_grads.shape[1], TILE=kernels.TILE, SEVERAL=several, **arguments,
-            INTERPRET=interpret_flag(), **options(kernels.WARPS, kernels.pipeline_stages(arguments["SUMMING"])),
+            INTERPRET=interpret_flag(), **options(*kernels.warps_and_stages(arguments["SUMMING"])),
         )  # fmt: skip
     for several, cells in plan.cells.items():
         kernels.ghost_sum_kernel[(len(cells),)](

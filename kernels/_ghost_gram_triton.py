@@ -14,7 +14,6 @@ from ._triton_split import split_tf32
 
 TILE = 64  # rows of one side
 SUM_SLOTS = 512  # tiles of one pair of tasks that are summed at a time
-WARPS = 8
 
 
 @triton.jit
@@ -177,12 +176,12 @@ def products_configuration(suffix: str, dtype: torch.dtype, precision: str, wide
     }  # fmt: skip
 
 
-def pipeline_stages(summing: str) -> int:
-    """Loads in flight; a third stage of float64 tiles spills on sm80 (Triton 3.9)."""
-    return 2 if summing == "fp64" else 3
+def warps_and_stages(summing: str) -> tuple[int, int]:
+    """Warps, and loads in flight; with four warps, or a third stage of them, tiles of float64 spill."""
+    return (8, 2) if summing == "fp64" else (4, 3)
 
 
-def aot_configs() -> list[AotConfig]:
+def aot_configs(generation: str) -> list[AotConfig]:
     """The shipped configurations of both kernels."""
     bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
     shipped = {
@@ -192,6 +191,8 @@ def aot_configs() -> list[AotConfig]:
         "fp32 several tasks": (fp32, "tf32x3", True, False, True),
         "fp32 tokens several tasks": (fp32, "tf32x3", True, True, True),
         "fp32 scalar loads": (fp32, "tf32x3", False, False, False),
+        "bf16 within tasks precise": (bf16, "fp64", True, False, False),
+        "bf16 several tasks precise": (bf16, "fp64", True, False, True),
         "fp32 several tasks precise": (fp32, "fp64", True, False, True),
         "fp64 within tasks": (fp64, "fp64", True, False, False),
     }
@@ -205,9 +206,10 @@ def aot_configs() -> list[AotConfig]:
         arguments |= {"TILE": TILE, "TOKENS": tokens, "BIAS": not tokens, "SEVERAL": several}
         arguments["SUMMING"] = "fp64" if precision == "fp64" else "tf32x3"
         types = {"p_inputs": "*i64" if tokens else names[dtype], "p_grads": names[dtype]} | tables | strides
-        flags = {"tensor_cores": precision != "fp64", "wide_loads": wide}
-        stages = pipeline_stages(arguments["SUMMING"])
-        configs.append(AotConfig(f"ghost_gram {name}", ghost_gram_kernel, types, arguments, WARPS, stages, **flags))
+        warps, stages = warps_and_stages(arguments["SUMMING"])
+        fills = TILE * arguments["BLOCK_G"] >= 32 * warps * arguments["VECTOR_G"]  # a vector for every thread
+        flags = {"tensor_cores": precision != "fp64", "wide_loads": wide and fills}
+        configs.append(AotConfig(f"ghost_gram {name}", ghost_gram_kernel, types, arguments, warps, stages, **flags))
     sums = {"p_partials": "*fp64", "p_cells": "*i64", "p_out": "*fp64", "K": "i32"}
     for several in (False, True):
         name = f"ghost_sum {'several tasks' if several else 'within tasks'}"

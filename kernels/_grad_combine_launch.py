@@ -57,8 +57,8 @@ class CombinePlan:
         sources, targets = self.sources.of(pointers[: K * P]), self.targets.of(pointers[K * P :])
         for kind, chunks in self.launches:
             kernels.grad_combine_kernel[(len(chunks),)](
-                sources, targets, chunks, v, K, **kernels.configuration(*kind), INTERPRET=interpret_flag(),
-                **options(4, 2),
+                sources, targets, chunks, v, 0, K, **kernels.configuration(*kind), MANY=False,
+                INTERPRET=interpret_flag(), **options(4, 2),
             )  # fmt: skip
         for p, copy in copies.items():
             out[p].copy_(copy)

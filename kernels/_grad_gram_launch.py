@@ -11,7 +11,6 @@ from ._grad_plan import Gradients, Layout, check_gradients, check_weights, flatt
 from ._grad_work import (
     CHUNK,
     LARGEST_TILE,
-    PROGRAMS,
     SEGMENT,
     Group,
     aligned_parameters,
@@ -22,7 +21,7 @@ from ._grad_work import (
     with_null,
 )
 from ._plan import PlanCache, addresses, alignments, check_runnable, describe, place, to_device
-from ._triton_common import float32_precision, interpret_flag, options
+from ._triton_common import float32_precision, generation, interpret_flag, options
 from .grad_gram import recentred
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -43,6 +42,7 @@ class GradGramPlan:
         self.tile = min(LARGEST_TILE, max(16, 1 << (K - 1).bit_length()))
         self.tiles = -(-K // self.tile)
         self.width = self.tiles * self.tile
+        self.spare = self.tiles == 1 and self.tile > K
         self.length = self.tile * self.tile + self.tile + 1
         self.addresses = padded_table(K, len(self.layout.shapes), self.width, device)
         first, second = np.triu_indices(self.tiles)
@@ -74,16 +74,17 @@ class GradGramPlan:
         for pairs, out in ((self.diagonal, diagonal), (self.off, off)):
             if len(pairs) == 0:
                 continue
-            arguments, warps, stages = kernels.configuration(
-                group.dtype, how, self.tile, wide=group.wide, inline=self.tiles == 1, diagonal=out is diagonal
-            )
-            programs = min(len(chunks), max(1, PROGRAMS // len(pairs)))
+            chosen = kernels.configuration(
+                generation(table.device), group.dtype, how, self.tile,
+                wide=group.wide, inline=self.tiles == 1, diagonal=out is diagonal, spare=self.spare,
+            )  # fmt: skip
+            programs = min(len(chunks), max(1, chosen.programs // len(pairs)))
             partials = out.new_empty((len(pairs), programs, self.length))
             kernels.grad_gram_kernel[(programs, len(pairs))](
-                table, chunks, weights, centre, pairs, partials, self.width, len(chunks), **arguments,
-                INTERPRET=interpret_flag(), **options(warps, stages),
+                table, chunks, weights, centre, pairs, partials, self.width, len(chunks), **chosen.arguments,
+                INTERPRET=interpret_flag(), **options(chosen.warps, chosen.stages, chosen.registers),
             )  # fmt: skip
-            extent = self.length if out is diagonal else self.tile * self.tile
+            extent = self.length if out is diagonal and not self.spare else self.tile * self.tile
             kernels.slot_sum_kernel[(-(-extent // kernels.ELEMENTS), len(pairs))](
                 partials, out, programs, self.length, extent,
                 SLOTS=kernels.SLOTS, ELEMENTS=kernels.ELEMENTS, INTERPRET=interpret_flag(), **options(4, 2),
@@ -92,16 +93,17 @@ class GradGramPlan:
     def _centre(self, group: Group, chunks: Tensor, table: Tensor, weights: Tensor, how: str) -> Tensor:
         wide = torch.float64 if how == "fp64" else torch.float32
         centre = torch.empty((len(chunks), CHUNK), dtype=wide, device=table.device)
+        arguments, warps, stages = kernels.centre_configuration(group.dtype, how, group.wide)
         kernels.grad_centre_kernel[(len(chunks), CHUNK // kernels.CENTRE_BLOCK)](
             table, chunks, weights, centre, self.width, self.tiles,
-            **kernels.centre_configuration(group.dtype, how, group.wide), INTERPRET=interpret_flag(), **options(4, 2),
+            **arguments, INTERPRET=interpret_flag(), **options(warps, stages),
         )  # fmt: skip
         return centre
 
     def _recentred(self, sums: Tensor, weights: Tensor) -> Triple:
         K = self.layout.tasks
         n0, h, H = sums.new_empty(()), sums.new_empty(K), sums.new_empty((K, K))
-        kernels.recentre_kernel[(1,)](sums, weights, n0, h, H, K, TILE=self.tile, **options(8, 2))
+        kernels.recentre_kernel[(1,)](sums, weights, n0, h, H, K, TILE=self.tile, SPARE=self.spare, **options(8, 2))
         return n0, h, H
 
     def _assembled(self, diagonal: Tensor, off: Tensor) -> Triple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ import triton.language as tl
 
 from ._grad_work import CHUNK, LARGEST_TILE
 from ._plan import WIDEST
-from ._triton_common import TYPES, AotConfig, product, trips
+from ._triton_common import TYPES, AotConfig, hidden, product, trips
 from ._triton_split import split_bf16, split_tf32
 
-SLOTS, ELEMENTS = 16, 128  # tile of the sums over programs
+SLOTS, ELEMENTS = 64, 32  # tile of the sums over programs
 CENTRE_BLOCK = 128  # columns of one program of the centre
 
 
@@ -58,16 +59,22 @@ def load_rows(p_rows, m_rows, d, n, TYPE: tl.constexpr, SUM: tl.constexpr, VECTO
     m = m_rows[:, None]
     if MASK:
         m = m & (d < n)[None, :]
-    return tl.load(p, mask=m, other=0.0).to(SUM)
+    x = tl.load(p, mask=m, other=0.0)
+    if TYPE.primitive_bitwidth == 16 and SUM.is_fp64():
+        x = hidden(x)
+    return x.to(SUM)
 
 
 @triton.jit
 def step(
     p_i, m_i, p_j, m_j, b_u, p_c, d, n, acc, b_h, b_n,
     TYPE: tl.constexpr, SUM: tl.constexpr, VECTOR: tl.constexpr, INLINE: tl.constexpr, DIAGONAL: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRET: tl.constexpr, MASK: tl.constexpr,
+    SPARE: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Add columns ``d``: ``e_i e_j^T``, and on the diagonal ``<c, e_i>`` and ``c * c``."""
+    """Add columns ``d``: ``e_i e_j^T``, and on the diagonal ``<c, e_i>`` and ``c * c``.
+
+    A row without a task is zero, and ``-c`` once it is centred: with a row to SPARE both come from the product itself.
+    """
     x_i = load_rows(p_i, m_i, d, n, TYPE, SUM, VECTOR, MASK)
     if INLINE:
         c = tl.sum(b_u[:, None] * x_i, 0)
@@ -75,15 +82,15 @@ def step(
         c = tl.load(p_c + d, mask=d < n, other=0.0)
     else:
         c = tl.load(p_c + d)
-    e_i = tl.where(m_i[:, None], x_i - c[None, :], 0.0)
+    e_i = x_i - c[None, :]
     if DIAGONAL:
         acc = gram_product(e_i, e_i, acc, True, PRECISION, INTERPRET)
-        b_h += tl.sum(e_i * c[None, :], 1)
-        b_n += c * c
+        if not SPARE:
+            b_h += tl.sum(e_i * c[None, :], 1)
+            b_n += c * c
     else:
         x_j = load_rows(p_j, m_j, d, n, TYPE, SUM, VECTOR, MASK)
-        e_j = tl.where(m_j[:, None], x_j - c[None, :], 0.0)
-        acc = gram_product(e_i, e_j, acc, False, PRECISION, INTERPRET)
+        acc = gram_product(e_i, x_j - c[None, :], acc, False, PRECISION, INTERPRET)
     return acc, b_h, b_n
 
 
@@ -97,12 +104,15 @@ def grad_gram_kernel(
     p_partials,  # float64 (pairs, programs, TILE * TILE + TILE + 1): H, h, n
     width, n_chunks,
     TILE: tl.constexpr, BLOCK: tl.constexpr, FLUSH: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.constexpr,
-    VECTOR: tl.constexpr, INLINE: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr, INLINE: tl.constexpr, DIAGONAL: tl.constexpr, SPARE: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One pair of tiles over every n-th chunk: float32 for FLUSH blocks, float64 beyond a chunk."""
+    """One pair of tiles over every n-th chunk: float32 for FLUSH blocks and for a chunk, float64 beyond.
+
+    The float64 sums are kept in memory: registers decide how many programs a processor holds.
+    """
     SUM: tl.constexpr = tl.float64 if PRECISION == "fp64" else tl.float32
-    TWO_LEVELS: tl.constexpr = TILE <= 32  # larger tiles have no registers for a float32 sum between
+    LENGTH: tl.constexpr = TILE * TILE + TILE + 1
     pid = tl.program_id(0)
     n_programs = tl.num_programs(0)
     p_pair = p_pairs + 2 * tl.program_id(1)
@@ -110,7 +120,9 @@ def grad_gram_kernel(
     r_i = tl.load(p_pair) * TILE + r
     r_j = tl.load(p_pair + 1) * TILE + r
     b_u = tl.load(p_weights + r_i).to(SUM)
-    total = tl.zeros((TILE, TILE), tl.float64)
+    p_slot = p_partials + (tl.program_id(1).to(tl.int64) * n_programs + pid) * LENGTH
+    p = p_slot + r[:, None] * TILE + r[None, :]
+    tl.store(p, tl.zeros((TILE, TILE), tl.float64))
     total_h = tl.zeros((TILE,), tl.float64)
     total_n = tl.zeros((BLOCK,), tl.float64)
     for s in range(trips((n_chunks - pid + n_programs - 1) // n_programs, INTERPRET)):
@@ -132,32 +144,25 @@ def grad_gram_kernel(
             d = t * BLOCK + tl.arange(0, BLOCK)
             acc, b_h, b_n = step(
                 p_i, a_i != 0, p_j, a_j != 0, b_u, p_c, d, n, acc, b_h, b_n,
-                TYPE, SUM, VECTOR, INLINE, DIAGONAL, PRECISION, INTERPRET, False,
+                TYPE, SUM, VECTOR, INLINE, DIAGONAL, SPARE, PRECISION, INTERPRET, False,
             )  # fmt: skip
             if FLUSH > 0:  # noqa: SIM102 - FLUSH is a constant: tensor cores truncate, so they get short chains only
                 if (t + 1) % FLUSH == 0:
-                    if TWO_LEVELS:
-                        b += acc
-                    else:
-                        total += acc.to(tl.float64)
+                    b += acc
                     acc = tl.zeros((TILE, TILE), SUM)
         if n_blocks * BLOCK < n:
             d = n_blocks * BLOCK + tl.arange(0, BLOCK)
             acc, b_h, b_n = step(
                 p_i, a_i != 0, p_j, a_j != 0, b_u, p_c, d, n, acc, b_h, b_n,
-                TYPE, SUM, VECTOR, INLINE, DIAGONAL, PRECISION, INTERPRET, True,
+                TYPE, SUM, VECTOR, INLINE, DIAGONAL, SPARE, PRECISION, INTERPRET, True,
             )  # fmt: skip
-        if TWO_LEVELS:
+        if FLUSH > 0:
             acc += b
-        total += acc.to(tl.float64)
+        tl.store(p, tl.load(p) + acc.to(tl.float64))
         total_h += b_h.to(tl.float64)
         total_n += b_n.to(tl.float64)
-    LENGTH: tl.constexpr = TILE * TILE + TILE + 1
-    p_slot = p_partials + (tl.program_id(1).to(tl.int64) * n_programs + pid) * LENGTH
-    p = p_slot + r[:, None] * TILE + r[None, :]
     p_h = p_slot + TILE * TILE + r
-    tl.store(p, total)
-    if DIAGONAL:
+    if DIAGONAL and not SPARE:
         tl.store(p_h, total_h)
         tl.store(p_slot + TILE * TILE + TILE, tl.sum(total_n, 0))
 
@@ -227,87 +232,136 @@ def recentre_kernel(
     p_weights,  # float64 (TILE,)
     p_norm, p_h, p_H,  # float64 (), (tasks,), (tasks, tasks)
     tasks,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, SPARE: tl.constexpr,
 ):  # fmt: skip
-    """``recentred`` of grad_gram.py, term by term, for a single tile."""
+    """``recentred`` of grad_gram.py, term by term, for a single tile; with SPARE row ``tasks`` is minus the centre."""
     r = tl.arange(0, TILE)
     u = tl.load(p_weights + r)
     square = r[:, None] * TILE + r[None, :]
     H = (tl.load(p_sums + square) + tl.load(p_sums + r[None, :] * TILE + r[:, None])) / 2
-    h = tl.load(p_sums + TILE * TILE + r)
+    if SPARE:
+        h = -(tl.load(p_sums + tasks * TILE + r) + tl.load(p_sums + r * TILE + tasks)) / 2
+        n = tl.load(p_sums + tasks * TILE + tasks)
+    else:
+        h = tl.load(p_sums + TILE * TILE + r)
+        n = tl.load(p_sums + TILE * TILE + TILE)
     Hu = tl.sum(H * u[None, :], 1)
     mm = tl.sum(Hu * u, 0)
     cm = tl.sum(h * u, 0)
     m = r < tasks
-    tl.store(p_norm, tl.load(p_sums + TILE * TILE + TILE) + 2 * cm + mm)
+    tl.store(p_norm, n + 2 * cm + mm)
     tl.store(p_h + r, h - cm + Hu - mm, mask=m)
     centred = H - (Hu[:, None] + Hu[None, :]) + mm
     tl.store(p_H + r[:, None] * tasks + r[None, :], centred, mask=m[:, None] & m[None, :])
 
 
+@dataclass(frozen=True)
+class Configuration:
+    """How ``grad_gram_kernel`` is compiled and launched."""
+
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+    registers: int | None
+    programs: (
+        int  # what 132 processors hold at a time, or twice that; a constant, so that bits do not follow the device
+    )
+
+
 def configuration(
-    dtype: torch.dtype, precision: str, tile: int, *, wide: bool, inline: bool, diagonal: bool
-) -> tuple[dict[str, Any], int, int]:
-    """Compile-time arguments of ``grad_gram_kernel``, warps and stages: the largest that spill nowhere."""
-    small, tiled = tile <= 32, not inline and diagonal
-    bf16 = precision == "bf16"
-    block, chain = 64, (256 if bf16 else 128)
-    if precision == "fp64":
-        block, chain = 16, 0
-    elif not small:
-        block = 16 if tiled or not (inline or bf16) else 32
+    generation: str, dtype: torch.dtype, precision: str, tile: int,
+    *, wide: bool, inline: bool, diagonal: bool, spare: bool,
+) -> Configuration:  # fmt: skip
+    """The fastest on an H100 of those that spill nowhere: few warps, since a barrier costs more than a longer program.
+
+    A program of one warp waits for no other: eight to twelve of them share a processor.
+    """
+    bf16, doubles, older = precision == "bf16", precision == "fp64", generation in ("sm80", "gfx942")
+    block, warps, registers, programs, chain = 32, 1, None, 1056, 256 if bf16 else 128
     if not wide:
-        block = 16
+        block, warps, programs = 16, 4 if tile <= 32 else 8, 528
+    elif tile == 16:
+        block = 64 if spare else 32
+    elif tile == 32 and not doubles:
+        warps, programs = 1 if spare else 2, 1584
+        registers = 168 if spare and not older else None
+    elif tile == 64:
+        block, warps, programs = 64 if bf16 and not older else 32, 4, 528
+    if doubles:
+        chain, block = 0, 32 if wide and spare and tile == 32 and dtype.itemsize > 2 else 16
+        warps = 2 if wide and tile == 32 and not spare else warps
+    stages = 3
+    if doubles and dtype.itemsize == 2 and generation == "sm100":  # no tensor cores for them: registers are short
+        warps, stages = max(warps, 2 if tile <= 32 else 8), 1
     arguments = {
         "TILE": tile, "BLOCK": block, "FLUSH": chain // block, "CHUNK": CHUNK, "TYPE": TYPES[dtype],
         "VECTOR": WIDEST // dtype.itemsize if wide else 1, "INLINE": inline, "DIAGONAL": diagonal,
-        "PRECISION": precision,
+        "SPARE": spare, "PRECISION": precision,
     }  # fmt: skip
-    return arguments, 4 if small or (bf16 and tiled) else 8, 4 if small and wide else 3
+    return Configuration(arguments, warps, stages, registers, programs)
 
 
-def centre_configuration(dtype: torch.dtype, precision: str, wide: bool) -> dict[str, Any]:
-    """Compile-time arguments of ``grad_centre_kernel``, whose tiles are the largest."""
-    return {
+def centre_configuration(dtype: torch.dtype, precision: str, wide: bool) -> tuple[dict[str, Any], int, int]:
+    """Compile-time arguments of ``grad_centre_kernel``, whose tiles are the largest, warps and stages."""
+    arguments = {
         "TILE": LARGEST_TILE, "BLOCK": CENTRE_BLOCK, "CHUNK": CHUNK, "TYPE": TYPES[dtype],
         "SUM": tl.float64 if precision == "fp64" else tl.float32, "VECTOR": WIDEST // dtype.itemsize if wide else 1,
     }  # fmt: skip
+    return arguments, 4 if wide else 8, 2
 
 
-def aot_configs() -> list[AotConfig]:
+def aot_configs(generation: str) -> list[AotConfig]:
     """The shipped configurations of all kernels."""
     bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-    shipped = {
-        "bf16 tile 16": (bf16, "bf16", 16, True, True, True),
-        "bf16 tile 32": (bf16, "bf16", 32, True, True, True),
-        "bf16 tile 64": (bf16, "bf16", 64, True, True, True),
-        "bf16 tile 64 scalar loads": (bf16, "bf16", 64, False, True, True),
-        "bf16 tiles of 64": (bf16, "bf16", 64, True, False, True),
-        "bf16 tiles of 64 off": (bf16, "bf16", 64, True, False, False),
-        "fp16 tile 64": (fp16, "tf32x3", 64, True, True, True),
-        "fp32 tile 16": (fp32, "tf32x3", 16, True, True, True),
-        "fp32 tile 32": (fp32, "tf32x3", 32, True, True, True),
-        "fp32 tile 32 scalar loads": (fp32, "tf32x3", 32, False, True, True),
-        "fp32 tile 64": (fp32, "tf32x3", 64, True, True, True),
-        "fp32 tiles of 64": (fp32, "tf32x3", 64, True, False, True),
-        "fp32 tiles of 64 off": (fp32, "tf32x3", 64, True, False, False),
-        "fp32 tile 32 precise": (fp32, "fp64", 32, True, True, True),
-        "fp32 tile 64 precise": (fp32, "fp64", 64, True, True, True),
-        "fp64 tiles of 64 off": (fp64, "fp64", 64, True, False, False),
+    one, tiled, off = (True, True), (False, True), (False, False)  # inline, diagonal
+    shipped = {  # type, precision, tile, wide, inline and diagonal, a row to spare
+        "bf16 tile 16": (bf16, "bf16", 16, True, one, True),
+        "bf16 tile 32": (bf16, "bf16", 32, True, one, True),
+        "bf16 tile 32 full": (bf16, "bf16", 32, True, one, False),
+        "bf16 tile 64": (bf16, "bf16", 64, True, one, True),
+        "bf16 tile 64 full": (bf16, "bf16", 64, True, one, False),
+        "bf16 tile 64 scalar loads": (bf16, "bf16", 64, False, one, True),
+        "bf16 tiles of 64": (bf16, "bf16", 64, True, tiled, False),
+        "bf16 tiles of 64 off": (bf16, "bf16", 64, True, off, False),
+        "bf16 tile 32 precise": (bf16, "fp64", 32, True, one, True),
+        "bf16 tile 64 precise": (bf16, "fp64", 64, True, one, False),
+        "bf16 tile 32 scalar loads precise": (bf16, "fp64", 32, False, one, False),
+        "fp16 tile 32": (fp16, "tf32x3", 32, True, one, True),
+        "fp16 tile 64": (fp16, "tf32x3", 64, True, one, False),
+        "fp32 tile 16": (fp32, "tf32x3", 16, True, one, True),
+        "fp32 tile 16 full": (fp32, "tf32x3", 16, True, one, False),
+        "fp32 tile 32": (fp32, "tf32x3", 32, True, one, True),
+        "fp32 tile 32 full": (fp32, "tf32x3", 32, True, one, False),
+        "fp32 tile 32 scalar loads": (fp32, "tf32x3", 32, False, one, True),
+        "fp32 tile 64": (fp32, "tf32x3", 64, True, one, False),
+        "fp32 tiles of 64": (fp32, "tf32x3", 64, True, tiled, False),
+        "fp32 tiles of 64 off": (fp32, "tf32x3", 64, True, off, False),
+        "fp32 tile 32 precise": (fp32, "fp64", 32, True, one, True),
+        "fp32 tile 32 full precise": (fp32, "fp64", 32, True, one, False),
+        "fp32 tile 64 precise": (fp32, "fp64", 64, True, one, False),
+        "fp32 tiles of 64 precise": (fp32, "fp64", 64, True, tiled, False),
+        "bf16 tiles of 64 off precise": (bf16, "fp64", 64, True, off, False),
+        "fp64 tiles of 64 off": (fp64, "fp64", 64, True, off, False),
     }
     configs = []
     rows = {"p_table": "*i64", "p_chunks": "*i64", "p_weights": "*fp64", "width": "i32"}
-    for name, (dtype, precision, tile, wide, inline, diagonal) in shipped.items():
-        arguments, warps, stages = configuration(dtype, precision, tile, wide=wide, inline=inline, diagonal=diagonal)
+    for name, (dtype, precision, tile, wide, (inline, diagonal), spare) in shipped.items():
+        c = configuration(generation, dtype, precision, tile, wide=wide, inline=inline, diagonal=diagonal, spare=spare)
         centre = "*fp64" if precision == "fp64" else "*fp32"
         signature = rows | {"p_centre": centre, "p_pairs": "*i32", "p_partials": "*fp64", "n_chunks": "i32"}
-        flags = {"tensor_cores": precision != "fp64", "wide_loads": wide}
-        configs.append(AotConfig(f"grad_gram {name}", grad_gram_kernel, signature, arguments, warps, stages, **flags))
-    for dtype, precision in ((bf16, "bf16"), (fp32, "tf32x3"), (fp64, "fp64")):
-        arguments = centre_configuration(dtype, precision, True)
+        fills = tile * c.arguments["BLOCK"] >= 32 * c.warps * c.arguments["VECTOR"]  # a vector for every thread
+        flags = {"tensor_cores": precision != "fp64", "wide_loads": wide and fills, "registers": c.registers}
+        label = f"grad_gram {name}"
+        configs.append(AotConfig(label, grad_gram_kernel, signature, c.arguments, c.warps, c.stages, **flags))
+    for dtype, precision, wide in (
+        (bf16, "bf16", True), (fp32, "tf32x3", True), (fp64, "fp64", True),
+        (fp32, "fp64", False), (fp64, "fp64", False),
+    ):  # fmt: skip
+        arguments, warps, stages = centre_configuration(dtype, precision, wide)
         signature = rows | {"p_centre": "*fp64" if precision == "fp64" else "*fp32", "n_tiles": "i32"}
-        name = f"grad_centre {str(dtype).removeprefix('torch.')}"
-        configs.append(AotConfig(name, grad_centre_kernel, signature, arguments, 4, 2, tensor_cores=False))
+        name = f"grad_centre {str(dtype).removeprefix('torch.')}{'' if wide else ' scalar loads precise'}"
+        flags = {"tensor_cores": False, "wide_loads": wide}
+        configs.append(AotConfig(name, grad_centre_kernel, signature, arguments, warps, stages, **flags))
     sums = {"p_partials": "*fp64", "p_out": "*fp64", "n_slots": "i32", "length": "i32", "extent": "i32"}
     arguments = {"SLOTS": SLOTS, "ELEMENTS": ELEMENTS}
     plain = {"tensor_cores": False, "wide_loads": False}
@@ -320,5 +374,7 @@ def aot_configs() -> list[AotConfig]:
         "p_H": "*fp64",
         "tasks": "i32",
     }
-    configs.append(AotConfig("recentre", recentre_kernel, triple, {"TILE": 64}, 8, 2, **plain))
+    for spare in (False, True):
+        name, constants = f"recentre{' from a row to spare' if spare else ''}", {"TILE": 64, "SPARE": spare}
+        configs.append(AotConfig(name, recentre_kernel, triple, constants, 8, 2, **plain))
     return configs

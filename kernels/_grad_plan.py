@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._plan import host_to_device
+
 FLOAT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Gradients = Sequence[Sequence[Tensor]]
@@ -80,8 +82,8 @@ def check_weights(weights: Tensor | None, tasks: int, device: torch.device) -> T
 def moved(t: Tensor, device: torch.device) -> Tensor:
     """``t`` on ``device``, without making the host wait for the work that is queued there."""
     if t.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
-        t = t.pin_memory()
-    return t.to(device, non_blocking=True)
+        return host_to_device(t, device)
+    return t.to(device)
 
 
 def _is_weighting(u: Tensor) -> bool:

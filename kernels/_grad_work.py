@@ -12,7 +12,6 @@ from ._grad_plan import Gradients, Layout, memory_order
 from ._plan import WIDEST, AddressTable, to_device
 
 CHUNK = 2048  # columns of one entry of a work list
-PROGRAMS = 528  # four on each processor of today's largest GPUs; a constant, so that bits do not follow the device
 LARGEST_TILE = 64  # tasks of one product
 SEGMENT = 1 << 12  # chunks whose centre is kept at a time when there are several tiles: 32 MiB
 

@@ -100,14 +100,18 @@ def capturing(device: torch.device) -> bool:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy a host array to the device without making the host wait for the work queued there.
+    """Copy a host array to the device without making the host wait for the work queued there."""
+    return host_to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
+
+
+def host_to_device(host: Tensor, device: torch.device) -> Tensor:
+    """The same of a tensor on the CPU.
 
     Within a capture the copy becomes part of the graph, whose replays read the pinned memory again: it is kept.
     """
-    host = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cpu":
         return host
-    host = host.pin_memory()
+    host = host.contiguous().pin_memory()
     if capturing(device):
         READ_BY_GRAPHS.append(host)
     return host.to(device, non_blocking=True)

@@ -107,7 +107,7 @@ def descend_triton(rows: MemberRows, starts: Starts) -> Tensor:
     return descend(rows, starts, look=1)
 
 
-def aot_configs() -> list[AotConfig]:
+def aot_configs(generation: str) -> list[AotConfig]:
     """The shipped configuration."""
     doubles = dict.fromkeys(("p_gram", "p_diagonal", "p_limit", "p_r"), "*fp64")
     integers = {"p_counts": "*i64", "p_members": "*i64", "p_taken": "*i8", "n": "i32", "m": "i32", "most": "i32"}

@@ -14,13 +14,27 @@ from ._dispatch import interpreting
 
 # Stated, because the default of Triton's fusion of multiplications and additions changes between versions.
 FP_FUSION = True
+DOUBLE_CORES = ((8, 0), (9, 0))
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def hidden(x):
+    """``x`` in float64 as a sum over an axis of one element, exactly ``x``, behind which the compiler does not look.
+
+    Triton 3.6 arranges the operands of a product by the narrowest load they come from, and cannot compile float64 ones
+    of 16-bit loads.
+    """
+    return tl.sum(x.to(tl.float64)[:, :, None], 2)
 
 
 @triton.jit
 def product(x, y, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """``acc + x @ y``. PRECISION: native (16-bit operands), tf32x3 or ieee (float32), fp64."""
     if PRECISION == "fp64":
+        if x.dtype.primitive_bitwidth == 16 or y.dtype.primitive_bitwidth == 16:
+            x = hidden(x)
+            y = hidden(y)  # both, though the 16-bit one would do to compile: that spills less on sm100
         acc = tl.dot(x.to(tl.float64), y.to(tl.float64), acc, input_precision="ieee", out_dtype=tl.float64)
     elif PRECISION == "native":
         if INTERPRET:  # Triton's interpreter would multiply the bit patterns of bf16 as integers
@@ -85,6 +99,12 @@ def precision(types: set[torch.dtype], *, precise: bool) -> str:
     return float32_precision()
 
 
+def factor_precision(types: set[torch.dtype], device: torch.device, *, precise: bool) -> str:
+    """The same of products of factors, which take float64 where that is the faster one."""
+    doubles = max(t.itemsize for t in types) == 4 and has_double_cores(device)
+    return precision(types, precise=precise or doubles)
+
+
 def coefficient_precision(dtype: torch.dtype, out: torch.dtype) -> str:
     """How to multiply stored numbers of ``dtype`` by float64 coefficients: bf16x3, tf32x3, ieee or fp64."""
     if torch.float64 in (dtype, out):
@@ -97,9 +117,26 @@ def float32_precision() -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
 
-def options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    """Keyword arguments of a launch."""
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FP_FUSION}
+def options(num_warps: int, num_stages: int, registers: int | None = None) -> dict[str, Any]:
+    """Keyword arguments of a launch; ``registers`` is the most that a thread may take (NVIDIA)."""
+    limit = {} if registers is None or torch.version.hip else {"maxnreg": registers}
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FP_FUSION, **limit}
+
+
+def generation(device: torch.device) -> str:
+    """Which of the targets that kernels are compiled for ahead of time comes next to a device."""
+    if torch.version.hip:
+        return "gfx942"
+    if device.type != "cuda":
+        return "sm90"  # the interpreter's
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm80" if major < 9 else "sm90" if major == 9 else "sm100"
+
+
+def has_double_cores(device: torch.device) -> bool:
+    """Whether float64 products run on tensor cores: on A100 and H100, where they are faster than three tf32 products
+    of the same numbers (measured on an H100 at every total rank from 80 to 1280)."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) in DOUBLE_CORES
 
 
 def interpret_flag() -> bool:
@@ -120,3 +157,4 @@ class AotConfig:
     divisible: tuple[str, ...] = ()  # integer arguments that are multiples of 16; pointers always are
     tensor_cores: bool = True  # whether the compiled kernel must hold tensor-core instructions
     wide_loads: bool = True  # whether it must hold 128-bit loads
+    registers: int | None = None  # the most that a thread may take (NVIDIA)

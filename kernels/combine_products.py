@@ -24,6 +24,7 @@ def combine_products(
     Q: Sequence[Tensor],
     *,
     dtype: torch.dtype | None = None,
+    precise: bool = False,
     backend: str = "auto",
 ) -> tuple[Pairs, Pairs]:
     """``factor_combine``, and ``factor_cross`` of the clients' factors and the pair with the pair as it was rounded.
@@ -33,6 +34,7 @@ def combine_products(
 
     Args:
         B, A, P, Q, dtype, backend: as in ``factor_combine``; no side is skipped.
+        precise: as in ``factor_cross``.
 
     Returns:
         The pair, lists of (m_l, r) and (r, n_l); and the products, two lists of (R_l + r, r) float64 with the errors of
@@ -49,7 +51,7 @@ def combine_products(
     # the pair goes along as one more client: its own Grams come out below its products with the factors
     beside_B = [(*bs, b) for bs, b in zip(B, left, strict=True)]
     beside_A = [(*as_, a) for as_, a in zip(A, right, strict=True)]
-    X_B, X_A = factor_cross(beside_B, beside_A, left, right, backend=backend)
+    X_B, X_A = factor_cross(beside_B, beside_A, left, right, precise=precise, backend=backend)
     assert X_B is not None
     assert X_A is not None
     return (left, right), (X_B, X_A)

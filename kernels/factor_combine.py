@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from ._stacks import Stacks
 
 if TYPE_CHECKING:
     from ._factor_combine_plan import CombinePlan
+    from ._factor_scalars_launch import ScalarPlan
 
 Combined = list[Tensor] | None
 
@@ -234,7 +236,7 @@ def _combine_scalars(stack: Stack, p: Tensor, out: Tensor) -> None:
         out[start:stop].copy_(part.T if stack.wide else part)
 
 
-PLANS: PlanCache[CombinePlan | str] = PlanCache()
+PLANS: PlanCache[CombinePlan | ScalarPlan | str] = PlanCache()
 
 
 def _on_triton(
@@ -249,15 +251,18 @@ def _on_triton(
     if not (one := first(B, A)):
         return None
     from ._factor_combine_triton import factor_combine_triton
+    from ._factor_scalars_launch import ScalarPlan
 
     coefficients = [c.contiguous() for c in flat(P, Q)]
     layout, pointers = inventory(B, A)
     key = (place(one[0].device), dtype, P is None, Q is None, layout, describe(coefficients))
-    plan = PLANS.get(key, lambda: _plan(B, A, P, Q, dtype))
+    plan = PLANS.get(key, lambda: _plan(B, A, P, Q, dtype, pointers))
     if isinstance(plan, str):
         if backend == "triton":
             raise ValueError(plan)
         return None
+    if isinstance(plan, ScalarPlan):
+        return plan.combine(pointers, addresses(coefficients))
     return plan.split(factor_combine_triton(plan, pointers, addresses(coefficients)))
 
 
@@ -267,16 +272,21 @@ def _plan(
     P: Sequence[Tensor] | None,
     Q: Sequence[Tensor] | None,
     dtype: torch.dtype | None,
-) -> CombinePlan | str:
+    pointers: np.ndarray,
+) -> CombinePlan | ScalarPlan | str:
     """Check once per layout and lay out the work, or say why the kernels cannot do it."""
     from ._factor_combine_plan import CombinePlan, Task
     from ._factor_plan import Piece
+    from ._factor_scalars_launch import ScalarPlan, is_sum
     from ._triton_common import coefficient_precision
 
     check_combine(B, A, P, Q, dtype)
     if (reason := one_dtype(B, A)) is not None:
         return reason
     check_one_device(flat(B, A, P, Q))
+    sides, scalars = [*(B or ()), *(A or ())], [*(P or ()), *(Q or ())]
+    if all(is_sum(clients, c) for clients, c in zip(sides, scalars, strict=True)):
+        return ScalarPlan(sides, [output_dtype(clients, dtype) for clients in sides], pointers)
     tasks, index = [], 0
     for factors, coefficients, transposed in ((B, P, False), (A, Q, True)):
         for clients, c in zip(factors or (), coefficients or (), strict=True):

@@ -172,7 +172,7 @@ def _plan(
     """Check once per layout and lay out the work, with the matrices X to turn; or say why the kernels cannot do it."""
     from ._factor_gram_plan import GramPlan, Task
     from ._factor_plan import Piece, is_wide
-    from ._triton_common import precision
+    from ._triton_common import factor_precision as products
 
     check_cross(B, A, X_B, X_A)
     if (reason := one_dtype(B, A)) is not None:
@@ -188,7 +188,7 @@ def _plan(
                 turned.append((x_index, transposed))
                 other = Piece.of(x_index, _turned(x, transposed), transposed=transposed)
             x_index += 1
-            tasks.append(Task(pieces, [other], precision({clients[0].dtype, x.dtype}, precise=precise)))
+            tasks.append(Task(pieces, [other], products({clients[0].dtype, x.dtype}, x.device, precise=precise)))
     return GramPlan(tasks, flat(B, A)[0].device), turned
 
 

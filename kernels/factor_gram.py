@@ -101,7 +101,7 @@ def _plan(B: Factors, A: Factors, precise: bool) -> GramPlan | str:
     """Check the factors once per layout and lay out the work, or say why the kernels cannot do it."""
     from ._factor_gram_plan import GramPlan, Task
     from ._factor_plan import Piece
-    from ._triton_common import precision
+    from ._triton_common import factor_precision as products
 
     check_factors(B, A)
     if (reason := one_dtype(B, A)) is not None:
@@ -111,7 +111,7 @@ def _plan(B: Factors, A: Factors, precise: bool) -> GramPlan | str:
     for side, transposed in ((B, False), (A, True)):
         for clients in side:
             pieces = [Piece.of(index + u, t, transposed=transposed) for u, t in enumerate(clients)]
-            tasks.append(Task(pieces, None, precision({clients[0].dtype}, precise=precise)))
+            tasks.append(Task(pieces, None, products({clients[0].dtype}, clients[0].device, precise=precise)))
             index += len(clients)
     return GramPlan(tasks, B[0][0].device)
 

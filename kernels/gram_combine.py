@@ -25,6 +25,7 @@ def gram_combine(
     *,
     beside: bool = False,
     dtype: torch.dtype | None = None,
+    precise: bool = False,
     backend: str = "auto",
 ) -> tuple[Pairs, Pairs]:
     """``factor_gram`` and ``factor_combine``: the average of FedIT with all that its divergence takes, say.
@@ -33,6 +34,7 @@ def gram_combine(
         B, A, P, Q, dtype, backend: as in ``factor_combine``; no side is skipped.
         beside: the pair, as rounded, counts as one more client of every module, the last: its products with the
             clients' factors, and its own, are in the Gram matrices too.
+        precise: as in ``factor_gram``.
 
     Returns:
         The Gram matrices, two lists of (R_l, R_l), or (R_l + r, R_l + r), float64; and the pair, lists of (m_l, r) and
@@ -52,4 +54,4 @@ def gram_combine(
     if beside:
         B = [(*bs, b) for bs, b in zip(B, left, strict=True)]
         A = [(*as_, a) for as_, a in zip(A, right, strict=True)]
-    return factor_gram(B, A, backend=backend), (left, right)
+    return factor_gram(B, A, precise=precise, backend=backend), (left, right)

@@ -55,7 +55,8 @@ def _norm(B: Sequence[Tensor], A: Sequence[Tensor], c: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=c.device)
     rows = [a.T for a in A]
     ones = torch.ones_like(c)
-    if min(m, n) >= CORE_SHARE * R:
+    # a GPU multiplies some hundred times as fast as it factors
+    if c.device.type == "cpu" and min(m, n) >= CORE_SHARE * R:
         return torch.linalg.matrix_norm(_triangle(B, c, R) @ _triangle(rows, ones, R).T)
     width = min(n, STRIP_COLUMNS)
     height = min(m, max(1, STRIP_BYTES // (8 * width)))

@@ -49,6 +49,13 @@ class Gramian:
         """The plain Gram matrix ``G_kl = <g_k, g_l>``, shape (K, K), float64."""
         return self.n0[..., None, None] + self.h[..., :, None] + self.h[..., None, :] + self.H
 
+    def cpu(self) -> Gramian:
+        """The same on the CPU; from a GPU in one transfer, which waits for it."""
+        flat = torch.cat([part.reshape(-1) for part in (self.n0, self.h, self.H)]).cpu()
+        sizes = (self.n0.numel(), self.h.numel(), self.H.numel())
+        parts = [x.view(part.shape) for x, part in zip(flat.split(sizes), (self.n0, self.h, self.H), strict=True)]
+        return Gramian(*parts, None if self.weights is None else self.weights.cpu())
+
     @classmethod
     def from_dense(cls, G: Tensor | np.ndarray, weights: WeightsLike | None = None) -> Gramian:
         """Centre a plain Gram matrix, shape (K, K), at the mean under ``weights`` (default uniform)."""

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedgram.kernels import grad_combine, grad_gram
+from fedgram.kernels import grad_combine, grad_gram, moved
 
 from ._inputs import checked_strength
 from .dual import Dual, looked_at, rescaling, solve_dual
@@ -22,13 +22,13 @@ Target: TypeAlias = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """A matched direction and its evidence. On a GPU the numbers wait for the device when they are asked for.
+    """A matched direction and its evidence.
 
     Attributes:
         direction: ``d = sum_k v_k g_k`` in the structure of one input: a tensor, a list of tensors, or a dict from
             name to tensor (for state dicts and modules); new tensors in the input dtype, or those written to.
         dual: the solution of the dual, see ``Dual``.
-        gramian: the centred Gram matrix that it was solved on.
+        gramian: the centred Gram matrix that it was solved on, on the device where it was solved, as is the dual.
     """
 
     direction: Any
@@ -69,8 +69,8 @@ class Match:
     def check(self) -> Match:
         """Return self, or raise ValueError naming the task and entry of gradients that are not finite.
 
-        On a CPU ``match`` has checked already. On a GPU it does not wait to look: call this after the direction is
-        applied, at whatever interval suits, while the gradients given still hold their values.
+        ``match`` has checked already, except within ``torch.compile`` and the capture of a CUDA graph, which cannot
+        look: call this after a replay, at whatever interval suits, while the gradients still hold their values.
         """
         if self.status == "nonfinite":
             reason = not_finite(self._inputs) if self._inputs is not None else "gradients: not finite"
@@ -106,8 +106,11 @@ def match(
 
     ``g0 = sum_k u_k g_k`` is the weighted mean. The data is read twice, once for the centred Gram matrix and once for
     the combination ``d = sum_k v_k g_k``; nothing of length d is stacked or copied. The dual is solved to rounding
-    and the answer carries its certificate. (STAMP, arXiv:2506.12031, gradient matching; the matching objective is that
-    of CAGrad, with the exact solution in place of some steps of descent.)
+    and the answer carries its certificate. From a GPU the K x K matrix comes to the host, where one solve is a hundred
+    times as fast; within ``torch.compile`` and the capture of a CUDA graph all stays on the device (before a
+    capture, call ``solve_dual(gramian(gradients), c, method="batched")`` once: what it needs cannot be set up within
+    one). (STAMP, arXiv:2506.12031, gradient matching; the matching objective is that of CAGrad, with the exact solution in
+    place of some steps of descent.)
 
     Args:
         gradients: one entry per task: K tensors, K lists of tensors, K state dicts, or K modules (the ``.grad`` of
@@ -131,8 +134,8 @@ def match(
         A Match. With all gradients zero, or a mean of zero, its status is "stationary" and the direction zero.
 
     Raises:
-        ValueError: no gradients, structures that differ (named), non-finite gradients (named; on a GPU, where nothing
-            waits for the device, by ``Match.check()``), c or weights out of range.
+        ValueError: no gradients, structures that differ (named), non-finite gradients (named; in a graph, traced or
+            captured, by ``Match.check()``), c or weights out of range.
     """
     inputs = read(gradients)
     return match_inputs(inputs, _weights(weights, inputs), c=c, rescale=rescale, precise=precise, backend=backend)
@@ -180,6 +183,8 @@ def match_inputs(
     """What ``match`` and ``match_`` do once their inputs are read; ``targets`` as ``match_`` takes them, by name."""
     rescaling(rescale, checked_strength(c))  # refuse a bad option before the data is read
     gram = _gramian(inputs, u, precise, backend)
+    if gram.H.device.type != "cpu" and looked_at(gram.H.device):
+        gram = _finite(gram.cpu(), inputs)
     dual = solve_dual(gram, c, rescale=rescale)
     averages = {name: average(tensors, u) for name, tensors in inputs.averaged.items()}
     out = None if targets is None else [_written(targets[name]) for name in inputs.names]
@@ -193,10 +198,15 @@ def match_inputs(
 @torch.no_grad()
 def _gramian(inputs: Inputs, u: Tensor, precise: bool, backend: str) -> Gramian:
     n0, h, H = grad_gram(inputs.tensors, u, precise=precise, backend=backend)
-    # One bad number reaches every entry through the mean, so this look costs no pass over the data.
-    if looked_at(H.device) and not bool(H.isfinite().all() & h.isfinite().all() & n0.isfinite()):
+    gram = Gramian(n0, h, H, moved(u, H.device))
+    return _finite(gram, inputs) if H.device.type == "cpu" and looked_at(H.device) else gram
+
+
+def _finite(gram: Gramian, inputs: Inputs) -> Gramian:
+    """One bad number reaches every entry through the mean, so this look costs no pass over the data."""
+    if not bool(gram.H.isfinite().all() & gram.h.isfinite().all() & gram.n0.isfinite()):
         raise ValueError(not_finite(inputs))
-    return Gramian(n0, h, H, u.to(H.device))
+    return gram
 
 
 def _weights(weights: WeightsLike | None, inputs: Inputs) -> Tensor:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedgram.kernels import GradGram, grad_combine, grad_gram
+from fedgram.kernels import grad_combine, grad_gram, moved
 
 from ._inputs import checked_strength
-from .dual import Dual, rescaling, solve_dual
+from .dual import Dual, looked_at, rescaling, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights
 from .structure import Inputs, average, not_finite, read
 
@@ -92,9 +92,9 @@ class SpatialMatcher:
         inputs = self._read(states, clients, "states")
         weights = torch.cat([u, u.new_zeros(1)])
         # Centred at the clients' mean, whose distance from the old state is g0: row K is -g0.
-        _, _, H = self._gram(inputs, inputs.tensors, weights)
+        H = self._gram(inputs, inputs.tensors, weights).H
         K = len(u)
-        gramian = Gramian(H[K, K], -H[K, :K], H[:K, :K], u.to(H.device))
+        gramian = Gramian(H[K, K], -H[K, :K], H[:K, :K], moved(u, H.device))
         means = {name: average(column[:-1], u) for name, column in inputs.averaged.items()}
         return self._moved(inputs, gramian, u, clients, 1 - self.lr, means)
 
@@ -102,9 +102,9 @@ class SpatialMatcher:
         """The same for clients that send ``new state - global state`` (of integers and statistics, too; not bools)."""
         clients, u = _taking_part(deltas, counts, "deltas")
         inputs = self._read(deltas, clients, "deltas")
-        n0, h, H = self._gram(inputs, inputs.tensors[:-1], u)
+        gram = self._gram(inputs, inputs.tensors[:-1], u)
         means = {name: column[-1] + average(column[:-1], u) for name, column in inputs.averaged.items()}
-        return self._moved(inputs, Gramian(n0, h, H, u.to(H.device)), u, clients, 1.0, means)
+        return self._moved(inputs, gram, u, clients, 1.0, means)
 
     def _read(self, sent: Sequence[State], clients: Sequence[int], argument: str) -> Inputs:
         """What the clients sent, followed by the global state, all of one structure."""
@@ -116,11 +116,15 @@ class SpatialMatcher:
         return read(rows, labels, argument).with_first_last()
 
     @torch.no_grad()
-    def _gram(self, inputs: Inputs, tensors: Sequence[Sequence[Tensor]], weights: Tensor) -> GradGram:
+    def _gram(self, inputs: Inputs, tensors: Sequence[Sequence[Tensor]], weights: Tensor) -> Gramian:
+        """On the CPU, where the dual is solved."""
         gram = grad_gram(tensors, weights, precise=self.precise, backend=self.backend)
-        if gram.H.device.type == "cpu" and not bool(gram.H.isfinite().all() & gram.n0.isfinite()):
-            raise ValueError(not_finite(inputs))
-        return gram
+        gramian = Gramian(*gram, moved(weights, gram.H.device))
+        if looked_at(gram.H.device):
+            gramian = gramian.cpu()
+            if not bool(gramian.H.isfinite().all() & gramian.n0.isfinite()):
+                raise ValueError(not_finite(inputs))
+        return gramian
 
     @torch.no_grad()
     def _moved(

@@ -36,7 +36,7 @@ def test_every_kernel_compiles_without_a_fault(compiled):
     assert compiled.returncode == 0, compiled.stderr
     lines = compiled.stdout.splitlines()
     kernels = {line[8:].split()[0] for line in lines if line.startswith("sm100")}
-    assert len(lines) == len({id(c.kernel) for _, _, c in aot.shipped_configs()})
+    assert len(lines) == len({id(c.kernel) for _, _, c in aot.shipped_configs("sm100")})
     assert {"factor_gram", "factor_combine", "lowrank_sum", "grad_gram", "grad_combine", "ghost_gram"} <= kernels
 
 
@@ -74,7 +74,7 @@ import dataclasses, json
 from fedgram.bench import aot
 
 def shipped(name):
-    return next(c for _, _, c in aot.shipped_configs(name) if c.name == name)
+    return next(c for _, _, c in aot.shipped_configs("sm90", name) if c.name == name)
 
 gram, combine = shipped("factor_gram bf16 tile 64"), shipped("factor_combine bf16 rank 64 blocks")
 variants = {
@@ -139,7 +139,7 @@ def test_gate_without_committed_figures_and_on_amd():
 @pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
 def test_figures_are_committed(version):
     """All shipped configurations, on all targets, for both versions; none of them spills."""
-    committed, names = aot.read_table()[version], {config.name for _, _, config in aot.shipped_configs()}
+    committed, names = aot.read_table()[version], {config.name for _, _, config in aot.shipped_configs("sm90")}
     for target in aot.TARGETS:
         assert set(committed[target]) == names, f"renew with python -P -m fedgram.bench.aot --write ({target})"
         for name, row in committed[target].items():
@@ -150,7 +150,7 @@ FINGERPRINTS = """
 import dataclasses, json
 from fedgram.bench import aot
 
-by_name = {c.name: c for _, _, c in aot.shipped_configs()}
+by_name = {c.name: c for _, _, c in aot.shipped_configs("sm90")}
 gram, other = by_name["factor_gram bf16 tile 64"], by_name["grad_gram fp32 tile 32"]
 kinds = [
     gram,
@@ -161,7 +161,7 @@ kinds = [
 ]
 found = [aot.fingerprint(c, "sm90") for c in kinds] + [aot.fingerprint(gram, "sm80")]
 held = {t: {c.name: aot.read_table()[aot.triton_version()][t][c.name]["source"] == aot.fingerprint(c, t)
-            for _, _, c in aot.shipped_configs()} for t in aot.TARGETS}
+            for _, _, c in aot.shipped_configs(t)} for t in aot.TARGETS}
 table = {"sm90": {"factor_gram bf16 tile 64": {"source": found[0]}}}
 print(json.dumps([found, held, aot._is_due(gram, "sm90", table), aot._is_due(kinds[1], "sm90", table)]))
 """
