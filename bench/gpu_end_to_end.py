@@ -56,12 +56,8 @@ class Bench:
     def timed(self, run: Callable[[], Any], cost: Cost, *, most: int = 15) -> dict[str, Any]:
         """Seconds as a caller sees them, of the kernels alone and of the host alone, beside the floor."""
         first = seconds(run, self.device)
-        slow = first > SLOW
-        t = (
-            Timing((first,))
-            if first > ONCE
-            else measure_one(run, self.device, budget=0.5, least=1 if slow else 3, most=most)
-        )
+        least = 1 if first > SLOW else 3
+        t = Timing((first,)) if first > ONCE else measure_one(run, self.device, budget=0.5, least=least, most=most)
         row = {"ok": True, "seconds": t.median, "runs": len(t.seconds)}
         if first <= ONCE:
             row |= {"host_s": host_seconds(run, self.device, least)}

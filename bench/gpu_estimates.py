@@ -18,7 +18,6 @@ from .workloads import gradients, name_of
 
 PAIR = 2e-5  # of the products of float32 factors, whose rounding and tf32x3 products are 1e-6 each, through a solve
 RHO = 1e-3  # three digits
-SCALINGS = (2.0, 1.0, -0.5, 1.0)
 Numbers = dict[str, Tensor | float]
 
 
@@ -30,12 +29,14 @@ class Cohort:
     shapes: tuple[tuple[int, int], ...]
     ranks: tuple[int, ...]
     dtype: torch.dtype
+    scalings: tuple[float, ...] = (2.0, 1.0, -0.5, 1.0)  # of the clients in turn
 
 
 SHAPES, RANKS = ((96, 64), (40, 130), (96, 64)), (4, 8, 3, 8)
-COHORTS = (  # Grams solved on the host, on the device, and never formed
+COHORTS = (  # Grams solved on the host, on the device, and never formed; scalings of one leave weights shared
     Cohort("small", SHAPES, RANKS, torch.float32),
     Cohort("small", SHAPES, RANKS, torch.bfloat16),
+    Cohort("unscaled", SHAPES, RANKS, torch.float32, (1.0,)),
     Cohort("large", ((1000, 900), (600, 1000)), (16,) * 40, torch.float32),
     Cohort("large", ((1000, 900), (600, 1000)), (16,) * 40, torch.bfloat16),
     Cohort("implicit", ((300, 200),), (16,) * 40, torch.float32),
@@ -60,7 +61,7 @@ def estimates(journal: Journal, device: torch.device) -> None:
     for cohort in COHORTS if device.type == "cuda" else COHORTS[:2]:
         clients, previous = _adapters(cohort), _adapters(cohort, seed=9)[0]
         for name, call in _aggregations(previous).items():
-            if "anchor" in name and cohort.name != "small":
+            if "anchor" in name and len(cohort.ranks) > len(RANKS):
                 continue  # the same operations, minutes on the CPU
             label = f"{name} {cohort.name} {name_of(cohort.dtype)}"
             journal.guard(label, partial(_compared, call, clients, device, cohort.dtype), need_s=3)
@@ -97,7 +98,8 @@ def _adapters(cohort: Cohort, seed: int = 3) -> list[Adapter]:
         for l, (B, A) in enumerate(common):
             b = B[:, :rank] + torch.randn(B[:, :rank].shape, generator=random)
             a = A[:rank] + torch.randn(A[:rank].shape, generator=random)
-            layers[f"layer{l}"] = LoraLayer(A=a.to(cohort.dtype), B=b.to(cohort.dtype), scaling=SCALINGS[u % 4])
+            scaling = cohort.scalings[u % len(cohort.scalings)]
+            layers[f"layer{l}"] = LoraLayer(A=a.to(cohort.dtype), B=b.to(cohort.dtype), scaling=scaling)
         clients.append(Adapter(layers))
     return clients
 

@@ -26,8 +26,9 @@ Factors = tuple[list[Tensor], list[Tensor]]
 GRAM_RANK_LIMIT = 2048
 SMALL_RANK = 512
 HOST_RANK = 512
-"""Up to this total rank the Grams of a GPU's factors come to the host: its solvers are launches of a few microseconds'
-work each (at rank 80, 60 ms of them on an H100 for what the CPU does in 5), and the copy takes less than one."""
+"""Up to this total rank the Grams of a GPU's factors come to the host: on the device their solvers are thousands of
+launches of a few microseconds' work each. 48 modules of rank 80, ``als`` and all rho: 530 ms on an H100, 37 in all with
+the host's; the copy is 0.3."""
 
 
 def forms_grams(total_rank: int, length: int) -> bool:

@@ -87,7 +87,7 @@ def group_gramians(group: Group, backend: str = "auto") -> Tensor:
         return group.member_blocks(group.gram["B"] * group.gram["A"])
     for target in group.targets:
         check_finite(target)
-    B, A = kernels.factor_gram(group.factors.B, group.factors.A, backend=backend)
+    B, A = kernels.factor_gram(group.factors.B, group.factors.A, precise=True, backend=backend)
     scale = group.row_scale["B"] * group.row_scale["A"]
     return group.member_blocks(scale * torch.stack(B) * torch.stack(A) * scale.mT)
 

@@ -119,7 +119,7 @@ def _client_energies(group: Group, u: int) -> Tensor:
     """(L, r_u) squared singular values of one client's update in every module, descending."""
     if group.gram is None:
         B, A = kernels.factor_gram(
-            [[t.B[u]] for t in group.targets], [[t.A[u]] for t in group.targets], backend=group.backend
+            [[t.B[u]] for t in group.targets], [[t.A[u]] for t in group.targets], precise=True, backend=group.backend
         )
         scales = torch.stack([t.scalings[u] ** 2 for t in group.targets]).to(group.device).view(-1, 1, 1)
         G_B, G_A = torch.stack(B) * scales, torch.stack(A)

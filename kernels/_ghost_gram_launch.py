@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _ghost_gram_triton as kernels
 from ._plan import WIDEST, PlanCache, check_runnable, place, to_device
-from ._triton_common import float32_precision, interpret_flag, options, precision
+from ._triton_common import float32_precision, generation, interpret_flag, options, precision
 from .ghost_gram import RowBlock, row_blocks
 
 Group = tuple[RowBlock, ...]  # the parts of one long task, or one block of several short ones
@@ -77,11 +77,13 @@ def ghost_gram_triton(
     arguments = _products("G", output_grads, precise)
     arguments |= _products("I", output_grads if tokens else inputs, precise)
     arguments |= {"TOKENS": tokens, "BIAS": bias, "SUMMING": "fp64" if precise else float32_precision()}
+    wide = min(arguments["VECTOR_I"], arguments["VECTOR_G"]) > 1
+    warps, stages = kernels.warps_and_stages(generation(inputs.device), arguments["SUMMING"], wide=wide)
     for several, work in plan.work.items():
         kernels.ghost_gram_kernel[(len(work),)](
             inputs, output_grads, plan.tasks, work, partials, inputs.stride(0), inputs.shape[-1],
             output_grads.stride(0), output_grads.shape[1], TILE=kernels.TILE, SEVERAL=several, **arguments,
-            INTERPRET=interpret_flag(), **options(*kernels.warps_and_stages(arguments["SUMMING"])),
+            INTERPRET=interpret_flag(), **options(warps, stages),
         )  # fmt: skip
     for several, cells in plan.cells.items():
         kernels.ghost_sum_kernel[(len(cells),)](

@@ -176,9 +176,11 @@ def products_configuration(suffix: str, dtype: torch.dtype, precision: str, wide
     }  # fmt: skip
 
 
-def warps_and_stages(summing: str) -> tuple[int, int]:
-    """Warps, and loads in flight; with four warps, or a third stage of them, tiles of float64 spill."""
-    return (8, 2) if summing == "fp64" else (4, 3)
+def warps_and_stages(generation: str, summing: str, *, wide: bool) -> tuple[int, int]:
+    """Warps, and loads in flight: four warps are faster, and spill where they are not given here."""
+    if summing == "fp64":
+        return 8, 2
+    return 4 if wide and generation != "sm100" else 8, 3
 
 
 def aot_configs(generation: str) -> list[AotConfig]:
@@ -206,7 +208,7 @@ def aot_configs(generation: str) -> list[AotConfig]:
         arguments |= {"TILE": TILE, "TOKENS": tokens, "BIAS": not tokens, "SEVERAL": several}
         arguments["SUMMING"] = "fp64" if precision == "fp64" else "tf32x3"
         types = {"p_inputs": "*i64" if tokens else names[dtype], "p_grads": names[dtype]} | tables | strides
-        warps, stages = warps_and_stages(arguments["SUMMING"])
+        warps, stages = warps_and_stages(generation, arguments["SUMMING"], wide=wide)
         fills = TILE * arguments["BLOCK_G"] >= 32 * warps * arguments["VECTOR_G"]  # a vector for every thread
         flags = {"tensor_cores": precision != "fp64", "wide_loads": wide and fills}
         configs.append(AotConfig(f"ghost_gram {name}", ghost_gram_kernel, types, arguments, warps, stages, **flags))

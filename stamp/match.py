@@ -109,8 +109,8 @@ def match(
     and the answer carries its certificate. From a GPU the K x K matrix comes to the host, where one solve is a hundred
     times as fast; within ``torch.compile`` and the capture of a CUDA graph all stays on the device (before a
     capture, call ``solve_dual(gramian(gradients), c, method="batched")`` once: what it needs cannot be set up within
-    one). (STAMP, arXiv:2506.12031, gradient matching; the matching objective is that of CAGrad, with the exact solution in
-    place of some steps of descent.)
+    one). (STAMP, arXiv:2506.12031, gradient matching; the matching objective is that of CAGrad, with the exact
+    solution in place of some steps of descent.)
 
     Args:
         gradients: one entry per task: K tensors, K lists of tensors, K state dicts, or K modules (the ``.grad`` of

@@ -64,6 +64,13 @@ def test_the_estimates_are_those_of_estimate(method, ranks, regime):
     assert bool(found.converged.all())
 
 
+def test_without_float64_products_the_cpu_gives_the_same(regime):
+    """On a CPU all products are float64: ``precise`` only says what a GPU multiplies in."""
+    B, A = factors((3, 4, 2), SHAPES)
+    for one, other in zip(estimate_modules(B, A), estimate_modules(B, A, precise=False), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_the_ladder_holds_module_by_module(regime):
     B, A = factors((3, 4, 2), SHAPES)
     w = torch.tensor([5.0, 1, 1])

@@ -26,6 +26,15 @@ def centred(X, u):
     return Gramian(torch.tensor(g0 @ g0), torch.from_numpy(E @ g0), torch.from_numpy(E @ E.T))
 
 
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_a_gramian_comes_over_in_one_piece(batch):
+    whole = Gramian(torch.rand(batch), torch.rand(*batch, 4), torch.rand(*batch, 4, 4), torch.full((4,), 0.25))
+    moved = whole.cpu()
+    for name in ("n0", "h", "H", "weights"):
+        assert torch.equal(getattr(moved, name), getattr(whole, name))
+        assert getattr(moved, name).shape == getattr(whole, name).shape
+
+
 def judge(X, u, c, dual):
     """Feasible on both sides, and the sides meet."""
     w, v = dual.weights.numpy(), dual.coefficients.numpy()
