@@ -49,7 +49,7 @@ def test_the_dry_run_goes_through_every_section(dry_run):
     checked = {row["op"] for row in correct}
     assert checked == {
         "factor_gram", "factor_cross", "factor_combine", "lowrank_sum", "grad_gram", "grad_combine", "ghost_gram",
-        "subset_select", "estimate_modules",
+        "subset_select", "estimate_modules", "aggregate", "match",
     }  # fmt: skip
     for row in correct:
         assert row["ok"] is True

@@ -74,13 +74,13 @@ import dataclasses, json
 from fedgram.bench import aot
 
 def shipped(name):
-    return next(c for _, _, c in aot.shipped_configs("sm90", name) if c.name == name)
+    return next(c for _, _, c in aot.shipped_configs("sm80", name) if c.name == name)
 
 gram, combine = shipped("factor_gram bf16 tile 64"), shipped("factor_combine bf16 rank 64 blocks")
 variants = {
     "as shipped": gram,
     "hint dropped": dataclasses.replace(gram, constexprs=gram.constexprs | {"TALL_I": 1, "WIDE_I": 1}),
-    "too few warps": dataclasses.replace(combine, num_warps=4),
+    "too few warps": dataclasses.replace(combine, num_warps=2),
 }
 rows = aot.measure([aot.compile_config(c, "sm80") for c in variants.values()], "sm80")
 table = aot.read_table().get(aot.triton_version(), {}).get("sm80", {})
@@ -91,7 +91,7 @@ print(json.dumps({n: [aot.gate(c, "sm80", row, held) for held in (None, table.ge
 
 @pytest.mark.slow
 def test_real_breakages_are_caught(tmp_path, monkeypatch):
-    """A kernel without its alignment hint, and one with half of the registers that it needs."""
+    """A kernel without its alignment hint, and one with a quarter of the registers that it has."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     result = run_python("-c", BREAK)
     assert result.returncode == 0, result.stderr
