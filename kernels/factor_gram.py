@@ -32,8 +32,9 @@ def factor_gram(
     Args:
         B: ``B[l][u]`` (m_l, r_lu) of module ``l`` and client ``u``; any float type, any strides.
         A: ``A[l][u]`` (r_lu, n_l).
-        precise: on Triton, float64 products throughout; without it float32 inputs are multiplied as tf32x3. On the CPU
-            everything is float64 always.
+        precise: on Triton, float64 products throughout; without it 16-bit inputs are multiplied as they are, and
+            float32 ones as tf32x3, or in float64 on GPUs with tensor cores for it (A100, H100), where that is faster.
+            On the CPU everything is float64 always.
         backend: ``auto``, ``triton``, ``native`` or ``torch``. Triton leaves clients of several types within one
             module and side to the torch twin.
 
