@@ -41,13 +41,15 @@ def read_plainly(dirs: Sequence[Path], _: str) -> Work:
 
 def read_tensors(dirs: Sequence[Path], _: str) -> Work:
     """Every tensor as the aggregation reads it, module by module over all clients, and dropped."""
+    from fedgram.bindings._files.read_behind import reading_once
     from fedgram.bindings.peft import load_adapters
 
     def work() -> dict[str, Any]:
         adapters = load_adapters(dirs)
-        for module in adapters[0].modules:
-            for adapter in adapters:
-                adapter.modules[module]
+        with reading_once(sum(path.stat().st_size for folder in dirs for path in folder.iterdir())):
+            for module in adapters[0].modules:
+                for adapter in adapters:
+                    adapter.modules[module]
         return {}
 
     return work

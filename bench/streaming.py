@@ -188,6 +188,12 @@ def _sample(pid: int, peaks: dict[str, int]) -> None:
             peaks[name] = max(peaks[name], int(line.split()[1]) * 1024)
 
 
+def _faster(before: Mapping[str, dict[str, Any]], root: Path) -> dict[str, dict[str, Any]]:
+    """Every way of only reading once more: of both times the faster, since a system's first pages can be slow ones."""
+    again = {task: measure(root, task) for task in READERS}
+    return {task: min(before.get(task, read), read, key=lambda one: one["seconds"]) for task, read in again.items()}
+
+
 def run(root: Path, written: Written, methods: list[str]) -> dict[str, Any]:
     """Write the adapters under ``root``, read and aggregate them, kill and resume; JSON-ready.
 
@@ -203,16 +209,17 @@ def run(root: Path, written: Written, methods: list[str]) -> dict[str, Any]:
     write_clients(root, written)
     module = max(map(written.module_bytes, written.shapes.values()))
     bound = PEAK_MODULES * module + PEAK_BYTES
-    reads = {task: measure(root, task) for task in READERS}
-    best = min(read["seconds"] for read in reads.values())
+    reads = _faster({}, root)
     results = {}
     for method in methods:
-        found = measure(root, "aggregate", method)
+        results[method] = measure(root, "aggregate", method)
+        shutil.rmtree(root / "global")
+    reads = _faster(reads, root)
+    best = min(read["seconds"] for read in reads.values())
+    for found in results.values():
         share = best / found["seconds"]
         found |= {"bytes_per_second": nbytes / found["seconds"], "share_of_reading": share}
         found |= {"peak_met": (found["peak_bytes"] or 0) <= bound, "share_met": share >= SHARE}
-        results[method] = found
-        shutil.rmtree(root / "global")
     killed = measure(root, "aggregate", methods[0], kill_at=0.5)
     resumed = measure(root, "aggregate", methods[0])
     return {

@@ -24,6 +24,7 @@ from fedgram.flora_na.weights import Weights
 
 from ._files.buffers import Trimmer
 from ._files.linked_file import header_room
+from ._files.read_behind import reading_once
 from ._files.staging import reserved_output
 from ._streaming.extras import extra_pieces, extra_shapes
 from ._streaming.identity import run_identity
@@ -132,8 +133,9 @@ def aggregate_to_directory(
         journal = stack.enter_context(open_journal(Path(output), identity, resume=resume, room=room))
         run = _Run(journal, adapters, weights, names, named)
         resumed = run.layers()
-        run.average()  # first: what is wrong with them is found before the long work
-        run.solve(progress)
+        with reading_once(sum(size for size, *_ in identity["files"].values())):
+            run.average()  # first: what is wrong with them is found before the long work
+            run.solve(progress)
         config = merge_configs(adapter.config for adapter in adapters)
         if residual is not None:
             # Without a task type: PEFT would look for the head of a classification task, which a residual has not.

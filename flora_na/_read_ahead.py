@@ -14,8 +14,9 @@ HELD = 1.5
 """Factors held at most, those being worked on and those read ahead, in units of the largest portion."""
 LEAST_HELD = 1 << 24
 """Bytes that may be held in any case: small portions need not wait for each other."""
-SPARE = 1 << 22
-"""Bytes that may be held beyond ``HELD`` where a whole second portion then fits: it is ready when the first is done."""
+SPARE = 1 << 24
+"""Bytes that may be held beyond ``HELD``, up to a whole second portion and half of the third: it is ready when the first
+is done, and reading does not stand still while that one is neither given back nor multiplied."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,8 +156,7 @@ class ReadAhead:
         return not self._starving and self._held + self._layer > self._limit()
 
     def _limit(self) -> float:
-        two = min(2 * self._largest, HELD * self._largest + SPARE)
-        return max(LEAST_HELD, two)
+        return max(LEAST_HELD, HELD * self._largest + min(self._largest, SPARE))
 
     def _count(self, nbytes: int) -> int:
         """Count a layer as held."""

@@ -13,7 +13,7 @@ from .group import forms_grams
 from .layer import Adapter
 from .target import Target
 
-CHUNK_BYTES = 19 << 20
+CHUNK_BYTES = 16 << 20
 """What is read and worked on together, on the CPU: bounds the memory of lazily read adapters. A larger module is a
 portion of its own. How modules are put together decides when their iterations stop, so it depends on sizes only."""
 HELD_BYTES = 64 << 20

@@ -132,7 +132,7 @@ def _written(side: _Side, l: int, width: int, kept: list[Tensor | np.ndarray]) -
     if side.P is None or side.to is None:
         return _Written()
     P, rank, to = side.P[l], side.to.ranks[l], side.to.at[l]
-    if P.ndim == 1 and rank % width == 0:
+    if P.ndim == 1 and rank % (width // 2) == 0:  # whole vectors
         scalars = (P.detach() if P.requires_grad else P).contiguous()
         kept.append(scalars)
         return _Written(to, scalars.data_ptr(), 0, side.written)

@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 from .buffers import Buffer
 from .documents import open_regular
+from .read_behind import ReadBehind
 
 MOST = 128
 """Files that are open at a time: systems allow a process 256 at least."""
@@ -29,6 +30,7 @@ class KeptFile:
         self._path = path
         self._lock = threading.Lock()
         self._descriptor: int | None = None
+        self._behind = ReadBehind()
 
     def acquire(self) -> int:
         """The open file, for this thread until it calls ``release``.
@@ -46,6 +48,13 @@ class KeptFile:
         assert self._descriptor is not None
         return self._descriptor
 
+    def read_into(self, buffer: Buffer, start: int) -> bool:
+        """Between ``acquire`` and ``release``: as the function of this name."""
+        assert self._descriptor is not None
+        whole = read_into(self._descriptor, buffer, start)
+        self._behind(self._descriptor, start, start + len(buffer))
+        return whole
+
     def release(self) -> None:
         """Let others read the file, or close it."""
         self._lock.release()
@@ -55,6 +64,7 @@ class KeptFile:
             self._descriptor = os.dup(file.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            self._behind.opened(self._descriptor)
         _close_others(self)
 
     def try_close(self) -> bool:

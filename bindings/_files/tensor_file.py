@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .buffers import Buffer, empty_buffer, tensor_in
 from .documents import filed_errors, named_error, open_regular
-from .kept_file import KeptFile, read_into
+from .kept_file import KeptFile
 from .tensor_header import DTYPES, TensorSpec, read_header
 
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -70,7 +70,7 @@ class TensorFile:
         try:
             if _identity(os.fstat(descriptor)) != self._identity:
                 raise ValueError(f"{self.path}: changed while it was being read")
-            if not read_into(descriptor, buffer, start):
+            if not self._file.read_into(buffer, start):
                 raise ValueError(f"{self.path}: {key}: truncated while it was being read")
         except OSError as error:
             raise named_error(error, self.path) from None

@@ -3,26 +3,27 @@
 
 #define WIDTH (2 * LANES) /* columns of a panel: two vectors */
 
-/* Two panels are multiplied DEEP rows of the left by WIDTH columns of the right: as many sums as registers hold. */
-#define DEEP (REGISTERS == 32 ? 12 : 6)
+/* Two panels are multiplied DEEP rows of the left by one or two vectors of the right: sums that registers hold. */
+#define DEEP (REGISTERS == 32 ? 8 : 6)
+#define INLINE inline __attribute__((always_inline))
 
-/* out (DEEP x WIDTH) += sum over n rows k of a[i][k] b[k][j]; a[i] and b advance by WIDTH numbers a row. */
-static inline __attribute__((always_inline)) void FN(panels)(const T *const *a, const T *restrict b, int64_t n,
-                                                             double *restrict out, int64_t ldo) {
+/* out (DEEP x vectors) += sum over n rows k of a[i][k] b[k][j]; a[i] and b advance by WIDTH numbers a row. */
+static INLINE void FN(panels)(const T *const *a, const T *restrict b, int64_t n, double *restrict out, int64_t ldo,
+                              const int vectors) {
     VEC c[DEEP][2] = {{{0}}};
     for (int64_t k = 0; k < n * WIDTH; k += WIDTH) {
-        VEC b0 = *(const VEC *)(b + k), b1 = *(const VEC *)(b + k + LANES);
-#pragma GCC unroll 12
+        VEC b0 = *(const VEC *)(b + k), b1 = *(const VEC *)(b + k + (vectors - 1) * LANES);
+#pragma GCC unroll 8
         for (int i = 0; i < DEEP; i++) {
             T x = a[i][k];
             c[i][0] += x * b0;
-            c[i][1] += x * b1;
+            if (vectors == 2) c[i][1] += x * b1;
         }
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int i = 0; i < DEEP; i++)
 #pragma GCC unroll 2
-        for (int h = 0; h < 2; h++) ADD_WIDE(out + i * ldo + h * LANES, c[i][h]);
+        for (int h = 0; h < vectors; h++) ADD_WIDE(out + i * ldo + h * LANES, c[i][h]);
 }
 
 /* Column i of a packed block of n rows; columns past the last panel stand for nothing and repeat the last. */
@@ -37,12 +38,17 @@ static void FN(multiply)(const T *E, int64_t R, const T *X, int64_t k, int64_t n
     int64_t columns = (R + WIDTH - 1) / WIDTH * WIDTH;
     for (int64_t i = 0; i < R; i += DEEP) {
         for (int d = 0; d < DEEP; d++) a[d] = FN(column)(E, i + d, columns, n);
-        for (int64_t j = triangle ? i / WIDTH * WIDTH : 0; j < k; j += WIDTH)
-            FN(panels)(a, X + j * n, n, out + i * ldo + j, ldo);
+        int64_t j = triangle ? i / LANES * LANES : 0;
+        if (j % WIDTH) { /* the second vector of a panel */
+            FN(panels)(a, X + (j - LANES) * n + LANES, n, out + i * ldo + j, ldo, 1);
+            j += LANES;
+        }
+        for (; j + LANES < k; j += WIDTH) FN(panels)(a, X + j * n, n, out + i * ldo + j, ldo, 2);
+        if (j < k) FN(panels)(a, X + j * n, n, out + i * ldo + j, ldo, 1);
     }
 }
 
-static inline __attribute__((always_inline)) void FN(transpose)(QUAD x[4]) {
+static INLINE void FN(transpose)(QUAD x[4]) {
     QUAD a = SHUFFLE(x[0], x[1], 0, 4, 1, 5), b = SHUFFLE(x[2], x[3], 0, 4, 1, 5);
     QUAD c = SHUFFLE(x[0], x[1], 2, 6, 3, 7), d = SHUFFLE(x[2], x[3], 2, 6, 3, 7);
     x[0] = SHUFFLE(a, b, 0, 1, 4, 5);
@@ -115,43 +121,46 @@ static void FN(pack)(T *restrict E, const struct member *m, int64_t count, int64
     FN(fill)(E, FN(pack_at)(E, 0, m, count, first, n), n);
 }
 
-/* Y (n x WIDTH) = E P for a packed block and WIDTH columns of P (R x ldp). */
-static void FN(mix_packed)(const T *restrict E, int64_t R, int64_t n, const T *restrict P, int64_t ldp, T *restrict Y) {
-    for (int64_t k = 0; k < n; k += 4) {
-        VEC y[4][2] = {{{0}}};
-        int64_t step[4];
-        for (int d = 0; d < 4; d++) step[d] = (k + d < n ? k + d : n - 1) * WIDTH;
-        for (int64_t i = 0; i < R; i += WIDTH) {
-            const T *e = E + i * n, *p = P + i * ldp;
-            for (int64_t lane = 0, lanes = least(WIDTH, R - i); lane < lanes; lane++, e++, p += ldp) {
-                VEC p0 = *(const VEC *)p, p1 = *(const VEC *)(p + LANES);
-#pragma GCC unroll 4
-                for (int d = 0; d < 4; d++) {
-                    T x = e[step[d]];
-                    y[d][0] += x * p0;
-                    y[d][1] += x * p1;
-                }
+/* Rows [k, k + deep) of Y (n x WIDTH) = E P for a packed block and one or two vectors of columns of P (R x ldp). */
+static INLINE void FN(mix_rows)(const T *restrict E, int64_t R, int64_t n, const T *restrict P, int64_t ldp,
+                                T *restrict Y, int64_t k, const int deep, const int vectors) {
+    VEC y[8][2] = {{{0}}};
+    int64_t step[8];
+    for (int d = 0; d < deep; d++) step[d] = least(k + d, n - 1) * WIDTH;
+    for (int64_t i = 0; i < R; i += WIDTH) {
+        const T *e = E + i * n, *p = P + i * ldp;
+        for (int64_t lane = 0, lanes = least(WIDTH, R - i); lane < lanes; lane++, e++, p += ldp) {
+            VEC p0 = *(const VEC *)p, p1 = *(const VEC *)(p + (vectors - 1) * LANES);
+#pragma GCC unroll 8
+            for (int d = 0; d < deep; d++) {
+                T x = e[step[d]];
+                y[d][0] += x * p0;
+                if (vectors == 2) y[d][1] += x * p1;
             }
         }
-        for (int d = 0; d < 4 && k + d < n; d++) {
-            *(VEC *)(Y + (k + d) * WIDTH) = y[d][0];
-            *(VEC *)(Y + (k + d) * WIDTH + LANES) = y[d][1];
-        }
     }
+    for (int d = 0; d < deep && k + d < n; d++)
+        for (int h = 0; h < vectors; h++) *(VEC *)(Y + (k + d) * WIDTH + h * LANES) = y[d][h];
 }
 
-/* Y (n x WIDTH) = sum over members u of v_u times their columns from `column` on, for members of `rank` columns each. */
+/* The first `columns` (WIDTH at most, rounded up to whole vectors) of Y = E P. */
+static void FN(mix_packed)(const T *restrict E, int64_t R, int64_t n, const T *restrict P, int64_t ldp, int64_t columns,
+                           T *restrict Y) {
+    if (columns > LANES)
+        for (int64_t k = 0; k < n; k += 4) FN(mix_rows)(E, R, n, P, ldp, Y, k, 4, 2);
+    else
+        for (int64_t k = 0; k < n; k += 8) FN(mix_rows)(E, R, n, P, ldp, Y, k, 8, 1);
+}
+
+/* One vector of columns of Y (n x WIDTH) = sum over members u of v_u times their columns from `column` on, for members
+ * of `rank` columns each, a multiple of LANES. */
 static void FN(mix_members)(const T *restrict E, int64_t count, int64_t rank, int64_t column, int64_t n, const double *v,
                             T *restrict Y) {
     for (int64_t k = 0; k < n * WIDTH; k += WIDTH) {
-        VEC y0 = {0}, y1 = {0};
-        for (int64_t u = 0; u < count; u++) {
-            const T *e = E + (u * rank + column) * n + k;
-            y0 += (T)v[u] * *(const VEC *)e;
-            y1 += (T)v[u] * *(const VEC *)(e + LANES);
-        }
-        *(VEC *)(Y + k) = y0;
-        *(VEC *)(Y + k + LANES) = y1;
+        VEC y = {0};
+        for (int64_t u = 0, i = column; u < count; u++, i += rank)
+            y += (T)v[u] * *(const VEC *)(E + i / WIDTH * WIDTH * n + i % WIDTH + k);
+        *(VEC *)(Y + k) = y;
     }
 }
 
@@ -173,9 +182,12 @@ static void FN(write_packed)(const struct member *to, int64_t column, int64_t co
 /* Rows [first, first + n) of the combination of a job, from its packed block. */
 static void FN(combine_block)(const struct product *p, const T *E, int64_t first, int64_t n, T *Y) {
     for (int64_t j = 0; j < p->to->rank; j += WIDTH) {
-        if (p->stride) FN(mix_packed)(E, p->R, n, (const T *)p->P + j, p->stride, Y);
-        else FN(mix_members)(E, p->count, p->to->rank, j, n, p->P, Y);
-        FN(write_packed)(p->to, j, least(WIDTH, p->to->rank - j), first, n, Y, Y + n * WIDTH);
+        int64_t columns = least(WIDTH, p->to->rank - j);
+        if (p->stride) FN(mix_packed)(E, p->R, n, (const T *)p->P + j, p->stride, columns, Y);
+        else
+            for (int64_t i = 0; i < columns; i += LANES)
+                FN(mix_members)(E, p->count, p->to->rank, j + i, n, p->P, Y + i);
+        FN(write_packed)(p->to, j, columns, first, n, Y, Y + n * WIDTH);
     }
 }
 
@@ -198,7 +210,7 @@ static void FN(products)(const struct product *p, double *work) {
 }
 
 /* Four rows of Y: y_j = sum_i P_ij e_i, for E whose rows (one per column of the stack) lie ld apart. P is (R x ldp). */
-static inline __attribute__((always_inline)) void FN(mix)(const T *restrict E, int64_t R, int64_t ld, int64_t n,
+static INLINE void FN(mix)(const T *restrict E, int64_t R, int64_t ld, int64_t n,
                                                           const T *P, int64_t ldp, T *restrict Y) {
     for (int64_t c = 0; c < n; c += 2 * LANES) {
         VEC y[4][2] = {{{0}}};
@@ -223,10 +235,11 @@ static void FN(combine_packed)(const struct combination *c, int64_t first, int64
     const struct member *to = c->to;
     FN(pack)(E, c->members, c->count, first, n);
     for (int64_t j = 0; j < to->rank; j += WIDTH) {
-        FN(mix_packed)(E, c->R, n, (const T *)c->P + j, c->columns, Y);
+        int64_t columns = least(WIDTH, to->rank - j);
+        FN(mix_packed)(E, c->R, n, (const T *)c->P + j, c->columns, columns, Y);
         for (int64_t k = 0; k < n; k++)
-            FN(narrow)((void *)to->address, to->type, (first + k) * to->along + j * to->across, to->across,
-                       least(WIDTH, to->rank - j), Y + k * WIDTH);
+            FN(narrow)((void *)to->address, to->type, (first + k) * to->along + j * to->across, to->across, columns,
+                       Y + k * WIDTH);
     }
 }
 
@@ -255,3 +268,4 @@ static void FN(combine)(const struct combination *c, double *work) {
 
 #undef WIDTH
 #undef DEEP
+#undef INLINE

@@ -35,8 +35,8 @@ struct member {
 enum { CROSSED, APART, BESIDE };
 
 /* E^T X, or E^T E, over rows [first, last) of stacked factors with R (and k) columns, in blocks; out is rows x columns.
- * With `to`, E P is first written to it: P is (R x lines of `stride` numbers), or one number per member (a multiple of
- * WIDTH columns each) where `stride` is 0. */
+ * With `to`, E P is first written to it: P is (R x lines of `stride` numbers), or one number per member (whole vectors
+ * of columns each) where `stride` is 0. */
 struct product {
     const struct member *members;
     int64_t count, R;
@@ -219,7 +219,7 @@ int64_t fedgram_level(void) {
 #endif
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 11; }
+int64_t fedgram_abi(void) { return 12; }
 /* Rows of the Gram matrix of K gradients, and numbers of scratch space that it takes. */
 int64_t fedgram_gram_rows(int64_t K) { return gram_rows(K); }
 int64_t fedgram_gram_work(int64_t K) {
@@ -229,7 +229,7 @@ int64_t fedgram_gram_work(int64_t K) {
 int64_t fedgram_block(void) { return BLOCK; }
 int64_t fedgram_pad(void) { return PAD; }
 /* Rows and columns of the tiles of a product: its output is padded to multiples of them. */
-int64_t fedgram_tile_rows(int64_t level) { return level >= 2 ? 12 : 6; }
+int64_t fedgram_tile_rows(int64_t level) { return level >= 2 ? 8 : 6; }
 int64_t fedgram_tile_columns(int64_t level, int64_t wide) { return 2 * (16 << level) / (wide ? 8 : 4); }
 
 JOBS(grad_gram, centred) {

@@ -1,0 +1,87 @@
+"""What is read for the last time leaves the page cache, unless it was there before or is small beside the memory."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedgram.bindings._files import read_behind
+from fedgram.bindings._files.read_behind import mostly_cached, reading_once
+from fedgram.bindings._files.tensor_file import TensorFile, spec_of, write_tensors
+
+TENSORS, NUMBERS = 16, 1 << 18
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(read_behind, "PERIOD", 1 << 20)
+    monkeypatch.setattr(read_behind, "MEMORY_SHARE", 0)
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    """A file of 16 MiB that is on disk and, unless a test reads it, not in the cache."""
+    path, values = tmp_path / "x.safetensors", torch.arange(NUMBERS, dtype=torch.float32)
+    write_tensors(path, {key: spec_of(values, key) for key in keys()}, lambda key: values + int(key))
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(path):
+        pytest.skip("files here cannot leave the page cache, or the system does not tell whether they have")
+    return path
+
+
+def keys():
+    return [f"{i:02d}" for i in range(TENSORS)]
+
+
+def cached(path):
+    with open(path, "rb") as file:
+        return mostly_cached(file.fileno())
+
+
+def read(path, order):
+    file = TensorFile(path)
+    for key in order:
+        assert torch.equal(file.read(key), torch.arange(NUMBERS, dtype=torch.float32) + int(key))
+
+
+def test_a_file_that_is_read_once_leaves_the_cache(path):
+    with reading_once(1):
+        read(path, keys())
+    assert not cached(path)
+
+
+def test_a_file_that_is_read_otherwise_stays(path):
+    read(path, keys())
+    with reading_once(1):
+        pass
+    assert cached(path)
+
+
+def test_a_file_that_was_cached_before_stays(path):
+    path.read_bytes()
+    assert cached(path)
+    with reading_once(1):
+        read(path, keys())
+    assert cached(path)
+
+
+def test_files_that_are_small_beside_the_memory_stay(path, monkeypatch):
+    monkeypatch.setattr(read_behind, "MEMORY_SHARE", 1 / 4)
+    with reading_once(path.stat().st_size):
+        read(path, keys())
+    assert cached(path)
+
+
+def test_whatever_the_order_the_numbers_are_right(path):
+    with reading_once(1):
+        read(path, [*reversed(keys()), "03", "03", *keys()])
+
+
+def test_where_the_system_does_not_tell_nothing_is_dropped(path, monkeypatch):
+    monkeypatch.setattr(read_behind, "CACHESTAT", 100_000)  # no such call
+    with reading_once(1):
+        read(path, keys())
+    monkeypatch.undo()
+    assert cached(path)
