@@ -32,11 +32,11 @@ def iter_aggregate(
     """``aggregate`` (arXiv:2509.26399) for adapters larger than memory: yields the result a few modules at a time.
 
     Portions come in the order of the modules, each as ``aggregate`` returns it for those modules alone, with reports
-    whose yardsticks are numbers. On the CPU modules are put together up to 19 MiB of factors and Grams (``aggregate``
+    whose yardsticks are numbers. On the CPU modules are put together up to 16 MiB of factors and Grams (``aggregate``
     puts those that lie in memory together up to 64 MiB): all portions together have the bits that it returns, unless
     Grams leave doubt. The iterations of the general path end for the doubtful modules of a portion together, so that
     these may differ by its tolerance. Meanwhile a thread reads ahead: the factors held
-    are at most 1.5 times the largest portion (or 16 MiB, or two portions where that is at most 4 MiB more). Full
+    are at most 1.5 times the largest portion (or 16 MiB) and up to 16 MiB more, two and a half portions. Full
     tensors beside the factors (``Adapter.extras``) are left to the caller.
 
     Args:

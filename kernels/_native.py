@@ -47,6 +47,7 @@ _COUNTS = {
     "fedgram_abi": "",
     "fedgram_level": "",
     "fedgram_block": "",
+    "fedgram_mix_work": "",
     "fedgram_pad": "",
     "fedgram_gram_rows": "i",
     "fedgram_gram_work": "i",

@@ -217,7 +217,7 @@ def _mix(sides: Sequence[tuple[Stacks, list[int], Sequence[Tensor], Stacks]]) ->
             jobs += [(*job, first, min(first + step, numbers)) for first in range(0, numbers, step)]
             bound, work = bound + 16, work + numbers * clients // 4
     if jobs:
-        run_jobs(LOOPS.entries["grad_combine"], table(jobs), len(jobs), 2 * constant("block"), work)
+        run_jobs(LOOPS.entries["grad_combine"], table(jobs), len(jobs), constant("mix_work"), work)
 
 
 def lowrank_sum(

@@ -71,4 +71,4 @@ def grad_combine(columns: Sequence[Sequence[Tensor]], v: Tensor, out: Sequence[T
     ranges = _ranges(given.length, given.tasks)
     jobs = table([(*given.arguments(), *written, *bounds) for bounds in ranges])
     work = given.length * given.tasks
-    run_jobs(LOOPS.entries["grad_combine"], jobs, len(ranges), 2 * constant("block"), work, wide=wide)
+    run_jobs(LOOPS.entries["grad_combine"], jobs, len(ranges), constant("mix_work"), work, wide=wide)

@@ -12,6 +12,7 @@ from ._factor_inputs import Factors, check_factors
 CORE_SHARE = 4  # R-only QR where 4 R <= min(m, n): there its 2 (m + n) R^2 flops undercut the 2 m n R of the product
 STRIP_BYTES = 1 << 21
 STRIP_COLUMNS = 512
+STRIP_BYTES_GPU = 1 << 28  # there a strip is a dozen launches, however small it is
 LEAST_ROWS = 512  # of a block of a QR: less is mostly the call
 
 
@@ -58,8 +59,7 @@ def _norm(B: Sequence[Tensor], A: Sequence[Tensor], c: Tensor) -> Tensor:
     # a GPU multiplies some hundred times as fast as it factors
     if c.device.type == "cpu" and min(m, n) >= CORE_SHARE * R:
         return torch.linalg.matrix_norm(_triangle(B, c, R) @ _triangle(rows, ones, R).T)
-    width = min(n, STRIP_COLUMNS)
-    height = min(m, max(1, STRIP_BYTES // (8 * width)))
+    height, width = _strip(m, n, c.device)
     strip = torch.empty(height * width, dtype=torch.float64, device=c.device)
     norms = []
     for j in range(0, n, width):
@@ -69,6 +69,18 @@ def _norm(B: Sequence[Tensor], A: Sequence[Tensor], c: Tensor) -> Tensor:
             part = strip[: left.shape[0] * right.shape[0]].view(left.shape[0], right.shape[0])
             norms.append(torch.linalg.vector_norm(torch.mm(left, right.T, out=part)))
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _strip(m: int, n: int, device: torch.device) -> tuple[int, int]:
+    """Rows and columns of the parts of the product that are formed: in the cache of a CPU, few on a GPU."""
+    few = launches_cost(device)
+    width = min(n, STRIP_BYTES_GPU // 8 if few else STRIP_COLUMNS)
+    return min(m, max(1, (STRIP_BYTES_GPU if few else STRIP_BYTES) // (8 * width))), width
+
+
+def launches_cost(device: torch.device) -> bool:
+    """Whether every operation costs a launch, and none is to be kept in a small cache."""
+    return device.type == "cuda"
 
 
 def _merged(
@@ -92,7 +104,12 @@ def _merged(
 
 def _stacked(columns: Sequence[Tensor], coefficients: Tensor, start: int, stop: int) -> Tensor:
     """Rows ``start:stop`` of the clients' tall factors side by side, each times its coefficient, in float64."""
-    return torch.cat([t[start:stop].double() * w for t, w in zip(columns, coefficients, strict=True)], 1)
+    parts = [t[start:stop] for t in columns]
+    if launches_cost(coefficients.device) and len({t.dtype for t in parts}) == 1:  # a few launches, not two a client
+        ranks = [t.shape[1] for t in parts]
+        spread = torch.cat([w.expand(r) for w, r in zip(coefficients.unbind(), ranks, strict=True)])
+        return torch.cat(parts, 1).double().mul_(spread)
+    return torch.cat([t.double() * w for t, w in zip(parts, coefficients, strict=True)], 1)
 
 
 def _triangle(columns: Sequence[Tensor], coefficients: Tensor, width: int) -> Tensor:

@@ -9,6 +9,12 @@ typedef uint32_t FN(bits) __attribute__((vector_size(LANES * 4), aligned(4), may
 typedef T FN(quad) __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
 typedef INDEX FN(index) __attribute__((vector_size(4 * sizeof(T))));
 #define VEC FN(vec)
+/* A vector stays in a register: compilers would load it again for every product, and loads are what limits them then. */
+#if BYTES >= 32
+#define KEEP(x) __asm__("" : "+v"(x))
+#else
+#define KEEP(x) (void)(x)
+#endif
 #define QUAD FN(quad)
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

@@ -61,9 +61,13 @@ static inline __attribute__((always_inline)) void FN(lanes)(const T *restrict a,
     VEC c[3][3] = {{{0}}};
     for (int64_t k = 0; k < n; k += LANES) {
         VEC x0 = *(const VEC *)(a + k), x1 = *(const VEC *)(a + ld + k), x2 = *(const VEC *)(a + 2 * ld + k);
+        KEEP(x0);
+        KEEP(x1);
+        KEEP(x2);
 #pragma GCC unroll 3
         for (int j = 0; j < 3; j++) {
             VEC y = *(const VEC *)(b + j * ld + k);
+            KEEP(y);
             c[0][j] += x0 * y;
             c[1][j] += x1 * y;
             c[2][j] += x2 * y;
@@ -129,10 +133,10 @@ static void FN(grad_gram)(const struct table *t, int64_t K, const double *u, int
 /* Columns [first, last) of out = sum_k v_k g_k, rounded once; parameter p's output is to[p]. */
 static void FN(grad_combine)(const struct table *t, int64_t K, const double *v, const int64_t *to,
                              const int64_t *to_type, int64_t first, int64_t last, double *work) {
-    T *sum = (T *)work, *value = sum + BLOCK;
+    T *sum = (T *)work, *value = sum + MIX_BLOCK;
     for (int64_t p = find(t, first); first < last;) {
         while (first >= t->start[p + 1]) p++;
-        int64_t n = least3(BLOCK, last - first, t->start[p + 1] - first), at = first - t->start[p], i = 0;
+        int64_t n = least3(MIX_BLOCK, last - first, t->start[p + 1] - first), at = first - t->start[p], i = 0;
         const int64_t *row = t->address + p * K;
 #define SUM(S, LOAD) ADD_UP(S, LOAD, v, sum) break;
         switch (t->type[p]) {

@@ -8,6 +8,7 @@
 #include "sums.h"
 #undef LANES
 #undef VEC
+#undef KEEP
 #undef QUAD
 #undef SHUFFLE
 #undef SINGLES_BF16

@@ -14,6 +14,8 @@
 enum { F64, F32, BF16, F16 };
 /* Columns of a block of gradients at most; rows lie PAD numbers further apart, so that they do not share cache sets. */
 enum { BLOCK = 512, PAD = 16 };
+/* Columns of a sum of gradients that is kept in a near cache while they are added up: long runs are read faster. */
+enum { MIX_BLOCK = 8192, MIX_TAIL = 64 };
 /* Up to this many rows the sums of a Gram matrix of gradients are kept lane by lane: they fit the cache beside a block. */
 enum { KEPT_ROWS = 66 };
 /* A block of centred gradients is to fit the first cache, unless it would be too short. */
@@ -226,6 +228,7 @@ int64_t fedgram_gram_work(int64_t K) {
     int64_t rows = gram_rows(K), tiles = rows <= KEPT_ROWS ? rows / 3 * (rows / 3 + 1) / 2 : 1;
     return rows * (BLOCK + PAD) + tiles * 9 * 16; /* 16 lanes at most */
 }
+int64_t fedgram_mix_work(void) { return MIX_BLOCK + MIX_TAIL; }
 int64_t fedgram_block(void) { return BLOCK; }
 int64_t fedgram_pad(void) { return PAD; }
 /* Rows and columns of the tiles of a product: its output is padded to multiples of them. */

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 
@@ -53,13 +55,28 @@ def test_a_small_difference_keeps_its_digits(shape, size):
 
 
 def test_strips_are_folded_together(monkeypatch):
-    import importlib
-
     monkeypatch.setattr(importlib.import_module("fedgram.kernels.lowrank_norm"), "STRIP_BYTES", 8 * 33 * 7)
     B, A = draw([20], [(40, 33)], torch.float64)
     c = torch.ones(1, dtype=torch.float64)
     (norm,) = lowrank_norm(B, A, [c])
     assert abs(norm - dense(B[0], A[0], c).norm()) <= 1e-13 * norm
+
+
+@pytest.mark.parametrize("strip_bytes", [8 * 33 * 7, 8 * 5, 1 << 28])
+@pytest.mark.parametrize(
+    "types", [(torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.float32, torch.float64, torch.float16)]
+)
+def test_strips_where_launches_cost(monkeypatch, strip_bytes, types):
+    """What a GPU does: few strips, rows of them or of columns too, and clients of one type weighted together."""
+    module = importlib.import_module("fedgram.kernels.lowrank_norm")
+    monkeypatch.setattr(module, "launches_cost", lambda device: True)
+    monkeypatch.setattr(module, "STRIP_BYTES_GPU", strip_bytes)
+    monkeypatch.setattr(module, "CORE_SHARE", 1 << 20)  # strips, not the core, as on a GPU
+    (drawn_B,), (drawn_A,) = draw([8, 3, 16], [(40, 33)], torch.float64)
+    B, A = ([x.to(dtype) for x, dtype in zip(side, types, strict=True)] for side in (drawn_B, drawn_A))
+    c = torch.randn(3, dtype=torch.float64)
+    (norm,) = lowrank_norm([B], [A], [c])
+    assert abs(norm - dense(B, A, c).norm()) <= 1e-13 * norm
 
 
 @pytest.mark.parametrize(("ranks", "m", "n"), [([0], 3, 4), ([2], 0, 4), ([2], 3, 0)])
