@@ -15,8 +15,8 @@ HELD = 1.5
 LEAST_HELD = 1 << 24
 """Bytes that may be held in any case: small portions need not wait for each other."""
 SPARE = 1 << 24
-"""Bytes that may be held beyond ``HELD``, up to a whole second portion and half of the third: it is ready when the first
-is done, and reading does not stand still while that one is neither given back nor multiplied."""
+"""Bytes that may be held beyond ``HELD``, up to a whole second portion and half of the third: the second is ready when
+the first is done, and reading does not stand still meanwhile."""
 
 
 @dataclass(frozen=True, eq=False)
