@@ -102,8 +102,9 @@ def _products(sides: Sequence[_Side]) -> list[list[Tensor]]:
         for l, ((R, k), own, length) in enumerate(zip(side.shapes(), S.ranks, S.lengths, strict=True)):
             other, written = 0 if X is None else X.at[l], _written(side, l, width, kept)
             rows, columns = _padded(R, deep), _padded(k, width)
-            packed = _padded(R, width) + (columns if other else 0) + (width + 1 if written.to else 0)
-            block = _rows_per_block(packed)
+            packed = _padded(R, width) + (columns if other else 0)
+            block = _rows_per_block(packed)  # with a combination too: the same sums, to the last bit, as without
+            packed += width + 1 if written.to else 0
             cost = R * k // 8 + R + (own * k // 8 if written.stride else 0)
             ranges = _ranges(length, block, cost, length * R // (PART_SHARE * rows * columns + 1))
             numbers, work = max(numbers, packed * block), work + length * cost

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +51,21 @@ def test_all_lists_what_is_public(module):
     imported = importlib.import_module(module)
     for name in imported.__all__:
         assert inspect.getdoc(getattr(imported, name)), name
+
+
+ROOT = Path(__file__).resolve().parents[1]
+FRAMEWORKS = ("_frameworks", "flower", "nvflare")
+"""In the names of modules that need a library which only an extra brings; venvs of their own test them."""
+
+
+def modules_in_the_sources():
+    """Names of all modules as the sources have them: an installed package must have the same."""
+    rooms = ("kernels", "flora_na", "stamp", "bindings", "bench")
+    paths = [path.relative_to(ROOT) for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
+    names = [".".join(("fedgram", *path.parent.parts, path.stem)).removesuffix(".__init__") for path in paths]
+    return [name for name in names if not any(word in name for word in FRAMEWORKS)]
+
+
+@pytest.mark.parametrize("module", modules_in_the_sources())
+def test_every_module_is_installed_and_can_be_imported(module):
+    importlib.import_module(module)
