@@ -14,9 +14,8 @@ HELD = 1.5
 """Factors held at most, those being worked on and those read ahead, in units of the largest portion."""
 LEAST_HELD = 1 << 24
 """Bytes that may be held in any case: small portions need not wait for each other."""
-SPARE = 1 << 24
-"""Bytes that may be held beyond ``HELD``, up to a whole second portion and half of the third: the second is ready when
-the first is done, and reading does not stand still meanwhile."""
+SPARE = 1 << 23
+"""Bytes that may be held beyond ``HELD``, at most a portion's: the second is then ready when the first is done."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -166,7 +166,7 @@ def _run_products(
     multiply = table([(*job, start + 8 * part) for *job, part in jobs])
     collect = table([(start + 8 * part, *whole) for part, *whole in wholes])
     run_jobs(LOOPS.entries["products"], multiply, len(jobs), numbers, work)
-    run_jobs(LOOPS.entries["collect"], collect, len(wholes), 0, 2 * parts)
+    run_jobs(LOOPS.entries["collect"], collect, len(wholes), 0, parts // 4)
 
 
 def factor_combine(sides: Sequence[tuple[Stacks, Sequence[Tensor], Stacks]]) -> None:
