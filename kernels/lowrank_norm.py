@@ -21,8 +21,9 @@ def lowrank_norm(B: Factors, A: Factors, coefficients: Sequence[Tensor]) -> list
 
     A divergence ``||dW - B A||`` is such a norm, with the estimate as one more client of coefficient -1. Computed from
     Gram matrices it would be a difference of squares, worthless below a relative 1e-8. Here the differences are taken
-    between numbers, not between squares: on strips of the sum, or, where the ranks sum to little, on the small
-    core ``R_B diag(c) R_A^T`` of the two QR factorisations. Either holds a relative divergence down to about 1e-13.
+    between numbers, not between squares: on strips of the sum (2 MiB, on a GPU 256 MiB), or, where the ranks sum to
+    little, on the small core ``R_B diag(c) R_A^T`` of the two QR factorisations. Either holds a relative divergence
+    down to about 1e-13.
     The work is float64 matrix products and QR, which cuBLAS, LAPACK and BLAS do at the floor on any device: there is no
     Triton variant.
 

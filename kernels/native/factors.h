@@ -210,8 +210,8 @@ static void FN(products)(const struct product *p, double *work) {
 }
 
 /* Four rows of Y: y_j = sum_i P_ij e_i, for E whose rows (one per column of the stack) lie ld apart. P is (R x ldp). */
-static INLINE void FN(mix)(const T *restrict E, int64_t R, int64_t ld, int64_t n,
-                                                          const T *P, int64_t ldp, T *restrict Y) {
+static INLINE void FN(mix)(const T *restrict E, int64_t R, int64_t ld, int64_t n, const T *P, int64_t ldp,
+                           T *restrict Y) {
     for (int64_t c = 0; c < n; c += 2 * LANES) {
         VEC y[4][2] = {{{0}}};
         for (int64_t i = 0; i < R; i++) {
