@@ -39,7 +39,7 @@ class ReadBehind:
 
     def __init__(self) -> None:
         self._start = self._dropped = self._stop = 0
-        self._cached: bool | None = None
+        self._cached: bool | None = None  # until it was looked at, which systems without advice never do
 
     def opened(self, descriptor: int) -> None:
         """Look, the first time, whether the file is cached already."""
@@ -48,7 +48,7 @@ class ReadBehind:
 
     def __call__(self, descriptor: int, start: int, stop: int) -> None:
         """Bytes ``start:stop`` were read."""
-        if not _active or self._cached:
+        if not _active or self._cached is not False:
             return
         if start != self._stop:
             self._start = self._dropped = start

@@ -85,3 +85,10 @@ def test_where_the_system_does_not_tell_nothing_is_dropped(path, monkeypatch):
         read(path, keys())
     monkeypatch.undo()
     assert cached(path)
+
+
+def test_where_a_system_takes_no_advice_files_are_read_all_the_same(path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise")
+    with reading_once(1):
+        read(path, keys())
+    assert cached(path)
