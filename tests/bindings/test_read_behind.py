@@ -9,6 +9,9 @@ import torch
 from fedgram.bindings._files import read_behind
 from fedgram.bindings._files.read_behind import mostly_cached, reading_once
 from fedgram.bindings._files.tensor_file import TensorFile, spec_of, write_tensors
+from fedgram.bindings.peft import save_adapter
+from fedgram.bindings.streaming import aggregate_directories
+from fedgram.flora_na import Adapter, LoraLayer
 
 TENSORS, NUMBERS = 16, 1 << 18
 
@@ -24,11 +27,17 @@ def path(tmp_path) -> Path:
     """A file of 16 MiB that is on disk and, unless a test reads it, not in the cache."""
     path, values = tmp_path / "x.safetensors", torch.arange(NUMBERS, dtype=torch.float32)
     write_tensors(path, {key: spec_of(values, key) for key in keys()}, lambda key: values + int(key))
+    forget(path)
+    return path
+
+
+def forget(path):
+    """Have a file that is on disk leave the cache."""
     with open(path, "rb") as file:
+        os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if cached(path):
         pytest.skip("files here cannot leave the page cache, or the system does not tell whether they have")
-    return path
 
 
 def keys():
@@ -72,6 +81,18 @@ def test_files_that_are_small_beside_the_memory_stay(path, monkeypatch):
     with reading_once(path.stat().st_size):
         read(path, keys())
     assert cached(path)
+
+
+@pytest.mark.parametrize("share", [0, 1 / 4])
+def test_streaming_leaves_large_files_as_it_found_them(tmp_path, monkeypatch, share):
+    monkeypatch.setattr(read_behind, "MEMORY_SHARE", share)
+    dirs = [tmp_path / name for name in "ab"]
+    for directory in dirs:
+        layers = {f"m{i:02d}": LoraLayer(A=torch.randn(8, 4096), B=torch.randn(4096, 8)) for i in range(16)}
+        save_adapter(Adapter(layers), directory)
+        forget(directory / "adapter_model.safetensors")
+    aggregate_directories(dirs, tmp_path / "global", method="fedavg")
+    assert [cached(directory / "adapter_model.safetensors") for directory in dirs] == [share > 0] * 2
 
 
 def test_whatever_the_order_the_numbers_are_right(path):
