@@ -15,7 +15,7 @@ SOLVER = Extension(
         "fedgram_blocks_work": "ii",
         "fedgram_spectrum_work": "i",
     },
-    abi=6,
+    abi=7,
 )
 STATUS = ("converged", "max-sweeps")
 DOUBTFUL = 2

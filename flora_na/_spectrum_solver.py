@@ -1,6 +1,9 @@
-"""The compiled spectrum (``native/spectrum.h``): squared singular values of modules with formed Grams on a CPU."""
+"""The compiled spectrum (``native/spectrum.h``): squared singular values, and the optimum's rows, of modules with formed
+Grams on a CPU."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +17,25 @@ from .group import Group
 MOST_RANKS = 192  # total; above, LAPACK works in blocks
 
 
-def compiled_spectrum(group: Group) -> tuple[Tensor, list[int]] | None:
-    """(L, R) squared singular values of every module's dW, descending, float64, and the modules left out.
+class CompiledSpectrum(NamedTuple):
+    """What the compiled solver knows of L modules.
 
-    Left out, their rows not set, are modules whose Gram of A is not safely definite: the general path takes its square
-    root from eigenvectors. None where the group is not for this solver.
+    Attributes:
+        values: (L, R) squared singular values of dW, descending, float64.
+        rows: (L, R, rank) float64 coefficients of rows of A that span those of the best pair of that rank.
+        left: the modules left out, whose values and rows are not set: their Gram of A is not safely definite, and the
+            general path takes its square root from eigenvectors.
+    """
+
+    values: Tensor
+    rows: Tensor
+    left: list[int]
+
+
+def compiled_spectrum(group: Group, rank: int = 0) -> CompiledSpectrum | None:
+    """The singular values of every module's dW, and the best rows of ``rank``, at most R.
+
+    None where the group is not for this solver.
     """
     L, R = len(group.targets), group.total_rank
     if group.gram is None or not 0 < R <= MOST_RANKS or group.device.type != "cpu" or SOLVER.missing is not None:
@@ -26,11 +43,12 @@ def compiled_spectrum(group: Group) -> tuple[Tensor, list[int]] | None:
     library = SOLVER.loaded
     D, grams = group.D.contiguous(), [group.gram[side].contiguous() for side in ("B", "A")]
     values, found = torch.empty(L, R, dtype=torch.float64), torch.empty(L, dtype=torch.float64)
-    b, a, d, v, f = (t.data_ptr() for t in (*grams, D, values, found))
-    square, line, pivot = 8 * R * R, 8 * R, bits(SAFE_PIVOT)
+    rows = torch.empty(L, R, rank, dtype=torch.float64)
+    b, a, d, v, y, f = (t.data_ptr() for t in (*grams, D, values, rows, found))
+    square, line, block, pivot = 8 * R * R, 8 * R, 8 * R * rank, bits(SAFE_PIVOT)
     jobs = [
-        (b + square * l, a + square * l, d + line * l, R, pivot, v + line * l, f + 8 * l)
+        (b + square * l, a + square * l, d + line * l, R, rank, pivot, v + line * l, y + block * l, f + 8 * l)
         for l in range(L)
-    ]  # fmt: skip
+    ]
     run_jobs(SOLVER.entries["spectrum"], table(jobs), L, library.fedgram_spectrum_work(R), L * R * R * R)
-    return values, [l for l, state in enumerate(found.tolist()) if state == DOUBTFUL]
+    return CompiledSpectrum(values, rows, [l for l, state in enumerate(found.tolist()) if state == DOUBTFUL])

@@ -15,7 +15,7 @@ from .fedavg import scalar_pair, solve_fedavg
 from .group import Group
 from .rank_choice import Rank, check_rank
 from .scalar import ScalarLeastSquares
-from .svd import blurred, settle, solve_svd
+from .svd import blurred, doubtful_optima, settle, solve_svd
 
 METHODS = ("fedavg", "flora-na", "als", "svd", "stack")
 COEFFICIENT_METHODS = METHODS[:-1]
@@ -59,10 +59,10 @@ def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shar
 def doubtful_apart(groups: Sequence[tuple[Group, list[int]]], method: str) -> list[tuple[Group, list[int]]]:
     """The groups, each with its modules' positions, cut in two where some modules only need the general path.
 
-    What the compiled solver of scalars leaves to it, because their Grams leave doubt (a module that is zero, clients
+    What the compiled solvers leave to it, because their Grams leave doubt (a module that is zero, clients
     that are alike), would take the other modules of a group with it, to a path that is many times as slow.
     """
-    if method not in ("fedavg", "flora-na", "als"):
+    if method == "stack":
         return list(groups)
     parts: list[tuple[Group, list[int]]] = []
     for group, ids in groups:
@@ -76,6 +76,8 @@ def doubtful_apart(groups: Sequence[tuple[Group, list[int]]], method: str) -> li
 
 
 def _doubtful(group: Group, method: str) -> list[int]:
+    if method == "svd":
+        return doubtful_optima(group)
     return doubtful_modules(group) if method == "fedavg" else ScalarLeastSquares().doubtful(group)
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fedgram import kernels
 
-from ._spectrum_solver import compiled_spectrum
-from .als import AlternatingLeastSquares
+from ._block_solver import MOST_COLUMNS, certified_blocks
+from ._spectrum_solver import CompiledSpectrum, compiled_spectrum
+from .als import CANCELLED, AlternatingLeastSquares
 from .coefficients import Pair, eigh_psd, fit_rank, inverse_or_zero
 from .divergence import MARGIN, ROUNDING, energies, mass_of_target, rounding
 from .group import Group
@@ -21,6 +22,8 @@ IMPLICIT_FLOOR = 1e-11
 SPECTRUM_RANK = 512
 RESOLVED = 1e-15
 """Singular values below this part of the largest are rounding of the float64 QR."""
+EXCESS = 1e-6
+"""A pair whose squared error is this part above the optimum's has other rows than the best, beside their rounding."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,13 @@ def spectrum(group: Group) -> Spectrum:
 
 def squared_singular_values(group: Group) -> Tensor:
     """(L, R) float64 of every module's dW, descending; less work than ``spectrum``."""
-    if (found := compiled_spectrum(group)) is None:
-        return _general_spectrum(group)
-    values, left = found
-    if left:
-        values[left] = _general_spectrum(group.subset(left))
-    return values
+    if "singular values" not in group.memo:
+        found = compiled_spectrum(group)
+        values = _general_spectrum(group) if found is None else found.values
+        if found is not None and found.left:
+            values[found.left] = _general_spectrum(group.subset(found.left))
+        group.memo["singular values"] = values
+    return group.memo["singular values"]
 
 
 def _general_spectrum(group: Group) -> Tensor:
@@ -95,6 +99,45 @@ def solve_svd(group: Group, rank: int) -> Pair:
     """
     if by_krylov(group):
         return settle(group, solve_krylov(group, rank))
+    return _certified_optimum(group, rank) or _general_optimum(group, rank)
+
+
+def doubtful_optima(group: Group) -> list[int]:
+    """The modules whose optimum of the group's rank the compiled solvers leave to the general path."""
+    if by_krylov(group) or (found := _best_rows(group, group.rank)) is None:
+        return []
+    return sorted({*found.left, *unresolved(group, found.values, group.rank).nonzero().flatten().tolist()})
+
+
+def _best_rows(group: Group, rank: int) -> CompiledSpectrum | None:
+    """The compiled spectrum with its rows, or None."""
+    if not 0 < rank <= min(group.total_rank, MOST_COLUMNS):
+        return None
+    if ("best rows", rank) not in group.memo:
+        group.memo["best rows", rank] = compiled_spectrum(group, rank)
+    return group.memo["best rows", rank]
+
+
+def _certified_optimum(group: Group, rank: int) -> Pair | None:
+    """From the compiled solvers; None where they leave a module in doubt.
+
+    A sweep normalises and polishes the rows. That they are the right ones shows: the error of the pair is what the
+    other singular values add up to.
+    """
+    found = _best_rows(group, rank)
+    if found is None or found.left or bool(unresolved(group, found.values, rank).any()):
+        return None
+    pair = certified_blocks(group, found.rows, tolerance=0.0, max_sweeps=1, cancelled=CANCELLED)
+    if pair is None or pair.evidence is None:
+        return None
+    tail = found.values[:, rank:].sum(-1)
+    if bool((pair.evidence.error > (1 + EXCESS) * tail + 16 * rounding(group) * group.mass**2).any()):
+        return None
+    group.memo["singular values"] = found.values
+    return Pair(pair.P, pair.Q, "closed-form", evidence=replace(pair.evidence, ended=None))  # the sweep is no iteration
+
+
+def _general_optimum(group: Group, rank: int) -> Pair:
     s = spectrum(group)
     V = group.D * (s.L @ s.vectors[..., :rank])
     # A = V^T dW^T dW spans the right singular vectors without a division; one sweep normalises and polishes it
@@ -106,7 +149,7 @@ def solve_svd(group: Group, rank: int) -> Pair:
     again = unresolved(group, s.energies, rank).nonzero().flatten().tolist()
     for i in again:
         P[i], Q[i] = _from_triangles(group, i, rank)
-    known = None if again or pair.evidence is None else replace(pair.evidence, ended=None)  # the sweep is no iteration
+    known = None if again or pair.evidence is None else replace(pair.evidence, ended=None)
     return Pair(P, Q, "closed-form", evidence=known)
 
 

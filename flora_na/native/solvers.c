@@ -1,5 +1,5 @@
 /* Estimates from Gram matrices, one module after the other: the scalars of FLoRA-NA (scalars.h), the blocks of
- * alternating least squares (blocks.h) and the singular values behind the optimum (spectrum.h). Everything is small and
+ * alternating least squares (blocks.h), the singular values and the optimum (spectrum.h). Everything is small and
  * float64; what float64 does not resolve beyond doubt is left to the caller. Plain C, called through ctypes; threads share the modules. */
 
 #include <math.h>
@@ -73,16 +73,22 @@ struct blocks {
     double *found; /* STATUS, SWEEPS, and */
 };
 
-/* One module again: where its R squared singular values go, descending, and the status. */
+/* One module again: where its R squared singular values go, descending, coefficients (R x rank) of the rows of A of the
+ * best pair of that rank, and the status. */
 struct spectrum {
     const double *G[2], *D;
-    int64_t R;
+    int64_t R, rank;
     double safe_pivot;
-    double *values, *found;
+    double *values, *rows, *found;
 };
 
-enum { QL_ROUNDS = 50 };
+enum { QL_ROUNDS = 50, INVERSE_ROUNDS = 3 };
 #define ROUNDING 1.1102230246251565e-16
+
+/* A tridiagonal matrix eliminated with row exchanges: the three diagonals that are left, and how. */
+struct elimination {
+    double *diagonal, *above, *second, *factor, *exchanged;
+};
 
 enum block_figure { BLOCK_ENERGY = 2, BLOCK_ERROR, BLOCK_NORM_B, BLOCK_NORM_A, BLOCK_FIGURES };
 
@@ -137,11 +143,11 @@ static struct room furnish(double *work, int64_t R, int64_t rank) {
 #endif
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 6; }
+int64_t fedgram_abi(void) { return 7; }
 int64_t fedgram_figures(void) { return FIGURES; }
 int64_t fedgram_block_figures(void) { return BLOCK_FIGURES; }
 int64_t fedgram_blocks_work(int64_t R, int64_t rank) { return room_numbers(R, rank); }
-int64_t fedgram_spectrum_work(int64_t R) { return R * R + 2 * R * padded(R) + 4 * R; }
+int64_t fedgram_spectrum_work(int64_t R) { return R * R + 2 * R * padded(R) + 11 * R; }
 int64_t fedgram_scalars_work(int64_t U, int64_t R, int64_t rank) { return space_numbers(U, R, rank); }
 
 /* One instruction set, all in double. */
