@@ -1,5 +1,5 @@
-"""The compiled spectrum (``native/spectrum.h``): squared singular values, and the optimum's rows, of modules with formed
-Grams on a CPU."""
+"""The compiled spectrum (``native/spectrum.h``): of modules with formed Grams on a CPU the squared singular values, and
+the optimum's rows."""
 
 from __future__ import annotations
 

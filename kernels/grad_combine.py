@@ -20,6 +20,7 @@ from ._grad_plan import (
     moved,
     unflatten,
 )
+from ._memory import overlaps_itself, span, storages
 
 # Columns summed at a time: the accumulator and one converted gradient stay in the cache.
 BLOCK_COLUMNS = 1 << 18
@@ -170,30 +171,24 @@ def check_out(out: Sequence[Tensor], shapes: Sequence[torch.Size], device: torch
 def _check_overlaps(gradients: Gradients, out: Sequence[Tensor]) -> None:
     """Outputs may share memory with nothing but a gradient of the same parameter with the same elements."""
     for p, t in enumerate(out):
-        if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
+        if overlaps_itself(t):
             raise ValueError(f"out[{p}]: an expanded tensor, whose elements overlap in memory")
-    storages = {t.untyped_storage().data_ptr() for t in out}
-    if len(storages) == len(out) and not any(t.untyped_storage().data_ptr() in storages for g in gradients for t in g):
+    own = set(storages(out))
+    if len(own) == len(out) and all(own.isdisjoint(storages(g)) for g in gradients):
         return
-    spans = [(*_span(t), p, t, "out") for p, t in enumerate(out) if t.numel()]
+    spans = [(*span(t), p, t, "out") for p, t in enumerate(out) if t.numel()]
     spans += [
-        (*_span(t), p, t, f"gradients[{k}]") for k, g in enumerate(gradients) for p, t in enumerate(g) if t.numel()
+        (*span(t), p, t, f"gradients[{k}]") for k, g in enumerate(gradients) for p, t in enumerate(g) if t.numel()
     ]
     spans.sort(key=lambda s: s[:2])
     live: list[tuple] = []
-    for span in spans:
-        start, _, p, t, name = span
+    for one in spans:
+        start, _, p, t, name = one
         live = [other for other in live if other[1] > start]
         for _, _, q, s, other in live:
             if "out" in (name, other) and not (name != other and p == q and _same_elements(s, t)):
                 raise ValueError(f"{name}[{p}] and {other}[{q}] overlap in memory")
-        live.append(span)
-
-
-def _span(t: Tensor) -> tuple[int, int]:
-    """First byte and the byte after the last of ``t``."""
-    extent = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
-    return t.data_ptr(), t.data_ptr() + extent * t.element_size()
+        live.append(one)
 
 
 def _same_elements(s: Tensor, t: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _native_factors
 from ._dispatch import resolve
 from ._factor_inputs import FLOATS, check_factors, flat, one_dtype
+from ._memory import meets, overlaps_itself, span
 from ._plan import PlanCache, check_runnable, place, survey
 
 if TYPE_CHECKING:
@@ -107,29 +108,17 @@ def check_sum(
 def _check_memory(out: Tensor, W: Tensor | None, B: Sequence[Tensor], A: Sequence[Tensor]) -> None:
     if not out.numel():
         return
-    if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
+    if overlaps_itself(out):
         raise ValueError("out: its elements share memory")
-    for name, t in [(f"B[{u}]", t) for u, t in enumerate(B)] + [(f"A[{u}]", t) for u, t in enumerate(A)]:
-        if _overlap(out, t):
-            raise ValueError(f"out: shares memory with {name}")
-    if W is not None and _overlap(out, W):
+    first, end = span(out)
+    for name, factors in (("B", B), ("A", A)):
+        for u, t in enumerate(factors):
+            if meets(t, first, end):
+                raise ValueError(f"out: shares memory with {name}[{u}]")
+    if W is not None and W is not out and meets(W, first, end):
         same = (W.data_ptr(), W.stride(), W.dtype) == (out.data_ptr(), out.stride(), out.dtype)
         if not same:
             raise ValueError("out: shares memory with W without being W")
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the ranges of memory that two tensors span meet."""
-    if not b.numel():
-        return False
-    (a0, a1), (b0, b1) = (
-        (
-            t.data_ptr(),
-            t.data_ptr() + t.itemsize * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))),
-        )
-        for t in (a, b)
-    )
-    return a0 < b1 and b0 < a1
 
 
 def new_output(W: Tensor | None, B: Sequence[Tensor], A: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fedgram.kernels import grad_combine
-from fedgram.kernels.grad_combine import _span
+from fedgram.kernels._memory import span
 from fedgram_testing.gradients import ALL_BACKENDS, TYPES, garbage, gradients
 
 __all__ = ["garbage"]
@@ -130,7 +130,7 @@ def test_other_overlaps_are_refused(backend):
 
 def test_span_is_the_bytes_a_view_can_touch():
     t = torch.zeros(6, 10)[1:4, 2::3]
-    first, end = _span(t)
+    first, end = span(t)
     touched = [t[i, j].data_ptr() for i in range(t.shape[0]) for j in range(t.shape[1])]
     assert (first, end) == (min(touched), max(touched) + 4)
 
