@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from fedgram import flora_na
 from fedgram.flora_na import svd
 from fedgram.flora_na._compiled import SOLVER
 from fedgram.flora_na._spectrum_solver import MOST_RANKS, compiled_spectrum
 from fedgram.flora_na.group import make_groups
-from fedgram.flora_na.svd import squared_singular_values
+from fedgram.flora_na.svd import solve_svd, squared_singular_values
 from fedgram.flora_na.target import make_target
 
 pytestmark = pytest.mark.skipif(SOLVER.missing is not None, reason=str(SOLVER.missing))
@@ -125,3 +126,105 @@ def test_a_spectrum_of_many_sizes(monkeypatch):
     assert torch.allclose(values[0], sizes.square(), rtol=1e-9, atol=1e-15)
     monkeypatch.setattr(svd, "compiled_spectrum", lambda *_: None)
     assert torch.allclose(squared_singular_values(group), values, rtol=1e-9, atol=1e-15)
+
+
+def error_of(pair, t, l=0):
+    """``||dW - BA||^2`` of a pair, densely."""
+    B = torch.cat(list(t.B), 1) @ pair.P[l]
+    A = pair.Q[l].mT @ torch.cat(list(t.A))
+    return (dense(t) - B @ A).square().sum()
+
+
+def orthonormal(ranks, seed=0, n=60):
+    """Factors whose products have singular values that are the clients' weights."""
+    g = torch.Generator().manual_seed(seed)
+    q, p = (torch.linalg.qr(torch.randn(n, sum(ranks), generator=g, dtype=torch.float64)).Q for _ in range(2))
+    return list(q.split(ranks, 1)), list(p.T.split(ranks))
+
+
+@pytest.fixture
+def no_general_optimum(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("left to the general path")
+
+    monkeypatch.setattr(svd, "_general_optimum", refuse)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e60])
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize(
+    ("ranks", "rank"), [([8] * 5, 8), ([3] * 5, 3), ([1, 5, 8, 2], 11), ([2, 2], 1), ([16] * 11, 16)]
+)
+def test_the_optimum_is_that_of_the_dense_decomposition(ranks, rank, anchored, scale, no_general_optimum):
+    targets = [target(ranks, seed, scale=scale, anchored=anchored) for seed in range(3)]
+    group = group_of(*targets)
+    pair = solve_svd(group, rank)
+    assert (pair.status, pair.sweeps) == ("closed-form", 0)
+    for l, t in enumerate(targets):
+        left = torch.linalg.svdvals(dense(t)).square()[rank:].sum()
+        assert float(error_of(pair, t, l)) == pytest.approx(float(left), rel=1e-9)
+        assert float(pair.evidence.error[l]) == pytest.approx(float(left), rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 9])
+def test_equal_singular_values(rank, no_general_optimum):
+    """Any of their vectors will do; the rank may cut through them."""
+    ranks, weights = [4, 4, 4], torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
+    t = make_target(*orthonormal(ranks), weights)
+    pair = solve_svd(group_of(t), rank)
+    left = sum(sorted([0.16] * 8 + [0.04] * 4, reverse=True)[rank:])
+    assert float(error_of(pair, t)) == pytest.approx(left, rel=1e-12)
+
+
+def test_singular_values_that_nearly_agree(no_general_optimum):
+    g = torch.Generator().manual_seed(1)
+    B, A = orthonormal([24])
+    for gap in (1e-4, 1e-8, 1e-12, 1e-16):
+        sizes = (1 + gap * torch.rand(24, generator=g, dtype=torch.float64)).sort(descending=True).values
+        t = make_target([B[0] * sizes], A, torch.ones(1, dtype=torch.float64))
+        assert float(error_of(solve_svd(group_of(t), 8), t)) == pytest.approx(
+            float(sizes[8:].square().sum()), rel=1e-12
+        )
+
+
+def test_other_rows_than_the_best_are_seen(monkeypatch):
+    """A pair from the wrong vectors is no optimum, and its error says so: the general path decides."""
+    t, true = target([6] * 4), compiled_spectrum
+
+    def wrong(group, rank=0):
+        found = true(group, rank)
+        return found._replace(rows=found.rows.flip(1).contiguous())
+
+    monkeypatch.setattr(svd, "compiled_spectrum", wrong)
+    pair = solve_svd(group_of(t), 6)
+    left = torch.linalg.svdvals(dense(t)).square()[6:].sum()
+    assert float(error_of(pair, t)) == pytest.approx(float(left), rel=1e-9)
+
+
+def test_rows_that_are_not_numbers_are_seen(monkeypatch):
+    t, true = target([6] * 4), compiled_spectrum
+    monkeypatch.setattr(
+        svd,
+        "compiled_spectrum",
+        lambda group, rank=0: true(group, rank)._replace(
+            rows=torch.full((1, 24, rank), torch.nan, dtype=torch.float64)
+        ),
+    )
+    left = torch.linalg.svdvals(dense(t)).square()[6:].sum()
+    assert float(error_of(solve_svd(group_of(t), 6), t)) == pytest.approx(float(left), rel=1e-9)
+
+
+def test_what_its_grams_do_not_resolve_is_left_out():
+    """A product of the rank asked for: what is left is rounding, and comes from QR factors."""
+    t = target([5] * 3)
+    exact = make_target([t.B[0]] * 3, [t.A[0] + 1e-9 * a for a in t.A], t.weights)
+    assert svd.doubtful_optima(group_of(t, exact, target([5] * 3, seed=1))) == [1]
+
+
+def test_the_optimum_and_its_yardstick_take_one_spectrum(monkeypatch):
+    calls, true = [], compiled_spectrum
+    monkeypatch.setattr(svd, "compiled_spectrum", lambda *given: calls.append(given) or true(*given))
+    t = target([4] * 4)
+    found = flora_na.estimate(list(t.B), list(t.A), t.weights, method="svd")
+    assert found.rho_optimal == pytest.approx(found.rho, rel=1e-9)
+    assert len(calls) == 1
