@@ -28,7 +28,7 @@ from ._grad_plan import (
 BLOCK_BYTES = {"cpu": 4 << 20}
 BLOCK_BYTES_DEVICE = 64 << 20
 # Columns of one product: within it the accumulator has the products' type, beyond it float64.
-PRODUCT_COLUMNS = 1024
+PRODUCT_COLUMNS = 512
 ROUNDING = 8 * 2.0**-52  # of the four terms of a recentred entry
 # Up to this many tasks the compiled loops are faster than a matrix product; above, the product decides.
 NATIVE_TASKS = 256

@@ -56,8 +56,8 @@ static void FN(centred)(const struct table *t, int64_t p, int64_t K, const doubl
 
 /* sums[3 i + j] += the products of three rows a_i with three rows b_j, lane by lane: to add up the lanes of every block
  * would take as long as a short block. Three by three: nine sums are in flight and few fall below the diagonal. */
-static inline __attribute__((always_inline)) void FN(lanes)(const T *restrict a, const T *restrict b, int64_t ld,
-                                                            int64_t n, FN(wide) *restrict sums) {
+static __attribute__((noinline)) void FN(lanes)(const T *restrict a, const T *restrict b, int64_t ld,
+                                               int64_t n, VEC *restrict sums) {
     VEC c[3][3] = {{{0}}};
     for (int64_t k = 0; k < n; k += LANES) {
         VEC x0 = *(const VEC *)(a + k), x1 = *(const VEC *)(a + ld + k), x2 = *(const VEC *)(a + 2 * ld + k);
@@ -76,7 +76,15 @@ static inline __attribute__((always_inline)) void FN(lanes)(const T *restrict a,
 #pragma GCC unroll 3
     for (int i = 0; i < 3; i++)
 #pragma GCC unroll 3
-        for (int j = 0; j < 3; j++) ADD_WIDE(sums + 3 * i + j, c[i][j]);
+        for (int j = 0; j < 3; j++) sums[3 * i + j] += c[i][j];
+}
+
+/* total += sums, vector by vector in float64; the sums begin anew. */
+static void FN(widen_sums)(VEC *restrict sums, int64_t count, FN(wide) *restrict total) {
+    for (int64_t i = 0; i < count; i++) {
+        ADD_WIDE(total + i, sums[i]);
+        sums[i] = (VEC){0};
+    }
 }
 
 /* out (3 x 3 of ldo) += the sums over the lanes of nine vectors. */
@@ -89,15 +97,17 @@ static void FN(add_lanes)(const FN(wide) *sums, double *out, int64_t ldo) {
     }
 }
 
-/* Columns [first, last) of K gradients: out (rows x rows), on and above the diagonal, of the K centred ones and the centre. */
+/* Columns [first, last) of K gradients: out (rows x rows), on and above the diagonal, of the K centred ones and the centre.
+ * A lane adds up some CHAIN products in float, and in double beyond. */
 static void FN(grad_gram)(const struct table *t, int64_t K, const double *u, int64_t first, int64_t last, double *work,
                           double *out) {
     int64_t rows = gram_rows(K), block = gram_block(rows, sizeof(T)), ld = block + PAD, keep = rows <= KEPT_ROWS;
-    FN(wide) *sums = (FN(wide) *)work, *sum;
-    int64_t tiles = keep ? rows / 3 * (rows / 3 + 1) / 2 : 1;
-    T *E = (T *)(sums + 9 * tiles);
+    int64_t all = gram_tiles(rows), kept = 9 * (keep ? all : 1), blocks = 0;
+    FN(wide) *total = (FN(wide) *)work, *sum;
+    VEC *sums = DOUBLE ? (VEC *)total : (VEC *)(total + kept), *near;
+    T *E = (T *)(sums + kept);
+    memset(work, 0, (char *)E - (char *)work);
     memset(E + (K + 1) * ld, 0, (rows - K - 1) * ld * sizeof(T));
-    memset(sums, 0, 9 * tiles * sizeof(FN(wide)));
     int64_t p = find(t, first);
     while (first < last) {
         int64_t used = 0;
@@ -111,21 +121,25 @@ static void FN(grad_gram)(const struct table *t, int64_t K, const double *u, int
         int64_t padded = (used + LANES - 1) / LANES * LANES;
         for (int64_t k = 0; k <= K && padded > used; k++) memset(E + k * ld + used, 0, (padded - used) * sizeof(T));
         struct coming next = {0};
-        if (first < last) next = coming(t, &p, K, first, least(block, last - first), rows / 3 * (rows / 3 + 1) / 2);
-        sum = sums;
+        if (first < last) next = coming(t, &p, K, first, least(block, last - first), all);
+        near = sums;
         for (int64_t i = 0; i < rows; i += 3)
             for (int64_t j = i; j < rows; j += 3) {
                 ask(&next);
-                FN(lanes)(E + i * ld, E + j * ld, ld, padded, sum);
-                if (keep) sum += 9;
+                FN(lanes)(E + i * ld, E + j * ld, ld, padded, near);
+                if (keep) near += 9;
                 else {
-                    FN(add_lanes)(sums, out + i * rows + j, rows);
-                    memset(sums, 0, 9 * sizeof(FN(wide)));
+                    if (!DOUBLE) FN(widen_sums)(sums, 9, total);
+                    FN(add_lanes)(total, out + i * rows + j, rows);
+                    memset(total, 0, 9 * sizeof(FN(wide)));
                 }
             }
+        if (DOUBLE || !keep || (++blocks * block < CHAIN * LANES && first < last)) continue;
+        FN(widen_sums)(sums, kept, total);
+        blocks = 0;
     }
     if (!keep) return;
-    sum = sums;
+    sum = total;
     for (int64_t i = 0; i < rows; i += 3)
         for (int64_t j = i; j < rows; j += 3, sum += 9) FN(add_lanes)(sum, out + i * rows + j, rows);
 }

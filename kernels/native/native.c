@@ -18,8 +18,10 @@ enum { BLOCK = 512, PAD = 16 };
 enum { MIX_BLOCK = 8192, MIX_TAIL = 64 };
 /* Up to this many rows the sums of a Gram matrix of gradients are kept lane by lane: they fit the cache beside a block. */
 enum { KEPT_ROWS = 66 };
+/* Products that a lane of these sums adds up in float, a block of them at least. */
+enum { CHAIN = 64 };
 /* A block of centred gradients is to fit the first cache, unless it would be too short. */
-enum { NEAR_BYTES = 24 << 10, SHORTEST = 128, LINE = 64 };
+enum { NEAR_BYTES = 10 << 10, SHORTEST = 128, LINE = 64 };
 
 /* K gradients as P tensors each: parameter p holds columns [start[p], start[p + 1]); address is (P x K). */
 struct table {
@@ -116,6 +118,8 @@ static inline int64_t least3(int64_t a, int64_t b, int64_t c) { return least(lea
 
 /* Rows of a block of K gradients: their centre with them, in threes. */
 static inline int64_t gram_rows(int64_t K) { return (K + 3) / 3 * 3; }
+/* Tiles of three by three on and above the diagonal. */
+static inline int64_t gram_tiles(int64_t rows) { return rows / 3 * (rows / 3 + 1) / 2; }
 static inline int64_t gram_block(int64_t rows, int64_t bytes) {
     int64_t block = NEAR_BYTES / (rows * bytes) / 64 * 64;
     return block < SHORTEST ? SHORTEST : block > BLOCK ? BLOCK : block;
@@ -225,8 +229,8 @@ int64_t fedgram_abi(void) { return 12; }
 /* Rows of the Gram matrix of K gradients, and numbers of scratch space that it takes. */
 int64_t fedgram_gram_rows(int64_t K) { return gram_rows(K); }
 int64_t fedgram_gram_work(int64_t K) {
-    int64_t rows = gram_rows(K), tiles = rows <= KEPT_ROWS ? rows / 3 * (rows / 3 + 1) / 2 : 1;
-    return rows * (BLOCK + PAD) + tiles * 9 * 16; /* 16 lanes at most */
+    int64_t rows = gram_rows(K), tiles = rows <= KEPT_ROWS ? gram_tiles(rows) : 1;
+    return rows * (BLOCK + PAD) + tiles * 9 * (16 + 8); /* 16 lanes at most in double, and vectors of 64 bytes */
 }
 int64_t fedgram_mix_work(void) { return MIX_BLOCK + MIX_TAIL; }
 int64_t fedgram_block(void) { return BLOCK; }
