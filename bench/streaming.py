@@ -294,7 +294,7 @@ def show(results: dict[str, Any], console: Console) -> None:
     for method, row in results["methods"].items():
         peak = f"peak {'met' if row['peak_met'] else 'MISSED'} ({row['peak_bytes'] / results['peak_bound_bytes']:.2f})"
         shares = (f"{task} {_half(share)}" for task, share in row["share_of"].items())
-        console.print(f"{method}: {peak}; half of: {', '.join(shares)}", highlight=False)
+        console.print(f"{method}: {peak}; half of: {', '.join(shares)}", highlight=False, soft_wrap=True)
     resume = results["resume"]
     console.print(
         f"killed after {resume['killed_after']} of {resume['of']} modules; resumed with {resume['resumed']} done, "
