@@ -14,7 +14,7 @@ from ._compiled import DOUBTFUL, SOLVER
 from .coefficients import SAFE_PIVOT
 from .group import Group
 
-MOST_RANKS = 192  # total; above, LAPACK works in blocks
+MOST_RANKS = 384  # total; above, LAPACK, which works in blocks, is faster
 
 
 class CompiledSpectrum(NamedTuple):

@@ -139,6 +139,7 @@ def _certified_optimum(group: Group, rank: int) -> Pair | None:
 
 def _general_optimum(group: Group, rank: int) -> Pair:
     s = spectrum(group)
+    group.memo["singular values"] = s.energies
     V = group.D * (s.L @ s.vectors[..., :rank])
     # A = V^T dW^T dW spans the right singular vectors without a division; one sweep normalises and polishes it
     Q = group.D * (group.gram["B"] @ V)
