@@ -1,12 +1,12 @@
 /* Alternating least squares for one instruction set (fedgram.flora_na.als says what it computes). Included by
  * solvers.c after scalars.h. Coefficients are rows of `width` numbers: the rank, and zeros up to a multiple of four. */
 
-/* Up to four rows of out = A B, for 4 * VECTORS columns of B from `column` on. */
+/* Up to four rows of out = A B, for 4 * VECTORS columns of B from `column` on, over the inner dimension from `start` on. */
 #define ROWS_OF(VECTORS)                                                                                              \
     {                                                                                                                 \
         four sum[4][VECTORS];                                                                                         \
         memset(sum, 0, sizeof sum);                                                                                   \
-        for (int64_t y = 0; y < inner; y++)                                                                           \
+        for (int64_t y = start; y < inner; y++)                                                                       \
             for (int v = 0; v < VECTORS; v++) {                                                                       \
                 four b = *(const four *)(B + y * width + column + 4 * v);                                             \
                 for (int k = 0; k < 4; k++) sum[k][v] += row[k][y] * b;                                               \
@@ -15,16 +15,27 @@
             for (int v = 0; v < VECTORS; v++) *(four *)(out + (x + k) * width + column + 4 * v) = sum[k][v];          \
     }
 
-/* out (rows x width) = A (rows x inner, every row `stride` after the one before) times B (inner x width). */
-INLINE void FN(multiply)(const double *A, int64_t stride, int64_t rows, int64_t inner, const double *B, int64_t width,
-                         double *out) {
+/* out (rows x width) = A (rows x inner, every row `stride` after the one before) times B (inner x width), with what
+ * `part` says of them left out. */
+INLINE void FN(multiply_part)(const double *A, int64_t stride, int64_t rows, int64_t inner, const double *B, int64_t width,
+                              double *out, const int part) {
     for (int64_t x = 0; x < rows; x += 4) {
         const double *row[4];
         for (int k = 0; k < 4; k++) row[k] = A + (x + k < rows ? x + k : rows - 1) * stride;
-        int64_t column = 0;
-        for (; column + 8 <= width; column += 8) ROWS_OF(2)
-        if (column < width) ROWS_OF(1)
+        int64_t column = 0, start = part == UPPER_LEFT ? x : 0;
+        const int64_t last = part == UPPER_LEFT && x + 4 < width ? x + 4 : width;
+        for (; column + 8 <= last; column += 8) {
+            if (part == LOWER_RIGHT) start = column;
+            ROWS_OF(2)
+        }
+        if (part == LOWER_RIGHT) start = column;
+        if (column < last) ROWS_OF(1)
     }
+}
+
+INLINE void FN(multiply)(const double *A, int64_t stride, int64_t rows, int64_t inner, const double *B, int64_t width,
+                         double *out) {
+    FN(multiply_part)(A, stride, rows, inner, B, width, out, WHOLE);
 }
 
 /* S (rank x width) = Y' C. */
@@ -187,4 +198,3 @@ static void FN(fit_blocks)(const struct blocks *m, double *work) {
     }
     m->found[STATUS] = status, m->found[SWEEPS] = sweeps;
 }
-#undef ROWS_OF

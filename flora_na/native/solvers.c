@@ -60,6 +60,9 @@ static struct space carve(double *work, int64_t U, int64_t R, int64_t rank) {
     return s;
 }
 
+/* Of a product: nothing is known; the right factor is a lower triangle; the left one is an upper triangle, and what lies
+ * above the diagonal of a symmetric product is not asked for. */
+enum { WHOLE, LOWER_RIGHT, UPPER_LEFT };
 enum { JACOBI_ROUNDS = 30 };
 #define LEAST_SQUARE 1e-20 /* a squared singular value below this part of the largest is as good as none */
 

@@ -174,15 +174,14 @@ static void FN(find_spectrum)(const struct spectrum *m, double *work) {
         L[i * R + i] = 1 / L[i * R + i];
         for (int64_t j = 0; j <= i; j++) N[i * width + j] = L[i * R + j] * (m->D[i] / d[i]);
     }
-    FN(multiply)(m->G[0], R, R, R, N, width, K);
+    FN(multiply_part)(m->G[0], R, R, R, N, width, K, LOWER_RIGHT);
     for (int64_t i = 0; i < R; i++)
         for (int64_t j = 0; j < R; j++) L[i * R + j] = N[j * width + i];
-    FN(multiply)(L, R, R, R, K, width, N);
+    FN(multiply_part)(L, R, R, R, K, width, N, UPPER_LEFT);
     for (int64_t i = 0; i < R; i++) largest = fmax(largest, N[i * width + i]);
     if (!(largest > 0) || !(largest < INFINITY)) return;
     for (int64_t i = 0; i < R; i++) /* symmetric, and so small that no square overflows */
-        for (int64_t j = 0; j <= i; j++)
-            N[i * width + j] = N[j * width + i] = (N[i * width + j] + N[j * width + i]) / (2 * largest);
+        for (int64_t j = 0; j <= i; j++) N[i * width + j] = N[j * width + i] = N[i * width + j] / largest;
     FN(tridiagonal)(R, width, N, d, e, v, w);
     memcpy(beside, e, R * sizeof(double));
     memcpy(beside + R, d, R * sizeof(double));
@@ -200,3 +199,4 @@ static void FN(find_spectrum)(const struct spectrum *m, double *work) {
     }
     *m->found = CONVERGED;
 }
+#undef ROWS_OF
