@@ -13,9 +13,10 @@ SOLVER = Extension(
         "fedgram_scalars_work": "iii",
         "fedgram_block_figures": "",
         "fedgram_blocks_work": "ii",
+        "fedgram_spectrum_figures": "",
         "fedgram_spectrum_work": "i",
     },
-    abi=7,
+    abi=8,
 )
 STATUS = ("converged", "max-sweeps")
 DOUBTFUL = 2

@@ -53,12 +53,25 @@ def spectrum(group: Group) -> Spectrum:
 def squared_singular_values(group: Group) -> Tensor:
     """(L, R) float64 of every module's dW, descending; less work than ``spectrum``."""
     if "singular values" not in group.memo:
-        found = compiled_spectrum(group)
+        found = compiled_spectrum(group, group.total_rank)
         values = _general_spectrum(group) if found is None else found.values
         if found is not None and found.left:
             values[found.left] = _general_spectrum(group.subset(found.left))
         group.memo["singular values"] = values
     return group.memo["singular values"]
+
+
+def optimum_error(group: Group, rank: int) -> Tensor:
+    """(L,) ``||dW - BA||^2`` of the best pair of ``rank``, to the rounding of the Grams; see ``unresolved``."""
+    found = None
+    if "singular values" not in group.memo:
+        found = group.memo.get(("best rows", rank)) or compiled_spectrum(group, rank)
+    if found is None:
+        return squared_singular_values(group)[:, rank:].sum(-1)
+    tail = found.tail.clone()
+    if found.left:
+        tail[found.left] = _general_spectrum(group.subset(found.left))[:, rank:].sum(-1)
+    return tail
 
 
 def _general_spectrum(group: Group) -> Tensor:
@@ -106,7 +119,7 @@ def doubtful_optima(group: Group) -> list[int]:
     """The modules whose optimum of the group's rank the compiled solvers leave to the general path."""
     if by_krylov(group) or (found := _best_rows(group, group.rank)) is None:
         return []
-    return sorted({*found.left, *unresolved(group, found.values, group.rank).nonzero().flatten().tolist()})
+    return sorted({*found.left, *unresolved(group, found.tail).nonzero().flatten().tolist()})
 
 
 def _best_rows(group: Group, rank: int) -> CompiledSpectrum | None:
@@ -114,7 +127,7 @@ def _best_rows(group: Group, rank: int) -> CompiledSpectrum | None:
     if not 0 < rank <= min(group.total_rank, MOST_COLUMNS):
         return None
     if ("best rows", rank) not in group.memo:
-        group.memo["best rows", rank] = compiled_spectrum(group, rank)
+        group.memo["best rows", rank] = compiled_spectrum(group, rank, rank)
     return group.memo["best rows", rank]
 
 
@@ -125,15 +138,13 @@ def _certified_optimum(group: Group, rank: int) -> Pair | None:
     other singular values add up to.
     """
     found = _best_rows(group, rank)
-    if found is None or found.left or bool(unresolved(group, found.values, rank).any()):
+    if found is None or found.left or bool(unresolved(group, found.tail).any()):
         return None
     pair = certified_blocks(group, found.rows, tolerance=0.0, max_sweeps=1, cancelled=CANCELLED)
     if pair is None or pair.evidence is None:
         return None
-    tail = found.values[:, rank:].sum(-1)
-    if bool((pair.evidence.error > (1 + EXCESS) * tail + 16 * rounding(group) * group.mass**2).any()):
+    if bool((pair.evidence.error > (1 + EXCESS) * found.tail + 16 * rounding(group) * group.mass**2).any()):
         return None
-    group.memo["singular values"] = found.values
     return Pair(pair.P, pair.Q, "closed-form", evidence=replace(pair.evidence, ended=None))  # the sweep is no iteration
 
 
@@ -147,7 +158,7 @@ def _general_optimum(group: Group, rank: int) -> Pair:
         Q = Q * inverse_or_zero(Q.abs().amax((-2, -1), keepdim=True))
     pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(Q, Q, ""), V.shape[-1])
     P, Q = fit_rank(pair.P, rank), fit_rank(pair.Q, rank)
-    again = unresolved(group, s.energies, rank).nonzero().flatten().tolist()
+    again = unresolved(group, s.energies[:, rank:].sum(-1)).nonzero().flatten().tolist()
     for i in again:
         P[i], Q[i] = _from_triangles(group, i, rank)
     known = None if again or pair.evidence is None else replace(pair.evidence, ended=None)
@@ -159,12 +170,9 @@ def by_krylov(group: Group) -> bool:
     return group.gram is None or group.total_rank > SPECTRUM_RANK
 
 
-def unresolved(group: Group, values: Tensor, rank: int) -> Tensor:
-    """(L,) where the squared error of the optimum is not safely above the rounding of the Grams.
-
-    ``values`` (L, R) are the squared singular values, descending.
-    """
-    return values[:, rank:].sum(-1) < MARGIN * rounding(group) * group.mass**2
+def unresolved(group: Group, error: Tensor) -> Tensor:
+    """(L,) where the squared error of the optimum is not safely above the rounding of the Grams."""
+    return error < MARGIN * rounding(group) * group.mass**2
 
 
 def settle(group: Group, pair: Pair) -> Pair:

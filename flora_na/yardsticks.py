@@ -10,7 +10,7 @@ import torch
 from .divergence import Errors, energies, pair_errors
 from .fedavg import solve_fedavg
 from .group import Group
-from .svd import by_krylov, solve_svd, squared_singular_values, unresolved
+from .svd import by_krylov, optimum_error, solve_svd, unresolved
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +36,9 @@ class Yardsticks:
             return Errors(energy, torch.zeros_like(energy))
         if by_krylov(self.group):
             return pair_errors(self.group, solve_svd(self.group, self.rank))
-        values = squared_singular_values(self.group)
-        tail, doubtful = values[:, self.rank :].sum(-1), unresolved(self.group, values, self.rank)
+        error = optimum_error(self.group, self.rank)
+        doubtful = unresolved(self.group, error)
         if bool(doubtful.any()):
             exact = pair_errors(self.group, solve_svd(self.group, self.rank)).error
-            tail = torch.where(doubtful, exact, tail)
-        return Errors(energies(self.group), tail)
+            error = torch.where(doubtful, exact, error)
+        return Errors(energies(self.group), error)

@@ -11,6 +11,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef double four __attribute__((vector_size(32), aligned(8), may_alias));
+typedef int64_t whole __attribute__((vector_size(32), aligned(8), may_alias));
 
 enum { CONVERGED, MAX_SWEEPS, DOUBTFUL };
 enum { GAUGE_SWEEPS = 4 };
@@ -76,17 +77,19 @@ struct blocks {
     double *found; /* STATUS, SWEEPS, and */
 };
 
-/* One module again: where its R squared singular values go, descending, coefficients (R x rank) of the rows of A of the
- * best pair of that rank, and the status. */
+/* One module again: where its `count` largest squared singular values go, descending, coefficients (R x rank, rank at
+ * most count) of the rows of A of the best pair of that rank, and what is found: STATUS, and the sum of the other values. */
 struct spectrum {
     const double *G[2], *D;
-    int64_t R, rank;
+    int64_t R, count, rank;
     double safe_pivot;
     double *values, *rows, *found;
 };
 
-enum { QL_ROUNDS = 50, INVERSE_ROUNDS = 3 };
+enum spectrum_figure { TAIL = 1, SPECTRUM_FIGURES };
+enum { BISECTIONS = 54, INVERSE_ROUNDS = 3 };
 #define ROUNDING 1.1102230246251565e-16
+#define LEAST_BESIDE 1e-280 /* of the squares beside the diagonal: as good as none */
 
 /* A tridiagonal matrix eliminated with row exchanges: the three diagonals that are left, and how. */
 struct elimination {
@@ -146,11 +149,12 @@ static struct room furnish(double *work, int64_t R, int64_t rank) {
 #endif
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 7; }
+int64_t fedgram_abi(void) { return 8; }
 int64_t fedgram_figures(void) { return FIGURES; }
 int64_t fedgram_block_figures(void) { return BLOCK_FIGURES; }
+int64_t fedgram_spectrum_figures(void) { return SPECTRUM_FIGURES; }
 int64_t fedgram_blocks_work(int64_t R, int64_t rank) { return room_numbers(R, rank); }
-int64_t fedgram_spectrum_work(int64_t R) { return R * R + 2 * R * padded(R) + 11 * R; }
+int64_t fedgram_spectrum_work(int64_t R) { return (R + 2 * padded(R) + 8) * padded(R) + 3 * R; }
 int64_t fedgram_scalars_work(int64_t U, int64_t R, int64_t rank) { return space_numbers(U, R, rank); }
 
 /* One instruction set, all in double. */

@@ -38,9 +38,9 @@ def group_of(*targets):
 
 def whole_spectrum(group):
     """Where none is left out."""
-    values, _, left = compiled_spectrum(group)
-    assert left == []
-    return values
+    found = compiled_spectrum(group, group.total_rank)
+    assert found.left == []
+    return found.values
 
 
 def dense(t):
@@ -64,6 +64,26 @@ def test_it_has_the_squared_singular_values(case, scale):
         # the Grams' own rounding, by their condition
         assert torch.allclose(values[l], true, rtol=1e-10, atol=1e-12 * float(true[0]))
         assert values[l].tolist() == sorted(values[l].tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 16, 17, 23])
+def test_the_largest_and_what_the_others_add_up_to(count):
+    targets = [target([5, 8, 10], seed) for seed in range(2)]
+    group = group_of(*targets)
+    found, values = compiled_spectrum(group, count), whole_spectrum(group)
+    assert torch.equal(found.values, values[:, :count])
+    assert torch.allclose(found.tail, values[:, count:].sum(-1), rtol=1e-12, atol=1e-14 * float(values[0, 0]))
+    for l, t in enumerate(targets):
+        left = expected(t, 23)[count:].sum()
+        assert float(found.tail[l]) == pytest.approx(float(left), rel=1e-10, abs=1e-14 * float(values[l, 0]))
+
+
+@pytest.mark.parametrize("R", range(1, 14))
+def test_every_small_total_rank(R):
+    """Vectors of four, and what is left of them."""
+    t = target([R])
+    true = expected(t, R)
+    assert torch.allclose(whole_spectrum(group_of(t))[0], true, rtol=1e-10, atol=1e-13 * float(true[0]))
 
 
 def test_equal_values_zeros_and_a_diagonal():
@@ -94,7 +114,7 @@ def test_what_has_no_safe_square_root_goes_to_the_general_path(kind):
     t = target([4] * 3)
     A = [t.A[0]] * 3 if kind == "parallel" else [torch.zeros_like(t.A[0]), *t.A[1:]]
     group = group_of(make_target(t.B, A, t.weights))
-    assert compiled_spectrum(group).left == [0]
+    assert compiled_spectrum(group, 4).left == [0]
     true = expected(group.targets[0], 12)
     assert torch.allclose(squared_singular_values(group)[0], true, rtol=1e-8, atol=1e-12 * float(true[0]))
 
@@ -103,7 +123,7 @@ def test_what_is_left_out_costs_the_others_nothing():
     t = target([4] * 3)
     doubtful = make_target(t.B, [t.A[0]] * 3, t.weights)
     group = group_of(t, doubtful, target([4] * 3, seed=1))
-    values, _, left = compiled_spectrum(group)
+    values, _, _, left = compiled_spectrum(group, 12)
     assert left == [1]
     found = squared_singular_values(group)
     assert torch.equal(found[[0, 2]], values[[0, 2]])
@@ -112,7 +132,7 @@ def test_what_is_left_out_costs_the_others_nothing():
 
 
 def test_more_ranks_than_it_is_for():
-    assert compiled_spectrum(group_of(target([MOST_RANKS + 1]))) is None
+    assert compiled_spectrum(group_of(target([MOST_RANKS + 1])), 1) is None
 
 
 def test_a_spectrum_of_many_sizes(monkeypatch):
@@ -192,8 +212,8 @@ def test_other_rows_than_the_best_are_seen(monkeypatch):
     """A pair from the wrong vectors is no optimum, and its error says so: the general path decides."""
     t, true = target([6] * 4), compiled_spectrum
 
-    def wrong(group, rank=0):
-        found = true(group, rank)
+    def wrong(*given):
+        found = true(*given)
         return found._replace(rows=found.rows.flip(1).contiguous())
 
     monkeypatch.setattr(svd, "compiled_spectrum", wrong)
@@ -207,9 +227,7 @@ def test_rows_that_are_not_numbers_are_seen(monkeypatch):
     monkeypatch.setattr(
         svd,
         "compiled_spectrum",
-        lambda group, rank=0: true(group, rank)._replace(
-            rows=torch.full((1, 24, rank), torch.nan, dtype=torch.float64)
-        ),
+        lambda *given: true(*given)._replace(rows=torch.full((1, 24, 6), torch.nan, dtype=torch.float64)),
     )
     left = torch.linalg.svdvals(dense(t)).square()[6:].sum()
     assert float(error_of(solve_svd(group_of(t), 6), t)) == pytest.approx(float(left), rel=1e-9)
