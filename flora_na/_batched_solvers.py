@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._batched_algebra import cholesky_inverse_root, inverse_or_zero, solve_shifted
 from ._batched_group import BatchedGroup, Side
-from ._scalar_problem import conjugate_gradients
+from ._scalar_problem import conjugate_gradients, even_norms
 from .als import CANCELLED
 
 CG_STEPS = 4
@@ -62,10 +62,10 @@ def _improve(group: BatchedGroup, side: Side, p: Tensor, q: Tensor) -> tuple[Ten
 
 
 def _equal_norms(group: BatchedGroup, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The gauge ``||B|| = ||A||``."""
+    """``||B||`` and ``||A||`` within a factor of two."""
     P, Q = group.expand(p), group.expand(q)
     b, a = ((X * group.apply(side, X)).sum((-2, -1)) for side, X in (("B", P), ("A", Q)))
-    ratio = torch.where((a > 0) & (b > 0), (a / b.clamp_min(1e-300)) ** 0.25, 1.0).unsqueeze(-1)
+    ratio = even_norms(b, a).unsqueeze(-1)
     return p * ratio, q / ratio
 
 

@@ -113,7 +113,7 @@ class Problem:
         return p * c, q / c
 
     def normalise_gauge(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Equal norms of B and A; an anchor fixes the gauge, so then nothing is changed."""
+        """Norms of B and A within a factor of two; an anchor fixes the gauge, so then nothing is changed."""
         if self.anchored:
             return p, q
         if self.products is not None:
@@ -121,8 +121,16 @@ class Problem:
         else:
             b = self.collect([_square(g, "B", self.spread(p, g)) for g in self.groups])
             a = self.collect([_square(g, "A", self.spread(q, g)) for g in self.groups])
-        ratio = torch.where((a > 0) & (b > 0), (a / b.clamp_min(1e-300)) ** 0.25, 1.0).unsqueeze(-1)
+        ratio = even_norms(b, a).unsqueeze(-1)
         return p * ratio, q / ratio
+
+
+def even_norms(b: Tensor, a: Tensor) -> Tensor:
+    """c, a power of two so that it costs no rounding in any type, that brings ``||c B||`` and ``||A / c||`` together.
+
+    Within a factor of two; from their squares, b and a.
+    """
+    return torch.where((a > 0) & (b > 0), (a / b.clamp_min(1e-300)).clamp_min(1e-300).log2().div(4).round().exp2(), 1.0)
 
 
 class _Normal:

@@ -16,6 +16,8 @@ from .divergence import energies
 from .group import Group
 
 GAUGE_SWEEPS = 4
+LEAST_RATE = 1e-4
+"""At which sweeps are trusted to converge; one drop may be this small beside the last by chance."""
 FINER = 1e-4
 """Where Grams are formed on a CPU a sweep costs little: it goes on to a tolerance this much finer, so that modules end
 in one place whatever company they were solved in."""
@@ -41,7 +43,8 @@ class ScalarLeastSquares:
     pair for all layers. Here each half-step is the exact minimiser of ``||dW - BA||`` in one of the two, so the
     objective never rises above that of ``fedavg``, where it starts. With few members q takes Newton's step instead
     (p following at its best), unless that ends above the exact one's error. With an anchor ``(B_g, A_g)`` the
-    estimate is ``A_g + sum q_u (A_u - A_g)``: the coefficients, the anchor's included, sum to 1.
+    estimate is ``A_g + sum q_u (A_u - A_g)``: the coefficients, the anchor's included, sum to 1
+    (under ``missing="zero"`` to the weight of the clients that have the module).
 
     Attributes:
         tolerance: stop once a sweep lowers the squared error by less than this fraction of it (``FINER`` of it with
@@ -104,6 +107,7 @@ class _Descent:
         self.zero = problem.collect([energies(g) for g in problem.groups]) == 0
         self.tolerance = tolerance * (FINER if problem.formed and self.energy.device.type == "cpu" else 1.0)
         self._gain = torch.zeros_like(self.energy)
+        self._sweeps = 0
         # of the error at a q of Newton's, which is refused above it
         self._bound = torch.full_like(self.energy, torch.inf)
 
@@ -111,12 +115,12 @@ class _Descent:
         """One exact step in p, one in q, and Newton's from there on; whether no module has more to gain."""
         refused, of_p, of_q = self._exact_steps()
         before, self._gain = self._gain, of_p.gain + of_q.gain
+        self._sweeps += 1
         self.p, self.exact_q, self.error = of_p.coefficients, of_q.coefficients, self.energy - of_q.captured
         step, promised = self.problem.newton(self.p, self.q, of_p, of_q)
         promised = torch.where(refused, -1.0, promised)
         enough = torch.maximum(self.tolerance * self._left, 1e-19 * self.energy)
-        to_come = self._gain * self._gain / (before - self._gain).clamp_min(1e-300)
-        crawled = (self._gain <= enough) | (to_come <= 0.1 * enough)
+        crawled = (self._gain <= enough) | (self._to_come(before) <= 0.1 * enough)
         done = torch.where(promised.isfinite() & (promised >= 0), promised <= enough, crawled)
         hasty = promised > enough
         self._bound = torch.where(hasty, self._left, torch.inf)
@@ -130,6 +134,12 @@ class _Descent:
             self.q = torch.where(refused.unsqueeze(-1), self.exact_q, self.q)
             of_p = self.problem.half_step("B", self.p, self.q)
         return refused, of_p, self.problem.half_step("A", self.q, of_p.coefficients)
+
+    def _to_come(self, before: Tensor) -> Tensor:
+        """All later drops, if they go on as the last two did; the first, from the averages, is no measure of that."""
+        if self._sweeps < 3:
+            return torch.full_like(self._gain, torch.inf)
+        return self._gain * (self._gain / (before - self._gain).clamp_min(1e-300)).clamp_min(LEAST_RATE)
 
     @property
     def _left(self) -> Tensor:

@@ -243,11 +243,13 @@ INLINE int64_t FN(minimise)(const struct module *m, const struct space *s, doubl
         gain += part;
         for (int64_t u = 0; u < U; u++) s->safe_q[u] = q[u] + s->step[u];
         double left = fmax(energy - FN(dot)(s->h, s->safe_q, U), 1e-13 * energy);
-        double enough = fmax(m->tolerance * left, 1e-19 * energy), rest = gain * gain / fmax(before - gain, 1e-300);
+        double enough = fmax(m->tolerance * left, 1e-19 * energy);
+        /* what is to come, if the drops go on as the last two; the first one, from the averages, is no measure of that */
+        double rest = *sweeps > 2 ? gain * fmax(gain / fmax(before - gain, 1e-300), LEAST_RATE) : INFINITY;
         double promised = trust ? FN(newton_step)(m, s) : -1;
         int done = promised >= 0 && promised < INFINITY ? promised <= enough : gain <= enough || rest <= 0.1 * enough;
         safe = INFINITY, trust = 1, before = gain, last = gain / left;
-        if (promised > enough) {
+        if (promised > enough && !done) {
             FN(axpy)(1, s->step, q, U);
             safe = left;
         } else memcpy(q, s->safe_q, U * sizeof(double));
@@ -275,7 +277,8 @@ static void FN(fit)(const struct module *m, double *work) {
     if (m->fit) {
         if ((status = FN(minimise)(m, &s, energy, &sweeps)) == DOUBTFUL) return;
         error = FN(error_of)(m, &s, energy, mass, norms);
-        double ratio = norms[0] > 0 && norms[1] > 0 ? sqrt(norms[1] / norms[0]) : 1; /* equal norms of B and A */
+        /* norms of B and A within a factor of two: a power of two costs no rounding */
+        double ratio = norms[0] > 0 && norms[1] > 0 ? exp2(nearbyint(log2(norms[1] / norms[0]) / 2)) : 1;
         for (int64_t u = 0; u < m->U; u++) m->p[0][u] *= ratio, m->p[1][u] /= ratio;
         norms[0] *= ratio, norms[1] /= ratio;
     }
