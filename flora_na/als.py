@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from ._block_solver import certified_blocks
-from .coefficients import Pair, balance, orthonormaliser
-from .divergence import energies
+from .coefficients import Pair, balance, inverse_or_zero, orthonormaliser
+from .divergence import energies, factor_norms
 from .group import Group
 from .members import Side
 
 CANCELLED = 2.0**-24
 """A combination of factors this small beside its terms is rounding: the square root of what float64 Grams resolve."""
 
+TILT = 2.0**-7
+"""How much of a sketch the rows have that sweeps start from."""
 RESOLVED = 2.0**-50
 """A gain below this part of what is captured is rounding."""
 
@@ -25,7 +27,8 @@ class AlternatingLeastSquares:
     """``B = sum B_u P_u``, ``A = sum Q_u A_u`` with free blocks (MATH.md 1.3).
 
     Fix A, orthonormalise its rows: the best B is ``dW A^T``, in coefficients ``P = D G_A Q``. Then the mirror image.
-    The squared error never rises and converges to the rank-r optimum at rate (sigma_{r+1} / sigma_r)^2.
+    The squared error never rises and converges to the rank-r optimum at rate (sigma_{r+1} / sigma_r)^2, from a start
+    that has a little of all members' rows.
 
     Attributes:
         tolerance: stop once a sweep lowers the squared error by less than this fraction of it.
@@ -43,6 +46,8 @@ class AlternatingLeastSquares:
         """
         rank = start.P.shape[-1] if rank is None else rank
         Q = starting_rows(group, start, rank)
+        if self.max_sweeps > 1:
+            Q = tilted(Q, _sketch(group, rank), factor_norms(group)["A"])
         limits = {"tolerance": self.tolerance, "max_sweeps": self.max_sweeps, "cancelled": CANCELLED}
         if (found := certified_blocks(group, Q, **limits)) is not None:
             return found
@@ -74,11 +79,18 @@ def starting_rows(group: Group, start: Pair, rank: int) -> Tensor:
     return Q if missing <= 0 else torch.cat([Q, _sketch(group, missing)], -1)
 
 
+def tilted(Q: Tensor, sketch: Tensor, norms: Tensor) -> Tensor:
+    """Rows ``Q`` with a little of a sketch, both (L, R, k): where members have no direction in common no sweep would
+    leave the span of the rows it starts from. ``norms`` (L, R) are those of the rows of As; rows of zeros stay so."""
+    size, own = (torch.linalg.vector_norm(X * norms.unsqueeze(-1), dim=1, keepdim=True) for X in (sketch, Q))
+    return Q + TILT * own * inverse_or_zero(size) * sketch
+
+
 def _sketch(group: Group, columns: int) -> Tensor:
-    """(L, R, columns) fixed random combinations of the members."""
+    """(L, R, columns) fixed random combinations of rows of A, by how much of dW each of them makes."""
     generator = torch.Generator().manual_seed(0)
     sketch = torch.randn(group.total_rank, columns, dtype=torch.float64, generator=generator)
-    return group.D.sqrt() * sketch.to(group.device)
+    return group.D * factor_norms(group)["B"].unsqueeze(-1) * sketch.to(group.device)
 
 
 def _cancellation(group: Group, side: Side, Y: Tensor) -> Tensor | None:

@@ -18,8 +18,10 @@ from fedgram import kernels
 from ._batched_algebra import spread_columns
 from ._batched_group import BatchedGroup, Factors
 from ._batched_solvers import alternating, scalars
+from .als import tilted
 from .coefficients import fit_rank
 from .divergence import MARGIN, ROUNDING, ZERO
+from .rank_choice import LARGEST_RANK
 
 METHODS = ("fedavg", "flora-na", "als")
 GRAM_RANK_LIMIT = 1024
@@ -55,8 +57,8 @@ class BatchedEstimate(NamedTuple):
 def estimate_modules(
     B: Factors,
     A: Factors,
-    weights: Tensor | None = None,
-    scalings: Tensor | None = None,
+    weights: Sequence[float] | Tensor | None = None,
+    scalings: Sequence[float] | Tensor | None = None,
     *,
     method: str = "als",
     rank: int | None = None,
@@ -91,10 +93,9 @@ def estimate_modules(
     Raises:
         ValueError: shapes, types, method, rank or sweeps are wrong; the message names the argument.
     """
-    _check(B, A, weights, scalings, method, rank, sweeps)
+    _check(B, A, method, rank, sweeps)
     device, U = B[0][0].device, len(B[0])
-    w = torch.full((U,), 1.0, dtype=torch.float64, device=device) if weights is None else weights.to(device).double()
-    s = torch.ones_like(w) if scalings is None else scalings.to(device).double()
+    w, s = (_numbers(name, x, U, device) for name, x in (("weights", weights), ("scalings", scalings)))
     groups = _groups(B, A, w / w.sum(), s, precise, backend)
     P: list[Tensor] = [w] * len(B)
     Q: list[Tensor] = [w] * len(B)
@@ -114,24 +115,31 @@ def estimate_modules(
     return BatchedEstimate(out_B, out_A, rho, norm, certain, ran, converged)
 
 
-def _check(
-    B: Factors, A: Factors, weights: Tensor | None, scalings: Tensor | None, method: str, rank: int | None, sweeps: int
-) -> None:
+def _check(B: Factors, A: Factors, method: str, rank: int | None, sweeps: int) -> None:
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if rank is not None and (method != "als" or rank < 1):
-        raise ValueError(f"rank: a positive rank of 'als', not {rank} of {method!r}")
+    if rank is not None and (method != "als" or not isinstance(rank, int) or not 1 <= rank <= LARGEST_RANK):
+        raise ValueError(f"rank: from 1 to {LARGEST_RANK}, of 'als', not {rank!r} of {method!r}")
     if sweeps < 1:
         raise ValueError(f"sweeps: expected at least 1, got {sweeps}")
     if not len(B) or len(B) != len(A):
         raise ValueError(f"B and A: expected the same positive number of modules, got {len(B)} and {len(A)}")
     U = len(B[0])
+    if not U:
+        raise ValueError("B[0]: expected at least one client")
     for l, (b, a) in enumerate(zip(B, A, strict=True)):
         if len(b) != U or len(a) != U:
             raise ValueError(f"B[{l}] and A[{l}]: expected {U} clients as in module 0, got {len(b)} and {len(a)}")
-    for name, given in (("weights", weights), ("scalings", scalings)):
-        if given is not None and given.shape != (U,):
-            raise ValueError(f"{name}: expected shape ({U},), got {tuple(given.shape)}")
+
+
+def _numbers(name: str, given: Sequence[float] | Tensor | None, count: int, device: torch.device) -> Tensor:
+    """(count,) float64 on the device; ones for None."""
+    if given is None:
+        return torch.ones(count, dtype=torch.float64, device=device)
+    numbers = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
+    if numbers.shape != (count,):
+        raise ValueError(f"{name}: expected shape ({count},), got {tuple(numbers.shape)}")
+    return numbers.to(device).double()
 
 
 def _groups(
@@ -142,7 +150,7 @@ def _groups(
     if isinstance(B, kernels.PreparedSide):  # reading the shapes of 20,000 tensors takes 10 ms
         of_modules = B.columns
     else:
-        of_modules = [tuple([b.shape[1] for b in clients]) for clients in B]
+        of_modules = [tuple([b.shape[-1] for b in clients]) for clients in B]
     for l, ranks in enumerate(of_modules):
         order.setdefault(ranks, []).append(l)
     groups = []
@@ -182,14 +190,13 @@ def _solve(group: BatchedGroup, method: str, rank: int | None, sweeps: int, tole
 
 
 def _start(group: BatchedGroup, Q: Tensor, rank: int) -> Tensor:
-    """Q in ``rank`` columns: fixed combinations of its columns, or of the members' rows beside them."""
+    """Q in ``rank`` columns, a little tilted: fixed combinations of its columns, or of the rows of As beside them."""
     have = Q.shape[-1]
+    sketch = group.D * group.norms["B"].unsqueeze(-1) * spread_columns(group.total_rank, rank, Q.device)
     if have > rank:
-        return Q @ spread_columns(have, rank, Q.device)
-    if have == rank:
-        return Q
-    sketch = group.D.sqrt() * spread_columns(group.total_rank, rank - have, Q.device)
-    return torch.cat([Q, sketch.expand(group.modules, -1, -1)], -1)
+        Q = Q @ spread_columns(have, rank, Q.device)
+    tilt = tilted(Q, sketch[..., : Q.shape[-1]], group.norms["A"])
+    return torch.cat([tilt, sketch[..., Q.shape[-1] :]], -1)
 
 
 def _measured(

@@ -43,7 +43,7 @@ class Errors:
     @cached_property
     def rho(self) -> list[float]:
         """L numbers, relative divergence; NaN where dW is zero."""
-        return (self.error / self.energy).sqrt().tolist()
+        return torch.where(self.energy > 0, self.error / self.energy, torch.nan).sqrt().tolist()
 
 
 def combine(
@@ -163,7 +163,7 @@ def _doubtful(group: Group, error: Tensor, mass: Tensor) -> Tensor:
 
 def mass_of_pair(group: Group, pair: AnyPair) -> Tensor:
     """(L,) what may cancel within the product of a pair: the sums of the norms of what its factors are made of."""
-    bounds = group.row_norms if group.gram is not None else _member_norms(group)
+    bounds = factor_norms(group)
     B, A = ((bounds[side].unsqueeze(-1) * X.abs()).sum(1) for side, X in (("B", pair.P), ("A", pair.Q)))
     return (B * A).sum(-1)
 
@@ -174,6 +174,11 @@ def mass_of_target(group: Group) -> Tensor:
         return group.mass
     norms, first = _member_norms(group), group.slot == 0
     return (group.D.squeeze(-1) * norms["B"] * norms["A"])[:, first].sum(-1)
+
+
+def factor_norms(group: Group) -> dict[Side, Tensor]:
+    """(L, R) per side, of every stacked column of B and row of A; in the implicit regime bounds of them."""
+    return group.row_norms if group.gram is not None else _member_norms(group)
 
 
 def _member_norms(group: Group) -> dict[Side, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .fedavg import scalar_pair, solve_fedavg
 from .group import Group
 from .rank_choice import Rank, check_rank
 from .scalar import ScalarLeastSquares
-from .svd import blurred, doubtful_optima, settle, solve_svd
+from .svd import blurred, by_krylov, certified_optimum, doubtful_optima, settle, solve_svd
 
 METHODS = ("fedavg", "flora-na", "als", "svd", "stack")
 COEFFICIENT_METHODS = METHODS[:-1]
@@ -46,11 +47,7 @@ def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shar
     elif method == "flora-na":
         pairs = [_solve_scalars(group, rank) for group in groups]
     elif method == "als":
-        starts = [solve([g], "flora-na", rank if rank is not None and rank < g.rank else None)[0] for g in groups]
-        pairs = [
-            settle(group, AlternatingLeastSquares().solve(group, start, group.rank if rank is None else rank))
-            for group, start in zip(groups, starts, strict=True)
-        ]
+        pairs = [_solve_blocks(group, rank) for group in groups]
     else:
         pairs = [solve_svd(group, group.rank if rank is None else rank) for group in groups]
     return pairs
@@ -76,9 +73,19 @@ def doubtful_apart(groups: Sequence[tuple[Group, list[int]]], method: str) -> li
 
 
 def _doubtful(group: Group, method: str) -> list[int]:
-    if method == "svd":
+    if method in ("als", "svd"):
         return doubtful_optima(group)
     return doubtful_modules(group) if method == "fedavg" else ScalarLeastSquares().doubtful(group)
+
+
+def _solve_blocks(group: Group, rank: int | None) -> AnyPair:
+    """By sweeps from ``flora-na``'s pair; from eigenvectors where those cost less, which leaves one sweep to do."""
+    wanted = group.rank if rank is None else rank
+    if not by_krylov(group) and (optimum := certified_optimum(group, wanted)) is not None:
+        return replace(optimum, status="converged", sweeps=1)
+    [start] = solve([group], "flora-na", rank if rank is not None and rank < group.rank else None)
+    pair = settle(group, AlternatingLeastSquares().solve(group, start, min(wanted, group.total_rank)))
+    return replace(pair, P=fit_rank(pair.P, wanted), Q=fit_rank(pair.Q, wanted))
 
 
 def _solve_scalars(group: Group, rank: int | None) -> AnyPair:

@@ -112,7 +112,7 @@ def solve_svd(group: Group, rank: int) -> Pair:
     """
     if by_krylov(group):
         return settle(group, solve_krylov(group, rank))
-    return _certified_optimum(group, rank) or _general_optimum(group, rank)
+    return certified_optimum(group, rank) or _general_optimum(group, rank)
 
 
 def doubtful_optima(group: Group) -> list[int]:
@@ -131,7 +131,7 @@ def _best_rows(group: Group, rank: int) -> CompiledSpectrum | None:
     return group.memo["best rows", rank]
 
 
-def _certified_optimum(group: Group, rank: int) -> Pair | None:
+def certified_optimum(group: Group, rank: int) -> Pair | None:
     """From the compiled solvers; None where they leave a module in doubt.
 
     A sweep normalises and polishes the rows. That they are the right ones shows: the error of the pair is what the

@@ -213,8 +213,8 @@ def test_each_module_has_its_own_status_and_sweeps():
     B, A = clients([4] * 4, 40, 50, seed=5)
     same = [LoraLayer(A=A[0] + 0.3 * a, B=B[0] + 0.3 * b) for a, b in zip(A, B, strict=True)]
     adapters = [{"quick": s, "slow": LoraLayer(A=a, B=b)} for s, a, b in zip(same, A, B, strict=True)]
-    both = flora_na.aggregate(adapters, method="als").report.modules
-    alone = {n: flora_na.aggregate([{n: a[n]} for a in adapters], method="als").report.modules[n] for n in both}
+    both = flora_na.aggregate(adapters, method="flora-na").report.modules
+    alone = {n: flora_na.aggregate([{n: a[n]} for a in adapters], method="flora-na").report.modules[n] for n in both}
     assert {n: (m.status, m.sweeps) for n, m in both.items()} == {n: (m.status, m.sweeps) for n, m in alone.items()}
     assert both["quick"].sweeps < both["slow"].sweeps
 

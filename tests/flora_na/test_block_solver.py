@@ -132,7 +132,7 @@ def test_what_grams_do_not_resolve_goes_to_the_general_path(kind):
     limits = {"tolerance": 1e-6, "max_sweeps": 200, "cancelled": als_module.CANCELLED}
     assert certified_blocks(group, start, **limits) is None
     general = AlternatingLeastSquares().solve(group, Pair(start, start, ""))
-    assert general.evidence is None
+    assert (general.evidence is None) == (kind != "parallel")  # a little of a sketch sets these apart
     [e] = estimate_targets([target], method="als")
     assert e.status in ("zero-target", "converged")
     if kind in ("parallel", "zero start"):
