@@ -85,8 +85,9 @@ def estimate(
         weights: one per client, normalised to sum 1; uniform by default. Clients of weight 0 take no part.
         scalings: one per client (alpha / r); 1 by default.
         method: ``fedavg`` averages the factors; ``flora-na`` fits one scalar per client and side; ``als`` fits whole
-            blocks by alternating least squares; ``svd`` is the optimum; ``stack`` concatenates (exact, rank sum r_u).
-        rank: of the result; None is the largest rank among clients (and anchor), ``"auto:0.99"`` the smallest whose
+            blocks by alternating least squares (with Grams on a CPU by one sweep from the optimum's rows: it then is
+            ``svd``, and else near it to the tolerance of the sweeps); ``svd`` is the optimum; ``stack`` concatenates (exact, rank sum r_u).
+        rank: of the result, up to ``LARGEST_RANK``; None is the largest rank among clients (and anchor), ``"auto:0.99"`` the smallest whose
             best pair keeps that share of ``||dW||^2``. Above what the factors span, the result is padded with zero
             columns.
         anchor: last round's global factors ``(B_g, A_g)``: ``flora-na`` then estimates
@@ -100,6 +101,9 @@ def estimate(
     Raises:
         ValueError: bad shapes, dtypes, weights, rank or method; NaN or Inf in a factor (names the client).
     """
+    for argument, pair in (("anchor", anchor), ("align_to", align_to)):
+        if pair is not None and (len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair)):
+            raise ValueError(f"{argument}: expected a pair of tensors, B (m, r) and A (r, n)")
     w = normalise_weights(weights, len(B))
     target = drop_idle(make_target(B, A, w, scalings, anchor=anchor))
     [result] = estimate_targets(

@@ -10,7 +10,9 @@ from torch import Tensor
 from fedgram import kernels
 
 from .coefficients import Pair
+from .finite import is_finite
 from .group import Group
+from .target import DTYPES_NAMED, FACTOR_DTYPES, Target
 
 
 def align(group: Group, pair: Pair, previous: Sequence[tuple[Tensor, Tensor]], backend: str = "auto") -> Pair:
@@ -20,24 +22,35 @@ def align(group: Group, pair: Pair, previous: Sequence[tuple[Tensor, Tensor]], b
     ``B^T B_prev + A A_prev^T`` (Procrustes), whose r x k entries come from one projection of the clients' factors.
 
     Raises:
-        ValueError: a previous factor does not fit the module, or has a higher rank than the result.
+        ValueError: a previous factor does not fit the module, is not floating point, holds NaN or Inf, or has a higher
+            rank than the result.
     """
     rank = pair.P.shape[-1]
     for target, (B, A) in zip(group.targets, previous, strict=True):
-        if B.shape[0] != target.B[0].shape[0] or A.shape[1] != target.A[0].shape[1] or B.shape[1] != A.shape[0]:
-            raise ValueError(
-                f"align_to: {target.name}: B {tuple(B.shape)} and A {tuple(A.shape)} do not fit the module"
-            )
-        if B.shape[1] > rank:
-            raise ValueError(f"align_to: {target.name}: rank {B.shape[1]} is above the result's rank {rank}")
-    B = [b.to(t.dtype) for t, (b, _) in zip(group.targets, previous, strict=True)]
-    A = [a.to(t.dtype) for t, (_, a) in zip(group.targets, previous, strict=True)]
+        _check(target, B, A, rank)
+    wide = [torch.promote_types(t.dtype, torch.float32) for t in group.targets]
+    B = [b.to(dtype) for dtype, (b, _) in zip(wide, previous, strict=True)]
+    A = [a.to(dtype) for dtype, (_, a) in zip(wide, previous, strict=True)]
     X_B, X_A = kernels.factor_cross([t.B for t in group.targets], [t.A for t in group.targets], B, A, backend=backend)
     Y_B, Y_A = (group.row_scale[side] * _stack(X, rank).to(group.device) for side, X in (("B", X_B), ("A", X_A)))
     M = pair.P.mT @ Y_B + pair.Q.mT @ Y_A
     U, _, Vt = torch.linalg.svd(M)
     R = U @ Vt
     return Pair(pair.P @ R, pair.Q @ R, pair.status, pair.sweeps)
+
+
+def _check(target: Target, B: Tensor, A: Tensor, rank: int) -> None:
+    """Raise ValueError unless the result's pair of ``rank`` can be rotated towards B and A."""
+    m, n = target.B[0].shape[0], target.A[0].shape[1]
+    if not (B.ndim == A.ndim == 2 and B.shape == (m, A.shape[0]) and A.shape[1] == n):
+        raise ValueError(f"align_to: {target.name}: B {tuple(B.shape)} and A {tuple(A.shape)} do not fit the module")
+    if B.shape[1] > rank:
+        raise ValueError(f"align_to: {target.name}: rank {B.shape[1]} is above the result's rank {rank}")
+    for name, factor in (("lora_B", B), ("lora_A", A)):
+        if factor.dtype not in FACTOR_DTYPES:
+            raise ValueError(f"align_to: {target.name}: {name} is {factor.dtype}: expected {DTYPES_NAMED}")
+        if not is_finite(factor):
+            raise ValueError(f"align_to: {target.name}: {name} contains NaN or Inf")
 
 
 def _stack(X: list[Tensor] | None, rank: int) -> Tensor:

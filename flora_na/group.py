@@ -7,7 +7,6 @@ products with ``G_B = Bs^T Bs`` and ``G_A = As As^T``. A group batches L modules
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fedgram import kernels
 
-from .finite import is_finite
+from .finite import check_finite, check_traces
 from .members import Members, Side
 from .target import Target
 
@@ -293,9 +292,10 @@ def _held(members: Members, matrices: list[Tensor]) -> Tensor:
 
 
 def _checked(members: Members, B: Tensor, A: Tensor) -> dict[Side, Tensor]:
-    """The Grams with the scalings, from those without, which are known to be finite."""
-    _check_traces(members.targets, B, A)
-    return _scaled(members, {"B": B, "A": A})
+    """The Grams with the scalings, from those without: finite, and so small that their products are."""
+    gram = _scaled(members, {"B": B, "A": A})
+    check_traces(members.targets, gram["B"], gram["A"])
+    return gram
 
 
 def _scaled(members: Members, gram: dict[Side, Tensor]) -> dict[Side, Tensor]:
@@ -303,14 +303,6 @@ def _scaled(members: Members, gram: dict[Side, Tensor]) -> dict[Side, Tensor]:
     if members.unscaled:
         return gram
     return {side: g.mul_(members.row_scale[side]).mul_(members.row_scale[side].mT) for side, g in gram.items()}
-
-
-def _check_traces(targets: Sequence[Target], B: Tensor, A: Tensor) -> None:
-    """Look for NaN and Inf where the traces of the Grams, which hold every number's square, are not finite."""
-    traces = (B.diagonal(dim1=-2, dim2=-1).sum(-1) + A.diagonal(dim1=-2, dim2=-1).sum(-1)).tolist()
-    for target, trace in zip(targets, traces, strict=True):
-        if not math.isfinite(trace):
-            check_finite(target)
 
 
 def stacked(matrices: list[Tensor]) -> Tensor:
@@ -323,12 +315,3 @@ def stacked(matrices: list[Tensor]) -> Tensor:
         return torch.stack(matrices)
     size, stride = (len(matrices), *first.shape), (first.numel(), *first.stride())
     return first.as_strided(size, stride, first.storage_offset())
-
-
-def check_finite(target: Target) -> None:
-    """Raise ValueError naming the first member and factor of the module that holds NaN or Inf, if any does."""
-    for member, pair in enumerate(zip(target.B, target.A, strict=True)):
-        for name, factor in zip(("lora_B", "lora_A"), pair, strict=True):
-            if not is_finite(factor):
-                kind = "NaN" if bool(torch.isnan(factor).any()) else "Inf"
-                raise ValueError(f"{target.name}: {name} of {target.label(member)} contains {kind}")

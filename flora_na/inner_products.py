@@ -10,7 +10,8 @@ from torch import Tensor
 from fedgram import kernels
 
 from .cohort import Cohort, make_cohort
-from .group import Group, check_finite, make_groups
+from .finite import check_finite
+from .group import Group, make_groups
 from .layer import AdapterLike
 from .portions import chunks
 from .screening import Clip, Screening, check_screening, screen, screened
@@ -47,7 +48,8 @@ def client_gramian(
     cohort = make_cohort(adapters, None, names=names, missing="zero" if missing == "renormalize" else missing)
     total = sum(module_gramians(cohort, backend))
     assert isinstance(total, Tensor)
-    total = total.to(next(iter(cohort.adapters[0].modules.values())).A.device)
+    layers = (layer for adapter in cohort.adapters for layer in adapter.modules.values())
+    total = total.to(next(layers).A.device)
     if weights is None:
         return total
     w = normalise_weights(weights, len(adapters)).to(total.device)

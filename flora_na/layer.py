@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from torch import Tensor
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether ``value`` is a number that a float holds."""
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    except (TypeError, OverflowError):  # no number, or an integer beyond floats
+        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +36,10 @@ class LoraLayer:
     scaling: float = 1.0
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.A, Tensor) and isinstance(self.B, Tensor)):
+            raise ValueError(
+                f"lora_A and lora_B: expected tensors, got {type(self.A).__name__}, {type(self.B).__name__}"
+            )
         if self.A.ndim != 2 or self.B.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             shapes = f"lora_B {tuple(self.B.shape)} and lora_A {tuple(self.A.shape)}"
             raise ValueError(f"{shapes} do not multiply: expected (m, r) and (r, n)")
@@ -36,8 +49,8 @@ class LoraLayer:
             )
         if self.A.device != self.B.device:
             raise ValueError(f"lora_A is on {self.A.device} and lora_B on {self.B.device}")
-        if not abs(self.scaling) < float("inf"):
-            raise ValueError(f"scaling: expected a finite number, got {self.scaling}")
+        if not is_finite_number(self.scaling):
+            raise ValueError(f"scaling: expected a finite number, got {self.scaling!r}")
 
     @property
     def rank(self) -> int:

@@ -16,6 +16,8 @@ from .group import Group
 from .svd import solve_svd, squared_singular_values
 
 AUTO = "auto:"
+LARGEST_RANK = 1 << 14
+"""Of a result: its Gram alone takes 2 GB there."""
 CURVE_RANKS = 4
 """In the implicit regime, curves go up to this multiple of the largest client rank."""
 
@@ -23,10 +25,11 @@ Rank = int | str | None
 
 
 def check_rank(rank: Rank) -> None:
-    """Raise ValueError unless ``rank`` is None, a positive integer, or ``auto:`` and a share above 0 and below 1."""
-    fits = rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1)
+    """Raise ValueError unless ``rank`` is None, from 1 to ``LARGEST_RANK``, or ``auto:`` and a share from 0 to 1."""
+    fits = rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= LARGEST_RANK)
     if not fits and not (isinstance(rank, str) and 0.0 < _share(rank) < 1.0):
-        raise ValueError(f"rank: expected a positive integer, 'auto:SHARE' with 0 < SHARE < 1, or None, got {rank!r}")
+        wanted = f"an integer from 1 to {LARGEST_RANK}, 'auto:SHARE' with 0 < SHARE < 1, or None"
+        raise ValueError(f"rank: expected {wanted}, got {rank!r}")
 
 
 def energy_share(rank: Rank) -> float | None:

@@ -104,9 +104,13 @@ def check_screening(clip: Clip, min_cosine: float | None) -> bool:
     """
     if clip is not None:
         _multiple(clip)
-    if min_cosine is not None and (isinstance(min_cosine, bool) or not -1.0 <= min_cosine <= 1.0):
+    if min_cosine is not None and not (_is_number(min_cosine) and -1.0 <= min_cosine <= 1.0):
         raise ValueError(f"min_cosine: expected a number from -1 to 1, got {min_cosine!r}")
     return clip is not None or min_cosine is not None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def screen(

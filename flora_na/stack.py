@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .finite import is_finite
 from .target import Target
 
 
@@ -26,10 +27,15 @@ def concatenate(
 
 
 def residual_factors(target: Target, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual ``dW - BA`` as factors of rank R + r, in float32 or wider: 16 bits would add an error."""
-    return concatenate(target, [(-1.0, B, A)], torch.promote_types(target.dtype, torch.float32))
+    """The residual ``dW - BA`` as factors of rank R + r: 16 bits would add an error.
+
+    In float32, or float64 where that is the clients' or float32 overflows.
+    """
+    dtype = torch.promote_types(target.dtype, torch.float32)
+    pair = concatenate(target, [(-1.0, B, A)], dtype)
+    return pair if all(map(is_finite, pair)) else concatenate(target, [(-1.0, B, A)], torch.float64)
 
 
 def _scaled(x: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.promote_types(torch.promote_types(x.dtype, torch.float32), dtype)
     return (x.to(wide) * factor).to(dtype)

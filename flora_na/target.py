@@ -10,7 +10,9 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-_FACTS = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
+FACTOR_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+DTYPES_NAMED = "floating point (float64, float32, bfloat16 or float16)"
+_FACTS = attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,25 +145,33 @@ def _plain(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_factors(B: Sequence[Tensor], A: Sequence[Tensor], name: str, labels: Sequence[str]) -> None:
+    for kind in set(map(type, (*B, *A))):
+        if not issubclass(kind, Tensor):
+            raise ValueError(f"{name}: a factor is a {kind.__name__}: expected a torch.Tensor")
+    if B[0].device.type == "meta":
+        raise ValueError(f"{name}: the factors are on the meta device, where there are no numbers")
     if _alike(B) and _alike(A):
         B, A = B[:1], A[:1]  # what holds for one pair holds for all
     m, n, device = B[0].shape[0] if B[0].ndim else -1, A[0].shape[-1] if A[0].ndim else -1, B[0].device
     for b, a, label in zip(B, A, labels, strict=False):
         fits = b.ndim == a.ndim == 2 and b.shape == (m, a.shape[0]) and a.shape[1] == n
-        if fits and b.dtype.is_floating_point and a.dtype.is_floating_point and b.device == a.device == device:
+        dense = b.layout == a.layout == torch.strided
+        if fits and dense and {b.dtype, a.dtype} <= FACTOR_DTYPES and b.device == a.device == device:
             continue
         shapes = f"{name}: {label} has B {tuple(b.shape)} and A {tuple(a.shape)}"
         if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
             raise ValueError(f"{shapes}: expected (m, r) and (r, n)")
         if (b.shape[0], a.shape[1]) != (m, n):
             raise ValueError(f"{shapes}: an update of {b.shape[0]} x {a.shape[1]} where {labels[0]} has {m} x {n}")
-        if not (b.dtype.is_floating_point and a.dtype.is_floating_point):
-            raise ValueError(f"{name}: {label} has dtypes {b.dtype} and {a.dtype}: expected floating point")
+        if b.dtype not in FACTOR_DTYPES or a.dtype not in FACTOR_DTYPES:
+            raise ValueError(f"{name}: {label} has dtypes {b.dtype} and {a.dtype}: expected {DTYPES_NAMED}")
+        if not dense:
+            raise ValueError(f"{name}: {label} has factors of layout {b.layout} and {a.layout}: expected dense ones")
         if b.device != device or a.device != device:
             raise ValueError(f"{name}: {label} is on {b.device} and {a.device}, {labels[0]} on {device}")
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether all have one shape, dtype and device."""
+    """Whether all have one shape, dtype, device and layout."""
     count = len(tensors)
     return all(facts.count(facts[0]) == count for facts in (list(map(of, tensors)) for of in _FACTS))

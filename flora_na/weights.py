@@ -23,6 +23,8 @@ def normalise_weights(weights: Weights, count: int) -> Tensor:
         raise ValueError("adapters: expected at least one client, got none")
     if weights is None:
         return torch.full((count,), 1.0 / count, dtype=torch.float64)
+    if isinstance(weights, Tensor) and weights.is_complex():
+        raise ValueError(f"weights: expected real numbers, got {weights.dtype}")
     w = torch.as_tensor(weights, dtype=torch.float64, device="cpu").flatten()
     if w.numel() != count:
         raise ValueError(f"weights: expected {count} (one per client), got {w.numel()}")
@@ -32,6 +34,6 @@ def normalise_weights(weights: Weights, count: int) -> Tensor:
             raise ValueError(f"weights: client {u} has {value}; expected a finite number >= 0")
     if not any(values):
         raise ValueError("weights: all are zero; at least one must be positive")
-    if abs(math.fsum(values) - 1.0) <= count * torch.finfo(w.dtype).eps:
+    if max(values) <= 2.0 and abs(math.fsum(values) - 1.0) <= count * torch.finfo(w.dtype).eps:
         return w.clone()
     return (w / w.max()) / (w / w.max()).sum()

@@ -115,7 +115,7 @@ def test_auto_rank_of_a_zero_target_is_that_of_the_averages():
 def test_other_ranks_are_refused(rank):
     cohort = adapters([2, 2])
     for call in (flora_na.inspect, flora_na.aggregate):
-        with pytest.raises(ValueError, match=r"rank: expected a positive integer, 'auto:SHARE'"):
+        with pytest.raises(ValueError, match=r"rank: expected an integer from 1 to 16384, 'auto:SHARE'"):
             call(cohort, rank=rank)
 
 
