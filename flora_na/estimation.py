@@ -86,10 +86,11 @@ def estimate(
         scalings: one per client (alpha / r); 1 by default.
         method: ``fedavg`` averages the factors; ``flora-na`` fits one scalar per client and side; ``als`` fits whole
             blocks by alternating least squares (with Grams on a CPU by one sweep from the optimum's rows: it then is
-            ``svd``, and else near it to the tolerance of the sweeps); ``svd`` is the optimum; ``stack`` concatenates (exact, rank sum r_u).
-        rank: of the result, up to ``LARGEST_RANK``; None is the largest rank among clients (and anchor), ``"auto:0.99"`` the smallest whose
-            best pair keeps that share of ``||dW||^2``. Above what the factors span, the result is padded with zero
-            columns.
+            ``svd``, and else near it to the tolerance of the sweeps); ``svd`` is the optimum; ``stack`` concatenates
+            (exact, rank sum r_u).
+        rank: of the result, up to ``LARGEST_RANK``; None is the largest among clients (and anchor), ``"auto:0.99"``
+            the smallest whose best pair keeps that share of ``||dW||^2``. Above what the factors span, the result is
+            padded with zero columns.
         anchor: last round's global factors ``(B_g, A_g)``: ``flora-na`` then estimates
             ``A_g + sum q_u (A_u - A_g)``, and likewise B; for ``als`` and ``svd`` they are only more to combine from.
         align_to: factors of an earlier round; the result is rotated to come nearest to them (als and svd only).
