@@ -46,7 +46,7 @@ class AlternatingLeastSquares:
         """
         rank = start.P.shape[-1] if rank is None else rank
         Q = starting_rows(group, start, rank)
-        if self.max_sweeps > 1:
+        if self.max_sweeps > 1 and rank < group.total_rank:
             Q = tilted(Q, _sketch(group, rank), factor_norms(group)["A"])
         limits = {"tolerance": self.tolerance, "max_sweeps": self.max_sweeps, "cancelled": CANCELLED}
         if (found := certified_blocks(group, Q, **limits)) is not None:

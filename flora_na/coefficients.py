@@ -5,6 +5,7 @@ A pair ``(P, Q)``, both (L, R, r) float64, stands for ``B = Bs P`` and ``A = Q^T
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,8 +17,8 @@ from .group import Group
 RELATIVE_CUTOFF = 1e-13
 """Directions of a unit-diagonal float64 Gram below this eigenvalue are rounding, not data."""
 
-LEAST_SINGULAR = 2.0**-23
-"""Singular values of a product below this part of the largest are rounding, where they come from squares in float64."""
+SQUARE_ROUNDING = 2.0**-50
+"""Of a Gram's eigenvalues, for every column, as a part of the largest."""
 
 SAFE_PIVOT = 1e-4
 """Above it for every pivot of a unit-diagonal Cholesky factor, no direction comes near ``RELATIVE_CUTOFF``."""
@@ -150,7 +151,8 @@ def balance(group: Group, pair: AnyPair, rank: int) -> Pair:
     core = (V_B * b.sqrt().unsqueeze(-2)).mT @ (V_A * a.sqrt().unsqueeze(-2))
     U, sigma, Vt = torch.linalg.svd(core, full_matrices=False)
     # B = Bs P and the product Bs P Q^T As: map its singular vectors back without inverting S_A or S_B twice
-    resolved = sigma > LEAST_SINGULAR * sigma[..., :1]  # the rest is rounding, and would be divided by its root
+    # below is rounding of their squares, which would be divided by its root
+    resolved = sigma > math.sqrt(SQUARE_ROUNDING * sigma.shape[-1]) * sigma[..., :1]
     root = inverse_or_zero(torch.where(resolved & (sigma > 1e-150), sigma, 0.0).sqrt()).unsqueeze(-2)
     P = pair.P @ ((V_A * a.sqrt().unsqueeze(-2)) @ Vt.mT * root)
     Q = pair.Q @ ((V_B * b.sqrt().unsqueeze(-2)) @ U * root)
