@@ -47,7 +47,7 @@ class AlternatingLeastSquares:
         rank = start.P.shape[-1] if rank is None else rank
         Q = starting_rows(group, start, rank)
         if self.max_sweeps > 1 and rank < group.total_rank:
-            Q = tilted(Q, _sketch(group, rank), factor_norms(group)["A"])
+            Q = tilted(Q, _sketch(group, rank), factor_norms(group))
         limits = {"tolerance": self.tolerance, "max_sweeps": self.max_sweeps, "cancelled": CANCELLED}
         if (found := certified_blocks(group, Q, **limits)) is not None:
             return found
@@ -73,24 +73,31 @@ class AlternatingLeastSquares:
 
 
 def starting_rows(group: Group, start: Pair, rank: int) -> Tensor:
-    """Coefficients (L, R, rank) of rows of A to start from; a fixed sketch of the members fills what is lacking."""
+    """Coefficients (L, R, rank) of rows of A to start from; a fixed sketch fills what is lacking.
+
+    It is by position: above the members' rank their order shows, within the tolerance of the sweeps.
+    """
     Q = start.Q if start.Q.shape[-1] <= rank else balance(group, start, rank).Q
     missing = rank - Q.shape[-1]
     return Q if missing <= 0 else torch.cat([Q, _sketch(group, missing)], -1)
 
 
-def tilted(Q: Tensor, sketch: Tensor, norms: Tensor) -> Tensor:
-    """Rows ``Q`` with a little of a sketch, both (L, R, k): where members have no direction in common no sweep would
-    leave the span of the rows it starts from. ``norms`` (L, R) are those of the rows of As; rows of zeros stay so."""
-    size, own = (torch.linalg.vector_norm(X * norms.unsqueeze(-1), dim=1, keepdim=True) for X in (sketch, Q))
+def tilted(Q: Tensor, sketch: Tensor, norms: dict[Side, Tensor]) -> Tensor:
+    """Rows ``Q`` with a little of a sketch, both (L, R, k); rows of zeros stay so.
+
+    Where members have no direction in common, no sweep would leave the span of the rows it starts from. By ``norms``
+    (L, R) of the columns of Bs and rows of As, the sketch has of every row as much as it contributes to dW.
+    """
+    sketch = norms["B"].unsqueeze(-1) * sketch
+    size, own = (torch.linalg.vector_norm(X * norms["A"].unsqueeze(-1), dim=1, keepdim=True) for X in (sketch, Q))
     return Q + TILT * own * inverse_or_zero(size) * sketch
 
 
 def _sketch(group: Group, columns: int) -> Tensor:
-    """(L, R, columns) fixed random combinations of rows of A, by how much of dW each of them makes."""
+    """(L, R, columns) fixed random combinations of rows of A."""
     generator = torch.Generator().manual_seed(0)
     sketch = torch.randn(group.total_rank, columns, dtype=torch.float64, generator=generator)
-    return group.D * factor_norms(group)["B"].unsqueeze(-1) * sketch.to(group.device)
+    return group.D.sqrt() * sketch.to(group.device)
 
 
 def _cancellation(group: Group, side: Side, Y: Tensor) -> Tensor | None:

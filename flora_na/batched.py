@@ -192,11 +192,11 @@ def _solve(group: BatchedGroup, method: str, rank: int | None, sweeps: int, tole
 def _start(group: BatchedGroup, Q: Tensor, rank: int) -> Tensor:
     """Q in ``rank`` columns, a little tilted: fixed combinations of its columns, or of the rows of As beside them."""
     have = Q.shape[-1]
-    sketch = group.D * group.norms["B"].unsqueeze(-1) * spread_columns(group.total_rank, rank, Q.device)
+    sketch = (group.D.sqrt() * spread_columns(group.total_rank, rank, Q.device)).expand(group.modules, -1, -1)
     if have > rank:
         Q = Q @ spread_columns(have, rank, Q.device)
-    tilt = tilted(Q, sketch[..., : Q.shape[-1]], group.norms["A"])
-    return torch.cat([tilt, sketch[..., Q.shape[-1] :]], -1)
+    Q = tilted(Q, sketch[..., : Q.shape[-1]], group.norms)
+    return torch.cat([Q, sketch[..., Q.shape[-1] :]], -1)
 
 
 def _measured(

