@@ -23,6 +23,8 @@ from ._plain.adapters import Numbers, Settings, read_states
 __all__ = ["StateDictAggregation", "StateDictMatch", "aggregate_state_dicts", "match_state_dicts"]
 
 StateDict = Mapping[str, Tensor]
+CLIENT = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\bclient (\d{1,9})\b""")
+"""A client's number in a message, or a name in quotes, which may hold the like."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +121,13 @@ def aggregate_state_dicts(
             (DoRA, lora_bias, ...), tensors that are not finite or do not fit, and whatever ``flora_na.aggregate``
             refuses.
     """
-    shares = normalise_weights(weights, len(state_dicts))
     labels = [f"client {u}" for u in range(len(state_dicts))] if names is None else list(names)
     if len(labels) != len(state_dicts):
         raise ValueError(f"names: expected {len(state_dicts)} (one per client), got {len(labels)}")
+    try:
+        shares = normalise_weights(weights, len(state_dicts))
+    except ValueError as error:
+        raise ValueError(_named(str(error), labels)) from None
     took_part = [bool(w > 0) for w in shares]
     clients = read_states(state_dicts, labels, took_part, lora_alpha, scalings, config, output_scaling)
     result = flora_na.aggregate(
@@ -199,8 +204,12 @@ def match_state_dicts(
 
 
 def _named(message: str, names: Sequence[str]) -> str:
-    """A message of the matcher, which knows its clients by number only, with the client's label."""
-    return re.sub(r"\bclient (\d+)\b", lambda found: names[int(found[1])], message, count=1)
+    """A message that knows its clients by number only, with their labels; what stands in quotes is an entry's name."""
+
+    def label(found: re.Match[str]) -> str:
+        return names[int(found[1])] if found[1] and int(found[1]) < len(names) else found[0]
+
+    return CLIENT.sub(label, message)
 
 
 def _common_dtypes(server: StateDict, clients: Sequence[StateDict]) -> dict[str, torch.dtype]:

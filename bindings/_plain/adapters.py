@@ -11,18 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
 from fedgram.flora_na import Adapter, LoraLayer, Report
 
-from .._peft.config import LoraSettings, refuse_other_kinds
-from .keys import FactorKey, StateKeys, matrices, restored, sort_state
+from .keys import FactorKey, StateKeys, matrices, restored, same_layer, sort_state
+from .scalings import Numbers, ScalingRule, Settings, output_scaling_of, require_equal_ranks
 
-Numbers: TypeAlias = float | Sequence[float] | Tensor | None
-Settings: TypeAlias = Any  # a peft.LoraConfig, a mapping, or a sequence of them
 Layout: TypeAlias = Mapping[str, Mapping[str, FactorKey]]
 
 
@@ -45,6 +42,9 @@ class StateDictClients:
     def earlier(self, state: Mapping[str, Tensor], argument: str) -> Adapter:
         """An earlier result as an adapter: its scaling is the output's."""
         keys = sort_state(state, argument)
+        for module, pair in keys.factors.items():
+            if module in self.layout:
+                same_layer(pair, argument, self.layout[module], "the clients")
         scalings = {module: self.scalings.get(module, self.unit) / self.unit for module in keys.factors}
         return _adapter(state, keys, scalings, argument)
 
@@ -91,19 +91,16 @@ def read_states(
         ValueError: names the client, module or argument.
     """
     found = [sort_state(state, label) for state, label in zip(states, labels, strict=True)]
-    rule = _ScalingRule.make(len(states), lora_alpha, scalings, config)
+    rule = ScalingRule.make(labels, lora_alpha, scalings, config)
     own = [
         {module: rule.scaling(u, module, pair["A"].shape[0]) for module, pair in keys.factors.items()}
         for u, keys in enumerate(found)
     ]
     active = [u for u, takes_part in enumerate(took_part) if takes_part]
-    layout: dict[str, dict[str, FactorKey]] = {}
-    for u in active:
-        for module, pair in found[u].factors.items():
-            layout.setdefault(module, pair)
+    layout = _layout([found[u] for u in active], [labels[u] for u in active])
     if not rule.known:
-        _require_equal_ranks([found[u] for u in active], [labels[u] for u in active])
-    common = {m: _output_scaling(m, [(labels[u], own[u][m]) for u in active if m in own[u]], output_scaling)
+        require_equal_ranks([found[u] for u in active], [labels[u] for u in active])
+    common = {m: output_scaling_of(m, [(labels[u], own[u][m]) for u in active if m in own[u]], output_scaling)
               for m in layout}  # fmt: skip
     unit = next(iter(common.values()), 1.0)
     adapters = []
@@ -112,108 +109,14 @@ def read_states(
     return StateDictClients(adapters, common, unit, layout)
 
 
-@dataclass(frozen=True)
-class _ScalingRule:
-    """How the scaling of a client's layer is known."""
-
-    alphas: list[float] | None = None
-    numbers: list[float] | None = None
-    settings: list[LoraSettings] | None = None
-
-    @staticmethod
-    def make(count: int, lora_alpha: Numbers, scalings: Numbers, config: Settings) -> _ScalingRule:
-        given = [
-            n for n, v in (("lora_alpha", lora_alpha), ("scalings", scalings), ("config", config)) if v is not None
-        ]
-        if len(given) > 1:
-            raise ValueError(f"{given[0]}: give this or {given[1]}, not both")
-        return _ScalingRule(
-            _per_client(lora_alpha, count, "lora_alpha"),
-            _per_client(scalings, count, "scalings"),
-            None if config is None else [_settings(c, count, u) for u, c in enumerate(_each(config, count))],
-        )
-
-    @property
-    def known(self) -> bool:
-        return not (self.alphas is None and self.numbers is None and self.settings is None)
-
-    def scaling(self, client: int, module: str, rank: int) -> float:
-        if self.numbers is not None:
-            return self.numbers[client]
-        if self.alphas is not None:
-            return self.alphas[client] / max(rank, 1)
-        if self.settings is not None:
-            stated = self.settings[client].ranks(module)
-            if rank not in stated:
-                raise ValueError(
-                    f"{module}: client {client} has rank {rank}, its config {' or '.join(map(str, stated))}: "
-                    "the scaling is not known"
-                )
-            return self.settings[client].scaling(module, rank)
-        return 1.0
-
-
-def _each(config: Settings, count: int) -> list[Any]:
-    configs = list(config) if isinstance(config, Sequence) else [config] * count
-    if len(configs) != count:
-        raise ValueError(f"config: expected one, or {count} (one per client), got {len(configs)}")
-    return configs
-
-
-def _settings(config: Any, count: int, client: int) -> LoraSettings:
-    """What a configuration says of ranks and scalings; kinds whose update is not B A are refused."""
-    path = Path("config" if count == 1 else f"config of client {client}")
-    fields = config if isinstance(config, Mapping) else getattr(config, "to_dict", lambda: None)()
-    if not isinstance(fields, Mapping):
-        raise ValueError(f"{path}: expected a peft.LoraConfig or a mapping, got {type(config).__name__}")
-    plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in fields.items()}
-    refuse_other_kinds(plain, path)
-    return LoraSettings.parse(plain, path)
-
-
-def _per_client(numbers: Numbers, count: int, argument: str) -> list[float] | None:
-    if numbers is None:
-        return None
-    values = numbers.tolist() if isinstance(numbers, Tensor) else numbers
-    values = list(values) if isinstance(values, Sequence) else [values] * count
-    if len(values) != count:
-        raise ValueError(f"{argument}: expected one number, or {count} (one per client), got {len(values)}")
-    for u, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) < float("inf"):
-            raise ValueError(f"{argument}: client {u} has {value!r}; expected a finite number other than 0")
-    return [float(value) for value in values]
-
-
-def _output_scaling(module: str, own: Sequence[tuple[str, float]], given: float | Mapping[str, float] | None) -> float:
-    if given is not None:
-        scaling = given.get(module) if isinstance(given, Mapping) else given
-        if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 < abs(scaling) < float("inf"):
-            raise ValueError(f"output_scaling: {module}: expected a finite number other than 0, got {scaling!r}")
-        return float(scaling)
-    first_label, first = own[0]
-    for label, scaling in own[1:]:
-        if scaling != first:
-            raise ValueError(
-                f"{module}: {label} scales by {scaling:g}, {first_label} by {first:g}: "
-                "say in output_scaling by what the receivers will"
-            )
-    if first == 0:
-        raise ValueError(f"{module}: the scaling is 0: say in output_scaling by what the receivers will multiply")
-    return first
-
-
-def _require_equal_ranks(found: Sequence[StateKeys], labels: Sequence[str]) -> None:
-    """Without alpha, clients of one rank have one scaling if they share alpha; of different ranks they have not."""
-    first: dict[str, tuple[int, str]] = {}
+def _layout(found: Sequence[StateKeys], labels: Sequence[str]) -> dict[str, dict[str, FactorKey]]:
+    """The names and shapes of every module as the first client with it has them; the others' layers must be alike."""
+    layout: dict[str, dict[str, FactorKey]] = {}
+    first: dict[str, str] = {}
     for keys, label in zip(found, labels, strict=True):
         for module, pair in keys.factors.items():
-            rank = pair["A"].shape[0]
-            other, whose = first.setdefault(module, (rank, label))
-            if rank != other:
-                raise ValueError(
-                    f"{module}: {label} has rank {rank}, {whose} rank {other}, so their scalings may differ: "
-                    "give lora_alpha, scalings or config"
-                )
+            same_layer(pair, label, layout.setdefault(module, pair), first.setdefault(module, label))
+    return layout
 
 
 def _times(factor: Tensor, number: float) -> Tensor:

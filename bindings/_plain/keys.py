@@ -31,6 +31,7 @@ class FactorKey:
 
     module: str
     side: str  # "A" or "B"
+    stem: str  # "lora" or "lora_embedding"
     key: str
     shape: torch.Size
 
@@ -61,7 +62,8 @@ def sort_state(state: Mapping[str, Tensor], label: str) -> StateKeys:
             _refuse_kind(key, label)
             keys.extras.append(key)
             continue
-        _add(keys, FactorKey(found["module"].removeprefix(PREFIX), found["side"].upper(), key, tensor.shape), label)
+        module, side, stem = found["module"].removeprefix(PREFIX), found["side"].upper(), found["stem"]
+        _add(keys, FactorKey(module, side, stem, key, tensor.shape), label)
     for module, pair in keys.factors.items():
         if module.endswith(".base_layer"):
             raise ValueError(f"{module}: {label}: LoRA of experts (target_parameters) is not supported in state dicts")
@@ -88,6 +90,18 @@ def _refuse_kind(key: str, label: str) -> None:
             raise ValueError(f"{'.'.join(parts[:i])}: {label}: lora_bias is not supported")
         if part.lower().startswith("lora_"):
             raise ValueError(f"{key}: {label}: unknown kind of LoRA tensor")
+
+
+def same_layer(pair: Mapping[str, FactorKey], label: str, other: Mapping[str, FactorKey], whose: str) -> None:
+    """Refuse layers of another kind or kernel: flattened, their factors may well fit each other.
+
+    Raises:
+        ValueError: names the module, both clients and what they sent.
+    """
+    A, B = pair["A"], other["A"]
+    if (A.stem, A.shape[1:]) != (B.stem, B.shape[1:]):
+        own, others = (f"{factor.stem}_A {tuple(factor.shape)}" for factor in (A, B))
+        raise ValueError(f"{A.module}: {label} has {own}, {whose} {others}: not the same layer")
 
 
 def matrices(state: Mapping[str, Tensor], pair: Mapping[str, FactorKey]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """State dicts in, one out: against the library on the same factors, against PEFT, in bfloat16; and refusals."""
 
 import io
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,48 +229,6 @@ def test_a_client_of_weight_zero_and_a_missing_module():
         aggregate_state_dicts(clients)
     joined = aggregate_state_dicts(clients, missing="renormalize").state_dict
     torch.testing.assert_close(joined["extra.lora_B.weight"] @ joined["extra.lora_A.weight"], torch.ones(2, 3))
-
-
-def named(**extra):
-    return states(1)[0] | extra
-
-
-REFUSED = {
-    "two adapters": ([named(**{"layer.q.lora_A.second.weight": torch.ones(4, 10)})], {}, "layer.q: client 0 has two"),
-    "half a pair": ([{"a.lora_A.weight": torch.ones(2, 3)}], {}, "a: client 0 has no lora_B"),
-    "DoRA": ([named(**{"layer.q.lora_magnitude_vector": torch.ones(12)})], {}, "layer.q: client 0: DoRA"),
-    "lora_bias": ([named(**{"layer.q.lora_B.bias": torch.ones(12)})], {}, "layer.q: client 0: lora_bias"),
-    "experts": ([{f"e.base_layer.lora_{s}.weight": torch.ones(2, 2) for s in "AB"}], {}, "target_parameters"),
-    "unknown kind": ([named(**{"layer.q.lora_C.weight": torch.ones(2)})], {}, "unknown kind of LoRA tensor"),
-    "bare layer": ([{"lora_A.weight": torch.ones(2, 3), "lora_B.weight": torch.ones(3, 2)}], {}, "unknown kind"),
-    "grouped convolution": (
-        [{"c.lora_A.weight": torch.ones(4, 2, 3, 3), "c.lora_B.weight": torch.ones(8, 2, 1, 1)}],
-        {},
-        "c: client 0: .* do not multiply",
-    ),
-    "not a tensor": ([named(x=3)], {}, "x: client 0 has a int"),
-    "no factors": ([{"head.weight": torch.ones(2)}], {}, "no client has a LoRA module"),
-    "nan": ([named(**{"layer.q.lora_A.weight": torch.full((4, 10), torch.nan)})], {}, "layer.q"),
-    "ranks without scalings": (states(2, [4, 2]), {}, "client 1 has rank 2, client 0 rank 4"),
-    "no output scaling": (states(2), {"scalings": [1.0, 2.0]}, "layer.q: client 1 scales by 2, client 0 by 1"),
-    "zero scaling": (states(2), {"scalings": 0.0}, "scalings: client 0 has 0.0"),
-    "number of alphas": (states(2), {"lora_alpha": [1.0]}, "lora_alpha: expected one number, or 2"),
-    "two ways": (states(2), {"lora_alpha": 1.0, "scalings": 1.0}, "lora_alpha: give this or scalings"),
-    "config's rank": (states(2), {"config": {"r": 8}}, "client 0 has rank 4, its config 8"),
-    "config's kind": (states(2), {"config": {"r": 4, "use_dora": True}}, "config of client 0: .*DoRA"),
-    "not a config": (states(2), {"config": SimpleNamespace(r=4)}, "expected a peft.LoraConfig"),
-    "names": (states(2), {"names": ["a"]}, "names: expected 2"),
-    "no clients": ([], {}, "at least one client"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_sure_is_refused(case):
-    clients, options, message = REFUSED[case]
-    if case == "two adapters":
-        clients = [{k.removeprefix("base_model.model."): v for k, v in clients[0].items()}]
-    with pytest.raises(ValueError, match=message):
-        aggregate_state_dicts(clients, **options)
 
 
 def server_and_clients(dtype=torch.float32):

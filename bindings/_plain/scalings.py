@@ -1,0 +1,164 @@
+"""How the scalings of the clients' layers and of the output are told: alphas, numbers, or LoRA configurations."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from .._peft.config import LoraSettings, refuse_other_kinds
+from .keys import StateKeys
+
+Numbers: TypeAlias = float | Sequence[float] | Tensor | None
+Settings: TypeAlias = Any  # a peft.LoraConfig, a mapping, or a sequence of them
+
+
+@dataclass(frozen=True)
+class ScalingRule:
+    """How the scaling of a client's layer is known."""
+
+    labels: Sequence[str]
+    alphas: list[float] | None = None
+    numbers: list[float] | None = None
+    settings: list[LoraSettings] | None = None
+
+    @staticmethod
+    def make(labels: Sequence[str], lora_alpha: Numbers, scalings: Numbers, config: Settings) -> ScalingRule:
+        """The rule of the clients called by ``labels``.
+
+        Raises:
+            ValueError: names the argument, and the client where it is of one.
+        """
+        _require_one(lora_alpha=lora_alpha, scalings=scalings, config=config)
+        return ScalingRule(
+            labels,
+            _per_client(lora_alpha, labels, "lora_alpha"),
+            _per_client(scalings, labels, "scalings"),
+            None if config is None else _each_settings(config, labels),
+        )
+
+    @property
+    def known(self) -> bool:
+        """Whether the scalings were told in any way."""
+        return not (self.alphas is None and self.numbers is None and self.settings is None)
+
+    def scaling(self, client: int, module: str, rank: int) -> float:
+        """Of the layer of one client (by its position)."""
+        if self.numbers is not None:
+            return self.numbers[client]
+        if self.alphas is not None:
+            return self.alphas[client] / max(rank, 1)
+        if self.settings is not None:
+            stated = self.settings[client].ranks(module)
+            if rank not in stated:
+                raise ValueError(
+                    f"{module}: {self.labels[client]} has rank {rank}, its config {' or '.join(map(str, stated))}: "
+                    "the scaling is not known"
+                )
+            return self.settings[client].scaling(module, rank)
+        return 1.0
+
+
+def check_scaling_options(*, lora_alpha: Any, scalings: Any, output_scaling: Any, **config: Any) -> None:
+    """Check options that hold for all clients, before there are any; ``config`` is whatever the caller names it.
+
+    Raises:
+        ValueError: names the option: not a finite number other than 0, not a LoRA configuration, or more than one way
+            to tell the scalings.
+    """
+    _require_one(lora_alpha=lora_alpha, scalings=scalings, **config)
+    many = output_scaling if isinstance(output_scaling, Mapping) else {"": output_scaling}
+    outputs = {f"output_scaling: {module}" if module else "output_scaling": value for module, value in many.items()}
+    for option, value in {"lora_alpha": lora_alpha, "scalings": scalings, **outputs}.items():
+        if value is not None:
+            _checked(value, option)
+    for option, value in config.items():
+        if value is not None:
+            _settings(value, option)
+
+
+def _require_one(**told: Any) -> None:
+    given = [name for name, value in told.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[0]}: give this or {given[1]}, not both")
+
+
+def _each_settings(config: Settings, labels: Sequence[str]) -> list[LoraSettings]:
+    configs = list(config) if isinstance(config, Sequence) else [config] * len(labels)
+    if len(configs) != len(labels):
+        raise ValueError(f"config: expected one, or {len(labels)} (one per client), got {len(configs)}")
+    if len(configs) == 1:
+        return [_settings(configs[0], "config")]
+    return [_settings(one, f"config of {label}") for one, label in zip(configs, labels, strict=True)]
+
+
+def _settings(config: Any, label: str) -> LoraSettings:
+    """What a configuration says of ranks and scalings; kinds whose update is not B A are refused."""
+    fields = config if isinstance(config, Mapping) else getattr(config, "to_dict", lambda: None)()
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{label}: expected a peft.LoraConfig or a mapping, got {type(config).__name__}")
+    if (kind := fields.get("peft_type")) not in (None, "LORA"):
+        raise ValueError(f"{label}: peft_type {kind!r} is not supported: only 'LORA' is")
+    plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in fields.items()}
+    refuse_other_kinds(plain, Path(label))
+    return LoraSettings.parse(plain, Path(label))
+
+
+def _per_client(numbers: Numbers, labels: Sequence[str], argument: str) -> list[float] | None:
+    if numbers is None:
+        return None
+    values = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+    values = list(values) if isinstance(values, Sequence) else [values] * len(labels)
+    if len(values) != len(labels):
+        raise ValueError(f"{argument}: expected one number, or {len(labels)} (one per client), got {len(values)}")
+    for label, value in zip(labels, values, strict=True):
+        if not _is_scaling(value):
+            raise ValueError(f"{argument}: {label} has {value!r}; expected a finite number other than 0")
+    return [float(value) for value in values]
+
+
+def _is_scaling(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < abs(value) <= sys.float_info.max
+
+
+def _checked(value: Any, option: str) -> float:
+    if not _is_scaling(value):
+        raise ValueError(f"{option}: expected a finite number other than 0, got {value!r}")
+    return float(value)
+
+
+def output_scaling_of(
+    module: str, own: Sequence[tuple[str, float]], given: float | Mapping[str, float] | None
+) -> float:
+    """What the receivers multiply a module's pair by: as given, or what all clients (label, scaling) share."""
+    if given is not None:
+        return _checked(given.get(module) if isinstance(given, Mapping) else given, f"output_scaling: {module}")
+    first_label, first = own[0]
+    for label, scaling in own[1:]:
+        if scaling != first:
+            raise ValueError(
+                f"{module}: {label} scales by {scaling:g}, {first_label} by {first:g}: "
+                "say in output_scaling by what the receivers will"
+            )
+    if first == 0:
+        raise ValueError(f"{module}: the scaling is 0: say in output_scaling by what the receivers will multiply")
+    return first
+
+
+def require_equal_ranks(found: Sequence[StateKeys], labels: Sequence[str]) -> None:
+    """Without alpha, clients of one rank have one scaling if they share alpha; of different ranks they have not."""
+    first: dict[str, tuple[int, str]] = {}
+    for keys, label in zip(found, labels, strict=True):
+        for module, pair in keys.factors.items():
+            rank = pair["A"].shape[0]
+            other, whose = first.setdefault(module, (rank, label))
+            if rank != other:
+                raise ValueError(
+                    f"{module}: {label} has rank {rank}, {whose} rank {other}, so their scalings may differ: "
+                    "give lora_alpha, scalings or config"
+                )
