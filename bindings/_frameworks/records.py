@@ -5,7 +5,9 @@ Flower stores arrays through numpy, which has no bfloat16: ``ArrayRecord(state_d
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import from_numpy, to_numpy
 from .flower_compat import Array, ArrayRecord, ConfigRecord, RecordDict
+from .options import plain_config
 
 PACKED = "fedgram.bfloat16"
 """``stype`` of packed arrays. Flower's own ``Array.numpy()`` refuses it: nothing takes the bits for numbers."""
@@ -30,13 +34,18 @@ def to_arrays(state_dict: Mapping[str, Tensor], *, pack_bf16: bool = False) -> A
             (Flower's own ``numpy()`` raises TypeError on them).
 
     Raises:
-        ValueError: names the entry that is no tensor, or of a type that records do not carry (float8, sparse, ...).
+        ValueError: names the entry that is no tensor, or of a kind that records do not carry (float8, sparse, on
+            meta, ...).
     """
     record = ArrayRecord()
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"state_dict: {name}: expected a tensor, got {type(tensor).__name__}")
-        record[name] = _packed(tensor) if pack_bf16 and tensor.dtype == torch.bfloat16 else _array(name, tensor)
+        try:
+            record[name] = _packed(tensor) if pack_bf16 and tensor.dtype == torch.bfloat16 else Array(to_numpy(tensor))
+        except (TypeError, RuntimeError) as error:
+            kind = f"{tensor.dtype}, {'meta' if tensor.is_meta else tensor.layout}"
+            raise ValueError(f"state_dict: {name}: {kind}: cannot be sent in a record ({error})") from error
     return record
 
 
@@ -67,10 +76,7 @@ def lora_record(config: Any) -> ConfigRecord:
     Raises:
         ValueError: it is neither.
     """
-    fields = config if isinstance(config, Mapping) else getattr(config, "to_dict", lambda: None)()
-    if not isinstance(fields, Mapping):
-        raise ValueError(f"config: expected a peft.LoraConfig or a mapping, got {type(config).__name__}")
-    return ConfigRecord({CONFIG_KEY: json.dumps(dict(fields), default=_plain)})
+    return ConfigRecord({CONFIG_KEY: json.dumps(plain_config(config))})
 
 
 def sent_lora_config(content: RecordDict, label: str) -> dict[str, Any] | None:
@@ -91,19 +97,6 @@ def sent_lora_config(content: RecordDict, label: str) -> dict[str, Any] | None:
     return config
 
 
-def _plain(value: Any) -> Any:
-    """What JSON has no form for: sets of names in order, everything else as its text."""
-    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
-
-
-def _array(name: str, tensor: Tensor) -> Array:
-    values = tensor.detach().cpu()
-    try:
-        return Array((values.float() if values.dtype == torch.bfloat16 else values).numpy())
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"state_dict: {name}: {tensor.dtype} cannot be sent in a record ({error})") from error
-
-
 def _packed(tensor: Tensor) -> Array:
     bits = tensor.detach().cpu().view(torch.int16).numpy().astype("<i2", copy=False)
     return Array(dtype="bfloat16", shape=tuple(tensor.shape), stype=PACKED, data=bits.tobytes())
@@ -112,9 +105,32 @@ def _packed(tensor: Tensor) -> Array:
 def _tensor(array: Array, label: str) -> Tensor:
     try:
         if array.stype == PACKED:
-            bits = np.frombuffer(array.data, dtype="<i2").astype(np.int16)
-            return torch.from_numpy(bits.reshape(array.shape)).view(torch.bfloat16)
-        values = array.numpy()
-        return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
-    except (TypeError, ValueError, EOFError, OSError) as error:
+            return _unpacked(array)
+        _check_size(array.data)
+        return from_numpy(array.numpy())
+    except Exception as error:  # numpy's parser of headers raises whatever Python's tokenizer and memory do
         raise ValueError(f"{label}: not an array that can be read ({error})") from error
+
+
+def _unpacked(array: Array) -> Tensor:
+    bits = np.frombuffer(array.data, dtype="<i2").astype(np.int16)
+    if any(size < 0 for size in array.shape):  # numpy would take it for a size to be found out
+        raise ValueError(f"shape {tuple(array.shape)}")
+    return torch.from_numpy(bits.reshape(array.shape)).view(torch.bfloat16)
+
+
+def _check_size(data: bytes) -> None:
+    """See that it is one array of the size that its header states: numpy would open archives, and make room first.
+
+    Raises:
+        ValueError: it is not.
+    """
+    file = io.BytesIO(data)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"version {version} of numpy's format")
+    shape, _, dtype = readers[version](file)
+    stated, held = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if stated != held:
+        raise ValueError(f"its header states {stated} bytes of numbers, and it has {held}")

@@ -76,11 +76,19 @@ def test_arrays_of_other_senders_are_read():
 
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [(torch.ones(2).to(torch.float8_e5m2), "float8_e5m2"), ([1.0], "list"), (torch.eye(2).to_sparse(), "cannot")],
+    [
+        (torch.ones(2).to(torch.float8_e5m2), "float8_e5m2"),
+        ([1.0], "list"),
+        (torch.eye(2).to_sparse(), "cannot"),
+        (torch.eye(2, dtype=torch.bfloat16).to_sparse(), "sparse_coo: cannot"),
+        (torch.empty(2, device="meta"), "float32, meta: cannot"),
+        (torch.empty(2, device="meta", dtype=torch.bfloat16), "bfloat16, meta: cannot"),
+    ],
 )
-def test_what_records_cannot_carry_is_refused_by_name(value, reason):
+@pytest.mark.parametrize("pack", [True, False])
+def test_what_records_cannot_carry_is_refused_by_name(value, reason, pack):
     with pytest.raises(ValueError, match=rf"layer\.w: .*{reason}"):
-        to_arrays({"layer.w": value})
+        to_arrays({"layer.w": value}, pack_bf16=pack)
 
 
 def pickled() -> bytes:
@@ -89,9 +97,39 @@ def pickled() -> bytes:
     return buffer.getvalue()
 
 
+def archived() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.ones(3))
+    return buffer.getvalue()
+
+
+def headed(header: str, data: bytes = b"") -> Array:
+    """An array whose header says what it likes."""
+    text = header.encode("latin1") + b"\n"
+    return Array("float32", (1,), "numpy.ndarray", b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text + data)
+
+
+def shaped(shape: str, data: bytes = b"", descr: str = "<f4") -> Array:
+    return headed(f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}", data)
+
+
 @pytest.mark.parametrize(
     "array",
     [
+        Array("float32", (3,), "numpy.ndarray", archived()),
+        Array("float32", (3,), "numpy.ndarray", b"PK\x03\x04 no archive"),
+        Array("float32", (3,), "numpy.ndarray", b"\x93NUMPY\x07\0" + b"x" * 20),
+        shaped(f"({10**14},)"),
+        shaped(f"({10**14},)", b"\0" * 4, "|V0"),
+        shaped(f"({10**30},)"),
+        shaped("(-1,)", b"\0" * 4),
+        shaped("(-1, -1)", b"\0" * 4),
+        shaped("(2,)", b"\0" * 4),
+        shaped("(1,)", b"\0" * 8),
+        headed("{'descr': (((("),
+        headed("{'descr': \0"),
+        headed("(" * 9000),
+        Array("bfloat16", (-1,), "fedgram.bfloat16", b"\0\0\0\0"),
         Array("float32", (2,), "numpy.ndarray", b"not an array"),
         Array("float32", (2,), "numpy.ndarray", b""),
         Array("object", (1,), "numpy.ndarray", pickled()),
