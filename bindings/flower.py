@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from fedgram import flora_na, stamp
-
 from ._frameworks.flower_base import Combined, GramStrategy, number
 from ._frameworks.flower_replies import Reply
+from ._frameworks.options import check_aggregation, check_matching
 from ._frameworks.records import lora_record, to_arrays, to_state_dict
-from .modules import ALIGNED
+from ._plain.scalings import check_scaling_options
 from .plain import aggregate_state_dicts, match_state_dicts
 
 __all__ = ["FloraNA", "Stamp", "lora_record", "to_arrays", "to_state_dict"]
@@ -41,7 +38,8 @@ class FloraNA(GramStrategy):
     Args:
         method: ``fedavg``, ``flora-na``, ``als``, ``svd`` or ``stack``. What ``stack`` returns has the sum of the
             clients' ranks: it does not fit a client's model.
-        rank: of the result; None is, per module, the largest client rank.
+        rank: of the result; None is, per module, the largest client rank; ``"auto:0.99"`` as in
+            ``flora_na.aggregate``.
         shared: ``flora-na`` with one pair of coefficients for all modules.
         missing: ``error``, ``renormalize`` or ``zero``, for a module that a client lacks.
         residual: keep what the pair leaves out in ``.residual`` (a state dict), for the server to merge.
@@ -63,14 +61,15 @@ class FloraNA(GramStrategy):
         residual: of the last round, or None.
 
     Raises:
-        ValueError: an option that is none of these, or more than one way to tell the scalings.
+        ValueError: an option that is none of these or does not go with another, or more than one way to tell the
+            scalings.
     """
 
     def __init__(
         self,
         *,
         method: str = "als",
-        rank: int | None = None,
+        rank: int | str | None = None,
         shared: bool = False,
         missing: str = "error",
         residual: bool = False,
@@ -85,13 +84,12 @@ class FloraNA(GramStrategy):
         **fedavg: Any,
     ) -> None:
         super().__init__(reply_order=reply_order, **fedavg)
-        if method not in flora_na.METHODS:
-            raise ValueError(f"method: expected one of {', '.join(flora_na.METHODS)}, got {method!r}")
-        if align_previous and method not in ALIGNED:
-            raise ValueError(f"align_previous: only {' and '.join(ALIGNED)} can be aligned, not {method!r}")
-        told = {"lora_config": lora_config, "lora_alpha": lora_alpha, "scalings": scalings}
-        if sum(value is not None for value in told.values()) > 1:
-            raise ValueError(f"lora_config: give at most one of {', '.join(told)}")
+        check_aggregation(
+            method=method, rank=rank, shared=shared, missing=missing, align_previous=align_previous, backend=backend
+        )
+        check_scaling_options(
+            lora_alpha=lora_alpha, scalings=scalings, output_scaling=output_scaling, lora_config=lora_config
+        )
         self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
         self.lora_config, self.lora_alpha, self.scalings = lora_config, lora_alpha, scalings
         self.output_scaling, self.keeps_residual = output_scaling, residual
@@ -176,8 +174,9 @@ class Stamp(GramStrategy):
         **fedavg: Any,
     ) -> None:
         super().__init__(reply_order=reply_order, **fedavg)
-        # Made to be thrown away: it checks the options before any client has worked for nothing.
-        stamp.SpatialMatcher({"x": torch.zeros(1)}, c=c, lr=lr, rescale=rescale, precise=precise, backend=backend)
+        check_matching(c=c, lr=lr, rescale=rescale, precise=precise, backend=backend)
+        if not isinstance(deltas, bool):
+            raise ValueError(f"deltas: expected True or False, got {deltas!r}")
         self.c, self.lr, self.rescale, self.precise = c, lr, rescale, precise
         self.deltas, self.backend = deltas, backend
 
@@ -195,6 +194,7 @@ class Stamp(GramStrategy):
             deltas=self.deltas,
             precise=self.precise,
             backend=self.backend,
+            names=[client.label for client in clients],
         )
         dual = result.dual
         labels = [clients[k].label for k in result.clients]

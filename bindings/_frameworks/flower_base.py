@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .flower_compat import ArrayRecord, ConfigRecord, FedAvg, Grid, Message, MetricRecord
-from .flower_replies import ORDERS, Reply, read_replies
+from .flower_replies import ORDERS, Reply, mean_metrics, read_replies
 from .records import to_arrays, to_state_dict
 
 PREFIX = "fedgram-"
@@ -63,10 +62,9 @@ class GramStrategy(FedAvg):
         clients = read_replies(replies, self.weighted_by_key, self.reply_order)
         if not clients:
             return None, None
-        combined = self._combined(clients)
+        combined = self._combine(clients)
         arrays = to_arrays(combined.state, pack_bf16=True)  # bfloat16 is there only if it came packed
-        metrics = self.train_metrics_aggr_fn([client.content for client in clients], self.weighted_by_key)
-        metrics = MetricRecord() if metrics is None else metrics
+        metrics = mean_metrics(clients, self.train_metrics_aggr_fn, self.weighted_by_key)
         figures = combined.metrics | {
             "clients": len(clients),
             "bytes-received": sum(client.arrays.count_bytes() for client in clients),
@@ -77,13 +75,6 @@ class GramStrategy(FedAvg):
         self.reports[server_round] = combined.report
         logger.info("aggregate_train: %s", ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
         return arrays, metrics
-
-    def _combined(self, clients: Sequence[Reply]) -> Combined:
-        try:
-            return self._combine(clients)
-        except ValueError as error:  # clients are known by their nodes here, not by their positions
-            named = re.sub(r"\bclient (\d+)\b", lambda m: _label(clients, int(m[1])), str(error))
-            raise ValueError(named) from error
 
     def _combine(self, clients: Sequence[Reply]) -> Combined:
         raise NotImplementedError
@@ -99,10 +90,6 @@ class GramStrategy(FedAvg):
         """Log the configuration: FedAvg's, then this strategy's own."""
         super().summary()
         logger.info("\t└──> Aggregation: %s", ", ".join(f"{k}={v!r}" for k, v in self._options().items()))
-
-
-def _label(clients: Sequence[Reply], position: int) -> str:
-    return clients[position].label if position < len(clients) else f"client {position}"
 
 
 def number(value: float | None) -> float:

@@ -4,6 +4,8 @@ import os
 import warnings
 from importlib.util import find_spec
 
+import pytest
+
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # before flwr is imported, which reads it once
 collect_ignore_glob = [] if find_spec("flwr") else ["test_*.py"]
 
@@ -11,3 +13,11 @@ if find_spec("flwr"):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own dependencies warn of one another
         import flwr.serverapp.strategy  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def in_a_run():
+    """Messages carry the identity of their run, which Flower's runtime sets."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1

@@ -6,54 +6,14 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedgram import flora_na, stamp
 from fedgram.bindings.flower import FloraNA, Stamp, lora_record, to_arrays, to_state_dict
 from fedgram.flora_na import LoraLayer
+from fedgram_testing.flower_rounds import COUNTS, MODULES, NODES, PREFIX, Nodes, adapter, answer
 
-MODULES = {"encoder.0.query": (12, 10), "encoder.1.value": (9, 10)}
-PREFIX = "base_model.model."
-NODES = (901, 17, 405)
-COUNTS = (30, 10, 60)
+pytestmark = pytest.mark.usefixtures("in_a_run")
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_a_run():
-    """Messages carry the identity of their run, which Flower's runtime sets."""
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-
-
-class Nodes:
-    """All of a Grid that a strategy asks for before it sends."""
-
-    def __init__(self, ids=NODES):
-        self.ids = list(ids)
-
-    def get_node_ids(self):
-        return self.ids
-
-
-def adapter(seed, rank=4, modules=MODULES, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, (m, n) in modules.items():
-        state[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(rank, n, generator=g).to(dtype)
-        state[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(m, rank, generator=g).to(dtype)
-    state[f"{PREFIX}classifier.weight"] = torch.randn(3, 10, generator=g).to(dtype)
-    return state
-
-
-def answer(strategy, states, counts=COUNTS, *, start=None, nodes=NODES, more=None, pack=True, arrival=None):
-    """One round: the strategy sends ``start``, every node answers with its state; what is aggregated comes back."""
-    sent = strategy.configure_train(1, to_arrays(start or adapter(99)), ConfigRecord(), Nodes(nodes))
-    by_node = {message.metadata.dst_node_id: message for message in sent}
-    replies = []
-    for k, (node, state, count) in enumerate(zip(nodes, states, counts, strict=True)):
-        records = {"arrays": to_arrays(state, pack_bf16=pack), "metrics": MetricRecord({"num-examples": count})}
-        replies.append(Message(RecordDict(records | ((more or {}).get(k, {}))), reply_to=by_node[node]))
-    return strategy.aggregate_train(1, [replies[k] for k in arrival or range(len(replies))])
 
 
 def layers(state, scaling=1.0):
@@ -319,55 +279,6 @@ def test_failures_are_left_out_and_a_round_without_replies_changes_nothing():
     assert strategy.aggregate_train(2, [bad]) == (None, None)
     assert strategy.aggregate_train(2, []) == (None, None)
     assert list(strategy.reports) == [1]
-
-
-def nan(state):
-    state[f"{PREFIX}encoder.0.query.lora_A.weight"][0, 0] = math.nan
-    return state
-
-
-@pytest.mark.parametrize(
-    ("strategy", "third", "more", "message"),
-    [
-        (FloraNA, nan(adapter(2)), {}, r"encoder\.0\.query.*node 405.*NaN"),
-        (Stamp, nan(adapter(2)), {}, r"node 405"),
-        (Stamp, adapter(2, rank=5), {}, r"node 405"),
-        (FloraNA, adapter(2, rank=5), {}, r"node 405 has rank 5, node \d+ rank 4"),
-        (FloraNA, adapter(2), {2: {"metrics": MetricRecord({"loss": 1.0})}}, "node 405: no 'num-examples'"),
-        (FloraNA, adapter(2), {2: {"metrics": MetricRecord({"num-examples": -1})}}, "node 405: num-examples.*-1"),
-        (FloraNA, adapter(2), {2: {"metrics": MetricRecord({"num-examples": math.nan})}}, "node 405: .*got nan"),
-        (FloraNA, adapter(2), {2: {"metrics": MetricRecord({"num-examples": [1, 2]})}}, r"node 405: .*\[1, 2\]"),
-        (FloraNA, adapter(2), {2: {"extra": MetricRecord()}}, "node 405 sent 2 MetricRecords"),
-        (FloraNA, adapter(2), {2: {"extra": ArrayRecord()}}, "node 405 sent 2 ArrayRecords"),
-        (
-            FloraNA,
-            adapter(2),
-            {2: {"metrics": MetricRecord({"num-examples": 1, "loss": 1.0})}},
-            "node 901 and node 405 differ in the metric 'loss'",
-        ),
-        (FloraNA, adapter(2), {2: {"lora": ConfigRecord({"lora-config": "{"})}}, "node 405: lora-config"),
-    ],
-)
-def test_a_reply_that_cannot_be_used_is_refused_by_node_and_reason(strategy, third, more, message):
-    with pytest.raises(ValueError, match=message):
-        answer(strategy(), [adapter(0), adapter(1), third], more=more)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: FloraNA(method="best"), "method: expected one of .*'best'"),
-        (lambda: FloraNA(method="fedavg", align_previous=True), "align_previous"),
-        (lambda: FloraNA(reply_order="time"), "reply_order: expected content or node, got 'time'"),
-        (lambda: FloraNA(lora_alpha=8, scalings=2), "give at most one of"),
-        (lambda: Stamp(c=1.0), "c: "),
-        (lambda: Stamp(lr=math.inf), "lr: "),
-        (lambda: Stamp(rescale="other"), "rescale"),
-    ],
-)
-def test_options_are_checked_before_any_client_works(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 def test_the_summary_names_the_options(caplog):
