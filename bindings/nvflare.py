@@ -5,6 +5,7 @@ names, so that results repeat. Clients send what ``get_peft_model_state_dict`` g
 whole state dict (``StampAggregator``), as torch tensors or as numpy arrays, full or as differences. The weight of a
 client is the ``NUM_STEPS_CURRENT_ROUND`` of its model's meta, as in FLARE's own FedAvg.
 
+Differences are added to the global model in the wider dtype of the two; the result has that of the global model.
 bfloat16 travels only as torch tensors: numpy has none. ``FloraNARecipe`` and ``StampRecipe`` ask for tensors.
 """
 
@@ -25,13 +26,12 @@ except ImportError as error:
         f"fedgram.bindings.nvflare needs NVIDIA FLARE 2.9 or newer ({error}): pip install 'fedgram[nvflare]'"
     ) from error
 
-from fedgram import flora_na
-
+from ._frameworks.options import check_aggregation, check_matching, plain_config
+from ._plain.scalings import check_scaling_options
 from .plain import aggregate_state_dicts, match_state_dicts
 
 __all__ = ["AdapterModel", "FloraNAAggregator", "FloraNARecipe", "StampAggregator", "StampRecipe"]
 
-ALIGNED = ("als", "svd")
 WEIGHT_KEY = "NUM_STEPS_CURRENT_ROUND"
 
 
@@ -96,7 +96,7 @@ class FloraNAAggregator(_RoundAggregator):
     The global model's meta carries ``fedgram``: rho, rho_fedavg, rho_optimal in all.
 
     Raises:
-        ValueError: ``method`` is not one of these, or cannot be aligned.
+        ValueError: an option that is none of these, or does not go with another.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class FloraNAAggregator(_RoundAggregator):
         min_cosine: float | None = None,
         lora_alpha: float | None = None,
         scalings: float | None = None,
-        config: Mapping[str, Any] | None = None,
+        config: Any = None,
         output_scaling: float | None = None,
         anchor_previous: bool = False,
         align_previous: bool = False,
@@ -118,13 +118,21 @@ class FloraNAAggregator(_RoundAggregator):
         backend: str = "auto",
     ) -> None:
         super().__init__(weighted_by, report)
-        if method not in flora_na.METHODS:
-            raise ValueError(f"method: expected one of {', '.join(flora_na.METHODS)}, got {method!r}")
-        if align_previous and method not in ALIGNED:
-            raise ValueError(f"align_previous: only {' and '.join(ALIGNED)} can be aligned, not {method!r}")
-        # FLARE rebuilds the object on the server from attributes that are called as the arguments are.
+        check_aggregation(
+            method=method,
+            rank=rank,
+            shared=shared,
+            missing=missing,
+            align_previous=align_previous,
+            backend=backend,
+            clip=clip,
+            min_cosine=min_cosine,
+        )
+        check_scaling_options(lora_alpha=lora_alpha, scalings=scalings, output_scaling=output_scaling, config=config)
+        # FLARE rebuilds the object on the server from attributes that are called as the arguments are, by way of JSON.
         self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
-        self.lora_alpha, self.scalings, self.config = lora_alpha, scalings, config
+        self.lora_alpha, self.scalings = lora_alpha, scalings
+        self.config = None if config is None else plain_config(config)
         self.clip, self.min_cosine, self.output_scaling = clip, min_cosine, output_scaling
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
 
@@ -150,7 +158,7 @@ class FloraNAAggregator(_RoundAggregator):
         )
         evidence = result.report.to_dict()
         summary = {key: evidence[key] for key in ("method", "rho", "rho_fedavg", "rho_optimal")}
-        return result.state_dict, evidence, summary
+        return current.returned(result.state_dict), evidence, summary
 
     def _alphas(self, current: Round) -> float | Sequence[float] | None:
         """The clients' own alphas where they state them."""
@@ -179,6 +187,9 @@ class StampAggregator(_RoundAggregator):
         report: write ``fedgram_round_<n>.json`` (weights, coefficients, gap) into the server's app folder.
 
     The global model's meta carries ``fedgram``: status, gap and relative gap of the matching.
+
+    Raises:
+        ValueError: an option out of range.
     """
 
     def __init__(
@@ -192,6 +203,7 @@ class StampAggregator(_RoundAggregator):
         backend: str = "auto",
     ) -> None:
         super().__init__(weighted_by, report)
+        check_matching(c=c, lr=lr, rescale=rescale, precise=precise, backend=backend)
         self.c, self.lr, self.rescale, self.precise, self.backend = c, lr, rescale, precise, backend
 
     def _combined(self, current: Round) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,8 @@ from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from torch import Tensor
+
+from .arrays import from_numpy, to_numpy
 
 StateDict = Mapping[str, Tensor]
 
@@ -84,24 +86,39 @@ class Round:
         return [_tensors(model.params, name) for name, model in zip(self.names, self.models, strict=True)]
 
     def states(self) -> list[StateDict]:
-        """The clients' whole states: the global one is added to differences."""
+        """The clients' whole states: the global one is added to differences, in the wider of both dtypes.
+
+        Raises:
+            ValueError: as ``base``, or a client's difference has another shape than what it is to be added to.
+        """
         if not self.differences:
             return self.sent
         base = self.base()
-        return [{key: (base[key] + value).to(value.dtype) for key, value in state.items()} for state in self.sent]
+        return [
+            {key: _sum(base[key], value, f"{key}: {name}") for key, value in state.items()}
+            for name, state in zip(self.names, self.sent, strict=True)
+        ]
+
+    def returned(self, state: StateDict) -> StateDict:
+        """A new state in the dtypes that it goes back in: where differences came, those of the global model."""
+        if not self.differences:
+            return state
+        base = self.base()
+        return {key: _cast(value, base[key].dtype) for key, value in state.items()}
 
     def base(self) -> StateDict:
-        """The global state as far as the clients sent it.
+        """The global state as far as any of the clients sent it.
 
         Raises:
             ValueError: the server does not know it, or a client sent what is not in it.
         """
-        known = self._global()
+        known, sent = self._global(), set[str]()
         for name, state in zip(self.names, self.sent, strict=True):
             for key in state:
                 if key not in known:
                     raise ValueError(f"{key}: {name} sent it, and the global model has no such entry")
-        return {key: known[key] for key in self.sent[0]}
+            sent |= state.keys()
+        return {key: value for key, value in known.items() if key in sent}
 
     def earlier(self) -> StateDict:
         """The global state, for anchor and alignment."""
@@ -139,10 +156,10 @@ def global_params(fl_ctx: FLContext | None) -> Mapping[str, Any] | None:
 
 
 def like_sent(params: Mapping[str, Any], current: Round) -> dict[str, Any]:
-    """The params as numpy arrays where the clients sent arrays."""
+    """The params as numpy arrays where the clients sent arrays; bfloat16 then as float32."""
     sent: Mapping[str, Any] = current.models[0].params or {}
     arrays = not any(isinstance(value, Tensor) for value in sent.values())
-    return {k: v.cpu().numpy() if arrays and isinstance(v, Tensor) else v for k, v in params.items()}
+    return {k: to_numpy(v) if arrays and isinstance(v, Tensor) else v for k, v in params.items()}
 
 
 def write_report(fl_ctx: FLContext | None, current: Round, evidence: Mapping[str, Any]) -> None:
@@ -157,6 +174,9 @@ def write_report(fl_ctx: FLContext | None, current: Round, evidence: Mapping[str
 def _tensors(params: Any, label: str) -> StateDict:
     if not isinstance(params, Mapping):
         raise ValueError(f"params: {label} has a {type(params).__name__}; expected a state dict")
+    for key in params:
+        if not isinstance(key, str):
+            raise ValueError(f"params: {label} has the key {key!r}; expected names")
     return {key: _tensor(value, key, label) for key, value in params.items()}
 
 
@@ -166,8 +186,23 @@ def _tensor(value: Any, key: str, label: str) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray | np.generic | float | int):
-        return torch.from_numpy(np.require(value, requirements=["W", "C"]))
+        try:
+            return from_numpy(np.asarray(value))
+        except TypeError as error:
+            raise ValueError(f"{key}: {label} has an array that is no tensor ({error})") from None
     raise ValueError(f"{key}: {label} has a {type(value).__name__}; expected a tensor or an array")
+
+
+def _sum(start: Tensor, difference: Tensor, label: str) -> Tensor:
+    if difference.shape != start.shape:
+        shapes = tuple(difference.shape), tuple(start.shape)
+        raise ValueError(f"{label} sent a difference of shape {shapes[0]}; the global model has {shapes[1]}")
+    return start + difference
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    whole = tensor.is_floating_point() and not dtype.is_floating_point
+    return (tensor.round() if whole else tensor).to(dtype)
 
 
 def _weights(names: Sequence[str], metas: Sequence[Mapping[str, Any]], key: str | None) -> list[float] | None:
@@ -177,10 +212,12 @@ def _weights(names: Sequence[str], metas: Sequence[Mapping[str, Any]], key: str 
     for name, weight in zip(names, stated, strict=True):
         if not _is_number(weight):
             raise ValueError(f"{key}: {name} states {weight!r} in its meta; expected a number, as other clients have")
+        if weight < 0:
+            raise ValueError(f"{key}: {name} states {weight!r} in its meta; expected a number of at least 0")
     return [float(weight) for weight in stated if weight is not None]
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         return False
-    return math.isfinite(value)
+    return bool(abs(value) <= sys.float_info.max)

@@ -10,6 +10,7 @@ from typing import Any
 import nvflare
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import ExchangeFormat
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -37,21 +38,23 @@ class AdapterModel(nn.Module):
         path: the directory, or a safetensors file, on the server.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is not a safetensors file.
     """
 
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
         file = os.path.join(path, WEIGHTS_NAME) if os.path.isdir(path) else path
-        for name, tensor in load_file(file).items():
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise OSError(f"{file}: not a safetensors file ({error})") from error
+        for name, tensor in tensors.items():
             *parts, leaf = name.split(".")
             parent: nn.Module = self
             for part in parts:
-                if not hasattr(parent, part):
-                    parent.add_module(part, nn.Module())
-                parent = parent.get_submodule(part)
-            parent.register_buffer(leaf, tensor)
+                parent = parent._modules.setdefault(part, nn.Module())
+            parent._buffers[leaf] = tensor  # register_buffer refuses names that a module has as attributes
 
     def forward(self) -> None:
         """Not a model to run: it only holds tensors.

@@ -1,4 +1,4 @@
-"""The aggregators as FLARE calls them, without a simulator: weights, order, differences, arrays, refusals."""
+"""The aggregators as FLARE calls them, without a simulator: weights, order, arrays, the global model."""
 
 import json
 import warnings
@@ -11,65 +11,14 @@ pytest.importorskip("nvflare", reason="runs in the venv of the extra 'nvflare'")
 
 with warnings.catch_warnings():  # what FLARE warns of while it is imported is FLARE's to mend
     warnings.simplefilter("ignore")
-    from nvflare.apis.fl_constant import FLContextKey
     from nvflare.apis.fl_context import FLContextManager
     from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-    from nvflare.app_common.abstract.model import make_model_learnable
-    from nvflare.app_common.app_constant import AppConstants
     from nvflare.app_common.utils.fl_model_utils import FLModelUtils
-    from nvflare.fuel.utils.component_builder import ComponentBuilder
 
-    from fedgram.bindings.nvflare import AdapterModel, FloraNAAggregator, FloraNARecipe, StampAggregator
-
-from safetensors.torch import save_file
+    from fedgram.bindings.nvflare import FloraNAAggregator, StampAggregator
+    from fedgram_testing.nvflare_rounds import adapters, aggregated, models, same
 
 from fedgram.bindings.plain import aggregate_state_dicts, match_state_dicts
-
-
-def adapters(count=3, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    common = {"A": torch.randn(4, 10, generator=generator), "B": torch.randn(12, 4, generator=generator)}
-    return [
-        {
-            f"base_model.model.q.lora_{side}.weight": (t + 0.3 * torch.randn(t.shape, generator=generator)).to(dtype)
-            for side, t in common.items()
-        }
-        for _ in range(count)
-    ]
-
-
-def models(states, weights=None, **options):
-    """One FLModel per client, as the controller hands them over."""
-    weights = [1.0] * len(states) if weights is None else weights
-    return [
-        FLModel(
-            params=state,
-            metrics={"accuracy": 0.1 * i},
-            current_round=0,
-            meta={"client_name": f"site-{i}", "NUM_STEPS_CURRENT_ROUND": weight} | options.pop("meta", {}),
-            **options,
-        )
-        for i, (state, weight) in enumerate(zip(states, weights, strict=True))
-    ]
-
-
-def aggregated(aggregator, sent, *, start=None, folder=None):
-    """What the aggregator makes of one round."""
-    context = FLContextManager().new_context()
-    if start is not None:
-        learnable = make_model_learnable(weights=start, meta_props={})
-        context.set_prop(AppConstants.GLOBAL_MODEL, learnable, private=True, sticky=True)
-    if folder is not None:
-        context.set_prop(FLContextKey.APP_ROOT, str(folder), private=True, sticky=True)
-    aggregator.fl_ctx = context
-    aggregator.reset_stats()
-    for model in sent:
-        aggregator.accept_model(model)
-    return aggregator.aggregate_model()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "flora-na", "als", "svd"])
@@ -106,18 +55,20 @@ def test_arrays_come_back_as_arrays_and_bfloat16_as_bfloat16():
     result = aggregated(FloraNAAggregator(), models(arrays)).params
     assert all(isinstance(value, np.ndarray) for value in result.values())
     assert same(result, aggregate_state_dicts(states).state_dict)
+    swapped = [{name: array.astype(array.dtype.newbyteorder()) for name, array in state.items()} for state in arrays]
+    assert same(aggregated(FloraNAAggregator(), models(swapped)).params, aggregate_state_dicts(states).state_dict)
     wide = aggregated(FloraNAAggregator(), models(adapters(dtype=torch.bfloat16))).params
     assert {value.dtype for value in wide.values()} == {torch.bfloat16}
 
 
-def test_differences_count_from_the_global_model():
-    [start, *states] = adapters(4)
-    differences = [{name: tensor - start[name] for name, tensor in state.items()} for state in states]
-    result = aggregated(FloraNAAggregator(), models(differences, params_type="DIFF"), start=start)
-    again = [{name: tensor + start[name] for name, tensor in d.items()} for d in differences]
-    assert same(result.params, aggregate_state_dicts(again).state_dict)
-    stamped = aggregated(StampAggregator(c=0.4), models(differences, params_type="DIFF"), start=start)
-    assert same(stamped.params, match_state_dicts(start, differences, c=0.4, deltas=True).state_dict)
+def test_arrays_that_move_a_bfloat16_model_come_back_as_float32():
+    [start, *states] = adapters(3)
+    start = {name: tensor.bfloat16() for name, tensor in start.items()}
+    arrays = [{name: tensor.numpy() for name, tensor in state.items()} for state in states]
+    result = aggregated(StampAggregator(), models(arrays), start=start | {"frozen": start[next(iter(start))]}).params
+    assert {value.dtype for value in result.values()} == {np.dtype(np.float32)}
+    own = {name: value for name, value in result.items() if name != "frozen"}
+    assert same(own, {n: t.float() for n, t in match_state_dicts(start, states).state_dict.items()})
 
 
 def test_the_global_model_anchors_and_aligns():
@@ -153,78 +104,3 @@ def test_what_clients_did_not_send_stays_in_the_global_state():
     assert torch.equal(result.params["frozen"], torch.ones(2))
     own = {name: tensor for name, tensor in start.items() if name != "frozen"}
     assert same({k: v for k, v in result.params.items() if k != "frozen"}, match_state_dicts(own, states).state_dict)
-
-
-def bad_rounds():
-    states = adapters(2)
-    nan = [states[0], {name: torch.full_like(t, torch.nan) for name, t in states[1].items()}]
-    mixed = models(states)
-    mixed[1].params_type = ParamsType.DIFF
-    half = models(states)
-    del half[1].meta["NUM_STEPS_CURRENT_ROUND"]
-    twice = models(states)
-    twice[1].meta["client_name"] = "site-0"
-    return {
-        "nobody": (FloraNAAggregator(), [], None, "no client's model arrived"),
-        "nan": (FloraNAAggregator(), models(nan), None, "q: .*site-1"),
-        "nan for STAMP": (StampAggregator(), models(nan), states[0], "states: site-1, .*lora_A.* is not finite"),
-        "kinds": (FloraNAAggregator(), mixed, None, "whole models and others differences"),
-        "weights": (FloraNAAggregator(), half, None, "NUM_STEPS_CURRENT_ROUND: site-1 states None"),
-        "twice": (FloraNAAggregator(), twice, None, "site-0: sent more than one"),
-        "no global model": (StampAggregator(), models(states), None, "no global model to start from"),
-        "unknown entry": (StampAggregator(), models(states), {"x": torch.ones(1)}, "site-0 sent it"),
-        "list": (FloraNAAggregator(), models([[1.0], [2.0]]), None, "site-0 has a list"),
-        "text": (FloraNAAggregator(), models([{"a": "x"}, {"a": "y"}]), None, "a: site-0 has a str"),
-    }
-
-
-@pytest.mark.parametrize("case", list(bad_rounds()))
-def test_a_round_that_is_not_sound_is_refused(case):
-    aggregator, sent, start, message = bad_rounds()[case]
-    with pytest.raises(ValueError, match=message):
-        aggregated(aggregator, sent, start=start)
-    states = adapters(2)  # nothing of it is left for the next round
-    assert aggregated(aggregator, models(states), start=states[0]).params.keys() == states[0].keys()
-
-
-def test_options_that_cannot_work_are_refused_at_once():
-    with pytest.raises(ValueError, match="method: expected one of fedavg"):
-        FloraNAAggregator("mean")
-    with pytest.raises(ValueError, match="align_previous: only als and svd"):
-        FloraNAAggregator("fedavg", align_previous=True)
-    with pytest.raises(ValueError, match="adapter: give this or model"):
-        FloraNARecipe(min_clients=2, train_script="client.py")
-
-
-def test_a_job_names_the_aggregator_and_the_server_builds_it_again(tmp_path):
-    script = tmp_path / "client.py"
-    script.write_text("")
-    save_file(adapters()[0], tmp_path / "adapter_model.safetensors")
-    aggregator = FloraNAAggregator("svd", rank=3, config={"r": 4, "lora_alpha": 8}, align_previous=True)
-    recipe = FloraNARecipe(
-        name="named", adapter=tmp_path, aggregator=aggregator, min_clients=2, train_script=str(script)
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        recipe.export(str(tmp_path / "jobs"))
-    configs = [
-        json.loads(path.read_text()) for path in sorted((tmp_path / "jobs" / "named").rglob("config_fed_server.json"))
-    ]
-    assert len(configs) == 1
-    assert not list((tmp_path / "jobs").rglob("flora_na"))  # the library is installed on the server, not shipped
-    [workflow] = configs[0]["workflows"]
-    described = workflow["args"]["aggregator"]
-
-    class Builder(ComponentBuilder):
-        def get_module_scanner(self):
-            return None
-
-    built = Builder().build_component(described)
-    assert type(built) is FloraNAAggregator
-    assert vars(built).keys() == vars(aggregator).keys()
-    for name in ("method", "rank", "config", "align_previous", "weighted_by", "report"):
-        assert getattr(built, name) == getattr(aggregator, name)
-    [persistor] = [c for c in configs[0]["components"] if c["id"] == "persistor"]
-    model = Builder().build_component(persistor["args"]["model"])
-    assert type(model) is AdapterModel
-    assert same(model.state_dict(), adapters()[0])
