@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,16 @@ from torch import distributed as dist
 from fedgram import stamp
 from fedgram.kernels import grad_combine
 from fedgram.stamp import Gramian, Match
+from fedgram.stamp._inputs import checked_strength
+from fedgram.stamp.dual import rescaling
 from fedgram.stamp.gramian import WeightsLike, normalised_weights
-from fedgram.stamp.structure import GradientLike, Inputs, average, read
+from fedgram.stamp.structure import STATISTICS, GradientLike, average, read
 
 from .ranks import Ranks, check_alike
 from .watch import Watch
+
+NOTHING = "\0"
+"""Name of the empty tensor that stands for a share in which there is nothing to match."""
 
 
 @torch.no_grad()
@@ -39,7 +45,8 @@ def match_sharded(
 
     Args:
         gradients: this rank's shards, K of them, as ``stamp.match`` takes them. A rank without a share gives K empty
-            lists or mappings. In state dicts, what is averaged instead of matched is averaged where it lies.
+            lists or mappings. In state dicts, what is averaged instead of matched is averaged where it lies; it may be
+            all that a rank has.
         weights, c, rescale, precise, backend: as in ``stamp.match``, the same on every rank.
         group: default the whole world; gloo or nccl, gradients on the CPU or an accelerator.
         watch: finds ranks that fail or die while others compute; see ``aggregate_sharded``.
@@ -48,39 +55,62 @@ def match_sharded(
         A Match whose direction is this rank's shard of the direction; all else is of the whole.
 
     Raises:
-        ValueError: as ``stamp.match``, on the rank that found it; or ranks called with different arguments.
+        ValueError: as ``stamp.match``, on the rank that found it; or ranks called with different arguments, or none
+            of them with anything to match.
         RankError: on all other ranks, and where another rank has died.
     """
     ranks, how = Ranks(group, watch), {"precise": precise, "backend": backend}
     with ranks.together():
         given = list(gradients)
+        rescaling(rescale, checked_strength(c))  # refuse a bad option before the data is read
         u = torch.from_numpy(normalised_weights(weights, len(given)))
-        inputs = _read(given)
-        local = _zero(len(given), ranks.device) if inputs is None else stamp.gramian(given, weights, **how)
-    check_alike(ranks.gather((len(given), u.tolist(), c, rescale, precise)), "numbers of gradients, weights or options")
+        _refuse_dtensors(given)
+        nothing = all(map(_has_nothing, given))
+        shards = [_with_nothing(one, ranks.device) for one in given] if nothing else given
+        inputs, local = read(shards), stamp.gramian(shards, weights, **how)
+    told = ranks.gather(((len(given), u.tolist(), c, rescale, precise), nothing))
+    check_alike([called for called, _ in told], "numbers of gradients, weights or options")
+    if all(idle for _, idle in told):
+        raise ValueError("gradients: no rank has a tensor to match")
     gramian = _summed(ranks, local, u)
     dual = stamp.solve_dual(gramian, c, rescale=rescale)
-    if inputs is None:
-        return Match({} if isinstance(given[0], Mapping) else [], dual, gramian)
     averages = {name: average(tensors, u) for name, tensors in inputs.averaged.items()}
-    direction = grad_combine(inputs.tensors, dual.coefficients, backend=backend)
-    return Match(inputs.assemble(direction, averages), dual, gramian, inputs)
+    direction = inputs.assemble(grad_combine(inputs.tensors, dual.coefficients, backend=backend), averages)
+    return Match(_without_nothing(direction) if nothing else direction, dual, gramian, inputs)
 
 
-def _read(given: Sequence[GradientLike]) -> Inputs | None:
-    """The shards taken apart, or None for a rank without a share."""
-    if all(isinstance(one, Sequence | Mapping) and not one for one in given):
-        return None
+def _refuse_dtensors(given: Sequence[GradientLike]) -> None:
     for k, one in enumerate(given):
         parts = one.values() if isinstance(one, Mapping) else [one] if isinstance(one, Tensor | nn.Module) else one
         if any(hasattr(part, "placements") for part in parts):
             raise ValueError(f"gradients: task {k} holds a DTensor: give its local shard, DTensor.to_local()")
-    return read(given)
 
 
-def _zero(K: int, device: torch.device) -> Gramian:
-    zeros = torch.zeros(1 + K + K * K, dtype=torch.float64, device=device)
-    return Gramian(zeros[0], zeros[1 : K + 1], zeros[K + 1 :].view(K, K))
+def _has_nothing(one: GradientLike) -> bool:
+    """Whether nothing in a share enters the match; what is no gradient at all is for ``read`` to refuse."""
+    if isinstance(one, nn.Module):
+        return all(p.grad is None for p in one.parameters() if p.requires_grad)
+    if isinstance(one, Mapping):
+        return not any(_is_matched(name, entry) for name, entry in one.items())
+    return isinstance(one, list | tuple) and all(entry is None for entry in one)
+
+
+def _is_matched(name: str, entry: Any) -> bool:
+    if not isinstance(entry, Tensor):
+        return entry is not None
+    return entry.is_floating_point() and name.rpartition(".")[2] not in STATISTICS
+
+
+def _with_nothing(one: Any, device: torch.device) -> GradientLike:
+    """A share in which nothing is matched with an empty tensor beside it, whose Gram matrix is zero."""
+    empty = torch.zeros(0, device=device)
+    if isinstance(one, list | tuple):
+        return [*one, empty]
+    return {**(one if isinstance(one, Mapping) else {}), NOTHING: empty}
+
+
+def _without_nothing(direction: Any) -> Any:
+    return direction[:-1] if isinstance(direction, list) else {n: t for n, t in direction.items() if n != NOTHING}
 
 
 def _summed(ranks: Ranks, local: Gramian, u: Tensor) -> Gramian:

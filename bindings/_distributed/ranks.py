@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Ranks:
             raise ValueError("group: this process is not one of its ranks")
         self.device = _transport(group)
         self.sent = self.received = 0
+        self._told: Exception | None = None
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -53,6 +54,8 @@ class Ranks:
         except RankError:  # all have been told
             raise
         except Exception as failed:
+            if failed is self._told:  # by an exchange, or a block, within this one
+                raise
             error = failed
         self.agree(error)
 
@@ -62,50 +65,80 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
-        own = pack(value, self.device)
-        sizes = [row[0] for row in self._settle([own.numel()] * self.count)]
-        values = []
-        for k, size in enumerate(sizes):
-            parcel = own if k == self.rank else torch.empty(size, dtype=torch.uint8, device=self.device)
+        [own, *_], table = self._announced(lambda: [pack(value, self.device)] * self.count)
+        sizes = [row[0] for row in table]
+        with self._room(sum(sizes)):
+            parcels = [own if k == self.rank else self._empty(size) for k, size in enumerate(sizes)]
+        for k, parcel in enumerate(parcels):
             for piece in parcel.split(PIECE):
                 with _lost():
                     dist.broadcast(piece, group=self.group, group_src=k)
-            values.append(unpack(parcel))
         self.sent += own.numel() * (self.count - 1)
         self.received += sum(sizes) - own.numel()
-        return values
+        return [unpack(parcel) for parcel in parcels]
 
     def gather_to(self, roots: Sequence[int], value: Any) -> list[Any]:
         """Every rank's value, on the ranks ``roots``; nothing on the others."""
-        parcel, nothing = pack(value, self.device), torch.empty(0, dtype=torch.uint8, device=self.device)
-        received = self.exchange([parcel if rank in roots else nothing for rank in range(self.count)])
+
+        def parcels() -> list[Tensor]:
+            parcel = pack(value, self.device)
+            return [parcel if rank in roots else self._empty(0) for rank in range(self.count)]
+
+        received = self._exchange(parcels)
         return [unpack(one) for one in received] if self.rank in roots else []
 
     def send_each(self, values: Mapping[int, Any]) -> list[Any]:
         """Send ``values[k]`` to rank k, and return what was sent here, in rank order."""
-        nothing = torch.empty(0, dtype=torch.uint8, device=self.device)
-        parcels = [pack(values[k], self.device) if k in values else nothing for k in range(self.count)]
-        return [unpack(parcel) for parcel in self.exchange(parcels) if parcel.numel()]
 
-    def exchange(self, parcels: Sequence[Tensor]) -> list[Tensor]:
-        """All to all: ``parcels[k]`` goes to rank k; the parcel of every rank for this one comes back."""
-        sizes = [parcel.numel() for parcel in parcels]
-        table = self._settle(sizes)
-        incoming = [row[self.rank] for row in table]
-        received = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in incoming]
+        def parcels() -> list[Tensor]:
+            return [pack(values[k], self.device) if k in values else self._empty(0) for k in range(self.count)]
+
+        return [unpack(parcel) for parcel in self._exchange(parcels) if parcel.numel()]
+
+    def _exchange(self, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """All to all: of the parcels made here, number k goes to rank k; that of every rank for this one comes back."""
+        parcels, table = self._announced(make)
+        sizes, incoming = table[self.rank], [row[self.rank] for row in table]
+        with self._room(max(map(sum, zip(*table, strict=True)))):
+            received = [self._empty(size) for size in incoming]
+            buffers = [self._empty(sum(min(size, PIECE) for size in side)) for side in (incoming, sizes)]
         for start in range(0, max(map(max, table)), PIECE):
             outgoing, arriving = ([one[start : start + PIECE] for one in side] for side in (parcels, received))
-            self._all_to_all(arriving, outgoing)
+            self._all_to_all(arriving, outgoing, *buffers)
         self.sent += sum(sizes) - sizes[self.rank]
         self.received += sum(incoming) - incoming[self.rank]
         return received
 
-    def _all_to_all(self, arriving: Sequence[Tensor], outgoing: Sequence[Tensor]) -> None:
+    def _announced(self, make: Callable[[], list[Tensor]]) -> tuple[list[Tensor], list[list[int]]]:
+        """A parcel for every rank, and all ranks' rows of their sizes; one that cannot make its own says so instead."""
+        try:
+            parcels = make()
+        except Exception as error:
+            self.agree(error)
+            raise
+        return parcels, self._settle([parcel.numel() for parcel in parcels])
+
+    @contextlib.contextmanager
+    def _room(self, most: int) -> Iterator[None]:
+        """Room is made for what will arrive, ``most`` bytes on one rank: where it lacks on one, none begins to send.
+
+        Small parcels are not worth another wait for each other.
+        """
+        with self.together() if most > PIECE else contextlib.nullcontext():
+            yield
+
+    def _empty(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _all_to_all(
+        self, arriving: Sequence[Tensor], outgoing: Sequence[Tensor], inbox: Tensor, outbox: Tensor
+    ) -> None:
+        """One piece of every parcel, by way of two buffers that are large enough."""
         come, go = [one.numel() for one in arriving], [one.numel() for one in outgoing]
-        buffer = torch.empty(sum(come), dtype=torch.uint8, device=self.device)
+        inbox, outbox = inbox[: sum(come)], torch.cat(list(outgoing), out=outbox[: sum(go)])
         with _lost():
-            dist.all_to_all_single(buffer, torch.cat(list(outgoing)), come, go, group=self.group)
-        for target, source in zip(arriving, buffer.split(come), strict=True):
+            dist.all_to_all_single(inbox, outbox, come, go, group=self.group)
+        for target, source in zip(arriving, inbox.split(come), strict=True):
             target.copy_(source)
 
     def gather_numbers(self, numbers: Tensor) -> list[Tensor]:
@@ -120,6 +153,7 @@ class Ranks:
 
     def _settle(self, row: Sequence[int], error: Exception | None = None) -> list[list[int]]:
         """Every rank's row of numbers, once it is known that none has an error, which is a row of -1."""
+        self._told = error
         if error is not None and self.watch is not None:
             self.watch.claim(reason(self.rank, error))
             raise error

@@ -197,6 +197,8 @@ REFUSED = {
     "gradient": "task 0, '[0]' is not finite",
     "strength": "rank 1 was called with other numbers of gradients, weights or options than rank 0",
     "number": "rank 1 was called with other numbers of gradients, weights or options than rank 0",
+    "no strength": "c: expected a number in [0, 1), got nan",
+    "nothing": "gradients: no rank has a tensor to match",
 }
 
 
@@ -207,6 +209,26 @@ def test_an_error_of_one_rank_ends_all_in_the_same_words(group, case):
     for kind, message in told:
         assert REFUSED[case] in message
         assert kind == "ValueError" or message.startswith("rank ")
+
+
+@pytest.mark.parametrize(
+    "case", ["no room for all", "no room for one", "no room at the root", "no parcel", "no parcel for one"]
+)
+def test_a_rank_without_room_for_a_parcel_ends_all_at_once(group, case):
+    """Nobody is left waiting for it in a collective, which would take the group's timeout."""
+    cramped = 0 if case == "no room at the root" else 1
+    for rank, found in enumerate(group):
+        told = ("RuntimeError", "no room") if rank == cramped else ("RankError", f"rank {cramped}: no room")
+        assert found["refused"][case] == told
+
+
+def test_a_rank_may_have_only_what_is_averaged_or_nothing_at_all(group):
+    directions = [found["averaged"] for found in group]
+    alone = stamp.match([{"w": torch.tensor([1.0, k])} for k in range(3)], [1, 1, 2], c=0.4).direction
+    torch.testing.assert_close(directions[0], alone)
+    assert torch.equal(directions[1]["bn.running_mean"], torch.full((2,), 1.25))
+    assert list(directions[1]) == ["bn.running_mean"]
+    assert all(direction == [None, None] for direction in directions[2:])
 
 
 def test_the_group_is_whole_after_errors(group):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from torch import distributed as dist
@@ -140,6 +141,7 @@ def in_group(rank, count, group):
     done = aggregate_sharded(counted, **whole)
     found["read"] = (done.owned, [c.read for c in counted])
     found["match"] = [matched(rank, count, group, cut) for cut in ("slices", "tensors", "slices")]
+    found["averaged"] = averaged(rank, count, group)
     found["refused"] = refusals(rank, mine, local, whole, clients)
     found["after"] = plain(aggregate_sharded(clients, result="all", **whole))
     return found
@@ -154,6 +156,13 @@ def matched(rank, count, group, cut):
         shards = [g[rank - 1 :: count - 1] if rank else [] for g in gradients()]
     m = match_sharded(shards, weights, c=0.4, group=group)
     return {"direction": m.direction, "v": m.coefficients, "gap": m.gap, "H": m.gramian.H, "status": m.status}
+
+
+def averaged(rank, count, group):
+    """State dicts of which one rank has only what is averaged, another nothing but an entry without a gradient."""
+    shares = {0: lambda k: {"w": torch.tensor([1.0, k])}, 1: lambda k: {"bn.running_mean": torch.full((2,), float(k))}}
+    share = shares.get(rank, lambda k: [None, None])
+    return match_sharded([share(k) for k in range(3)], [1, 1, 2], c=0.4, group=group).direction
 
 
 def network():
@@ -208,8 +217,30 @@ def refusals(rank, mine, local, whole, clients):
         "gradient": lambda: match_sharded([[torch.full((3,), torch.inf if rank == 1 else 1.0)]], group=group),
         "strength": lambda: match_sharded([[torch.ones(3)]], c=0.5 if rank == 1 else 0.1, group=group),
         "number": lambda: match_sharded([[torch.ones(3)]] * (2 if rank == 1 else 1), group=group),
+        "no strength": lambda: match_sharded([[torch.ones(3)]], c=float("nan"), group=group),
+        "nothing": lambda: match_sharded([{"n": torch.ones(1, dtype=torch.int64)} if rank else []] * 2, group=group),
+        "no room for all": lambda: cramped(rank, lambda: aggregate_sharded(clients, result="all", **whole)),
+        "no room for one": lambda: cramped(rank, lambda: aggregate_sharded(mine, result="sharded", **local)),
+        "no room at the root": lambda: cramped(rank + 1, lambda: aggregate_sharded(clients, **whole)),
+        "no parcel": lambda: cramped(rank, lambda: aggregate_sharded(clients, result="all", **whole), "pack"),
+        "no parcel for one": lambda: cramped(rank, lambda: aggregate_sharded(mine, **local), "pack"),
     }
     return {name: told(call) for name, call in calls.items()}
+
+
+def cramped(rank, call, what="_empty"):
+    """A call on ranks of which the second has no room for what arrives, or for the parcels that it is to send."""
+    owner = ranks if what == "pack" else ranks.Ranks
+    make = getattr(owner, what)
+
+    def limited(*args):
+        made = make(*args)
+        if made.numel() > 2000:
+            raise RuntimeError("no room")
+        return made
+
+    with mock.patch.object(ranks, "PIECE", 1000), mock.patch.object(owner, what, limited if rank == 1 else make):
+        return call()
 
 
 def spoilt(layer):
