@@ -21,6 +21,7 @@ from .options import plain_config
 
 PACKED = "fedgram.bfloat16"
 """``stype`` of packed arrays. Flower's own ``Array.numpy()`` refuses it: nothing takes the bits for numbers."""
+NUMPY = "numpy.ndarray"
 CONFIG_KEY = "lora-config"
 
 
@@ -106,10 +107,11 @@ def _tensor(array: Array, label: str) -> Tensor:
     try:
         if array.stype == PACKED:
             return _unpacked(array)
-        _check_size(array.data)
+        if array.stype == NUMPY:  # any other is refused by Flower's own ``numpy()``
+            _check_size(array.data)
         return from_numpy(array.numpy())
     except Exception as error:  # numpy's parser of headers raises whatever Python's tokenizer and memory do
-        raise ValueError(f"{label}: not an array that can be read ({error})") from error
+        raise ValueError(f"{label}: not an array that can be read ({str(error) or type(error).__name__})") from error
 
 
 def _unpacked(array: Array) -> Tensor:
