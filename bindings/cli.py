@@ -147,11 +147,9 @@ def aggregate(
         }
         with progress_bar("aggregating", shown=first and not (quiet or as_json)) as progress:
             if watch is None:
-                sources = [*dirs, *(path for path in (anchor, align_to, init) if path is not None)]
                 streamed = aggregate_to_directory(
-                    adapters, output, counts, sources=sources, residual=residual, resume=resume, progress=progress,
-                    **options,
-                )  # fmt: skip
+                    adapters, output, counts, residual=residual, resume=resume, progress=progress, **options
+                )
                 report = streamed.report
             else:
                 keep = residual is not None

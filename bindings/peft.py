@@ -128,7 +128,8 @@ def _open(path: Path, adapter_name: str | None, *, allow_dora: bool = False, ini
 
     special = {key: role for key, role in contents.roles.items() if role != "mean"}
     extras = LazyTensors(sorted(contents.roles), extra, file, contents.scalings)
-    return Adapter(LazyMapping(contents.layers, layer), extras, config, special)
+    files = (folder / CONFIG_NAME, *file.files)
+    return Adapter(LazyMapping(contents.layers, layer, files), extras, config, special)
 
 
 def _warn_of_dora(adapters: Sequence[Adapter], paths: Sequence[PathLike]) -> None:

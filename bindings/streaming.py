@@ -26,6 +26,7 @@ from ._files.buffers import Trimmer
 from ._files.linked_file import header_room
 from ._files.read_behind import reading_once
 from ._files.staging import reserved_output
+from ._peft.files import check_kept, check_separate, size_of
 from ._streaming.extras import extra_pieces, extra_shapes
 from ._streaming.identity import run_identity
 from ._streaming.journal import Journal, open_journal
@@ -76,7 +77,6 @@ def aggregate_directories(
         load_adapters(paths),
         output,
         weights,
-        sources=[*paths, *(path for path in (anchor, align_to) if path is not None)],
         residual=residual,
         resume=resume,
         progress=progress,
@@ -92,7 +92,7 @@ def aggregate_to_directory(
     output: PathLike,
     weights: Weights = None,
     *,
-    sources: Sequence[PathLike],
+    sources: Sequence[PathLike] = (),
     residual: PathLike | None = None,
     resume: bool = True,
     progress: Progress | None = None,
@@ -111,19 +111,22 @@ def aggregate_to_directory(
         adapters: as ``load_adapters`` returns them.
         output: directory of the result: a new one, or one that holds nothing but an earlier output.
         weights, names, anchor, align_to, options: as in ``flora_na.aggregate``.
-        sources: the directories that all adapters, anchor and align_to included, were read from. With the options they
-            identify the run: finished modules of an interrupted run are used if path, size and times of every file
-            are the same, and so are weights, options and versions.
+        sources: not needed, and not looked at: adapters that were loaded tell which files they read.
         residual: directory for the factored residual, or None.
-        resume: False starts anew.
+        resume: whether finished modules of an interrupted run are used. They are if place, size and times of every
+            file that a client, the anchor or align_to reads are the same, and so are the order of the clients, their
+            names and weights, options and versions; never where one of the adapters was not loaded from files.
         progress: called with (modules done, modules in all, module name).
 
     Raises:
-        ValueError: as ``flora_na.aggregate`` and ``save_adapter``.
+        ValueError: as ``flora_na.aggregate`` and ``save_adapter``; or an output is a directory that the clients are
+            read from, or lies in the other.
         OSError: a file cannot be read or written, or another run is writing this output.
     """
     named = {"anchor": anchor, "align_to": align_to, "residual": residual is not None, **options}
-    identity = run_identity(adapters, sources, weights, names, named)
+    check_kept([path for path in (output, residual) if path is not None], adapters)
+    check_separate(output, residual)
+    identity = run_identity(adapters, weights, names, named)
     with contextlib.ExitStack() as stack:
         stack.enter_context(kernels.spread_over_jobs())  # a core is busy with reading ahead
         for path in (output, residual):
@@ -133,7 +136,7 @@ def aggregate_to_directory(
         journal = stack.enter_context(open_journal(Path(output), identity, resume=resume, room=room))
         run = _Run(journal, adapters, weights, names, named)
         resumed = run.layers()
-        with reading_once(sum(size for size, *_ in identity["files"].values())):
+        with reading_once(size_of([*adapters, *(x for x in (anchor, align_to) if x is not None)])):
             run.average()  # first: what is wrong with them is found before the long work
             run.solve(progress)
         config = merge_configs(adapter.config for adapter in adapters)

@@ -33,7 +33,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.files = path, (path,)
         self._file = KeptFile(path)
         with open_regular(path) as file, filed_errors(path):
             status = os.fstat(file.fileno())

@@ -50,6 +50,8 @@ class _Since(Mapping[str, LoraLayer]):
 
     def __init__(self, layers: Mapping[str, LoraLayer], start: Mapping[str, LoraLayer], label: str) -> None:
         self._layers, self._start, self._label = layers, start, label
+        own, initial = (getattr(mapping, "files", None) for mapping in (layers, start))
+        self.files = None if own is None or initial is None else (*own, *initial)
 
     def __getitem__(self, name: str) -> LoraLayer:
         layer, first = self._layers[name], self._start[name]

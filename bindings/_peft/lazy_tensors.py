@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
@@ -18,11 +19,13 @@ class LazyMapping(Mapping[str, T]):
     Args:
         names: its keys; those of a mapping are not copied.
         make: makes the value of a key.
+        files: all files that this reads; None where they are not known.
     """
 
-    def __init__(self, names: Collection[str], make: Callable[[str], T]) -> None:
+    def __init__(self, names: Collection[str], make: Callable[[str], T], files: tuple[Path, ...] | None = None) -> None:
         self._names: Mapping[str, object] = names if isinstance(names, Mapping) else dict.fromkeys(names)
         self._make = make
+        self.files = files
 
     def __getitem__(self, name: str) -> T:
         if name not in self._names:
@@ -56,7 +59,7 @@ class LazyTensors(LazyMapping[Tensor]):
     def __init__(
         self, names: Collection[str], make: Callable[[str], Tensor], file: TensorSource, made: Collection[str] = ()
     ) -> None:
-        super().__init__(names, make)
+        super().__init__(names, make, file.files)
         self._file, self._made = file, made
 
     def shape(self, name: str) -> tuple[int, ...]:

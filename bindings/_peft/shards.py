@@ -23,6 +23,11 @@ class TensorSource(Protocol):
         ...
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that are read, the index included."""
+        ...
+
+    @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Dtype, shape and place of every tensor."""
         ...
@@ -57,6 +62,7 @@ class ShardedTensors:
             for key in sorted(listed ^ file.specs.keys()):
                 fault = f"is not in {shard}" if key in listed else f"is in {shard}, where the index has it not"
                 raise ValueError(f"{index}: {key}: {fault}")
+        self.files = (index, *(file.path for file in self._files.values()))
         self._shard = weight_map
         self.specs = {key: self._files[shard].specs[key] for key, shard in weight_map.items()}
 

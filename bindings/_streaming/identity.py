@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedgram import flora_na
 from fedgram.flora_na import Adapter
+from fedgram.flora_na.layer import AdapterLike
 from fedgram.flora_na.weights import Weights, normalise_weights
 
-FORMAT = 1
-SUFFIXES = (".json", ".safetensors")
+from .._peft.files import files_of
+
+FORMAT = 2
+Stamp = list[str | int]
 
 
 def run_identity(
-    adapters: Sequence[Adapter],
-    sources: Sequence[str | os.PathLike[str]],
-    weights: Weights,
-    names: Sequence[str] | None,
-    options: Mapping[str, Any],
+    adapters: Sequence[Adapter], weights: Weights, names: Sequence[str] | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Files with their sizes and times, configurations as read, weights, options and versions; JSON-ready.
+    """What each client, and each adapter among the options, reads; configurations, weights, versions; JSON-ready.
 
-    An option that is no JSON value (an adapter) counts by being there: its files are among the sources. To be taken
-    after the adapters were opened: they do not read files that were changed since.
+    Files count by their place, size and times, in the order of the clients and of what one adapter reads. An adapter
+    whose files are not known is like no other, that of an earlier run included. To be taken after the adapters were
+    opened: they do not read files that were changed since.
+
+    Raises:
+        OSError: a file is gone.
     """
+    stamp = functools.cache(_stamp)  # all clients share the initial adapter
     configs = json.dumps([adapter.config for adapter in adapters], sort_keys=True, default=str)
     return {
         "format": FORMAT,
         "versions": {name: _version(name) for name in ("fedgram", "torch")},
         "configs": hashlib.sha256(configs.encode()).hexdigest(),
-        "files": {str(path): _stamp(path) for source in sources for path in _files(source)},
-        "clients": None if names is None else [str(name) for name in names],
+        "clients": [_stamps(adapter, stamp) for adapter in adapters],
+        "names": None if names is None else [str(name) for name in names],
         "weights": normalise_weights(weights, len(adapters)).tolist(),
-        "options": {name: _plain(value) for name, value in sorted({**_defaults(), **options}.items())},
+        "options": {name: _plain(value, stamp) for name, value in sorted({**_defaults(), **options}.items())},
     }
 
 
@@ -57,17 +63,18 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _files(source: str | os.PathLike[str]) -> Iterator[Path]:
-    """The files under an adapter directory that may be read, in a fixed order."""
-    for folder, inner, names in os.walk(os.path.realpath(source)):
-        inner.sort()
-        yield from (Path(folder, name) for name in sorted(names) if name.endswith(SUFFIXES))
+def _stamps(adapter: AdapterLike, stamp: Callable[[Path], Stamp]) -> list[Stamp] | str:
+    files = files_of(adapter)
+    return secrets.token_hex(16) if files is None else [stamp(path) for path in files]
 
 
-def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+def _stamp(path: Path) -> Stamp:
+    real = os.path.realpath(path)
+    stat = os.stat(real)
+    return [real, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
+def _plain(value: Any, stamp: Callable[[Path], Stamp]) -> Any:
+    if isinstance(value, Adapter | Mapping):
+        return _stamps(value, stamp)
+    return value if isinstance(value, str | int | float | bool | None) else [type(value).__name__, repr(value)]

@@ -19,7 +19,7 @@ from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, sa
 from fedgram.bindings.streaming import aggregate_directories
 from fedgram.flora_na import portions
 from fedgram_testing.cli_clients import refused, run
-from fedgram_testing.streaming import MODULES, files_of, interrupt_after, write_adapter, write_clients
+from fedgram_testing.streaming import MODULES, files_of, interrupted, write_adapter, write_clients
 
 
 @pytest.fixture(autouse=True)
@@ -122,13 +122,6 @@ def test_full_tensors_are_averaged_in_pieces(tmp_path, monkeypatch):
         aggregate_directories(dirs, tmp_path / "out")
 
 
-def interrupted(dirs, output, count=2, **options):
-    with pytest.raises(KeyboardInterrupt):
-        aggregate_directories(dirs, output, progress=interrupt_after(count), **options)
-    assert (output.parent / f".{output.name}.journal").is_dir()
-    assert not output.exists()
-
-
 def test_an_interrupted_run_is_gone_on_with_and_nothing_is_done_twice(tmp_path, monkeypatch):
     saved = {"head.weight": torch.ones(3, 3)}
     dirs = write_clients(tmp_path, saved=saved)
@@ -144,31 +137,6 @@ def test_an_interrupted_run_is_gone_on_with_and_nothing_is_done_twice(tmp_path, 
     assert not [key for key in reads if "layers.0" in key or "head" in key]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c0", "c1", "c2", "expected", "out"]
-
-
-CHANGES = {
-    "weights": lambda dirs: {"weights": [1, 1, 3]},
-    "method": lambda dirs: {"method": "svd"},
-    "rank": lambda dirs: {"rank": 2},
-    "order": lambda dirs: dirs.reverse() or {},
-    "one client less": lambda dirs: dirs.pop() and {},
-    "other values": lambda dirs: write_adapter(dirs[1], seed=77, r=3, alpha=5) and {},
-    "touched": lambda dirs: os.utime(dirs[0] / "adapter_model.safetensors", (1, 1)) or {},
-    "configuration": lambda dirs: write_adapter(dirs[1], seed=1, r=3, alpha=9) and {},
-    "not wanted": lambda dirs: {"resume": False},
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_differs_starts_anew(tmp_path, change):
-    dirs = write_clients(tmp_path)
-    interrupted(dirs, tmp_path / "out")
-    options = CHANGES[change](dirs)
-    expected = in_memory(dirs, tmp_path / "expected", **{k: v for k, v in options.items() if k != "resume"})
-    found = aggregate_directories(dirs, tmp_path / "out", **options)
-    assert found.resumed == 0
-    assert found.report.to_dict() == expected.to_dict()
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
 
 def cut(path, count):

@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 import safetensors
 import torch
 from safetensors import safe_open
 
 from fedgram.bindings._files.tensor_file import spec_of, write_tensors
+from fedgram.bindings.streaming import aggregate_directories
 
 PREFIX = "base_model.model."
 MODULES = {"layers.0.q": (24, 20), "layers.0.up": (36, 20), "layers.1.q": (24, 20), "layers.1.up": (36, 20)}
@@ -45,6 +47,14 @@ def interrupt_after(count):
             raise KeyboardInterrupt
 
     return progress
+
+
+def interrupted(dirs, output, **options):
+    """A run that was stopped after two modules: its journal is there, and no output."""
+    with pytest.raises(KeyboardInterrupt):
+        aggregate_directories(dirs, output, progress=interrupt_after(2), **options)
+    assert (output.parent / f".{output.name}.journal").is_dir()
+    assert not output.exists()
 
 
 def files_of(directory):
