@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 bad input (one line on stderr), 2 usage.
 from __future__ import annotations
 
 import json
-import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +29,7 @@ from ._cli.clients import (
     InitOption,
     RankPerClientOption,
     aggregate_per_client,
+    check_outputs,
     check_per_client,
     check_residual,
     open_clients,
@@ -39,7 +39,7 @@ from ._cli.options import ClipOption, MinCosineOption, RankOption, parse_rank
 from ._cli.support import one_line_errors, progress_bar, read_weights
 from ._distributed.launch import alone_or_on_ranks, refuse_launched
 from .distributed import aggregate_sharded
-from .peft import check_output, merge_configs, save_adapter
+from .peft import merge_configs, save_adapter
 from .streaming import aggregate_to_directory
 
 app = typer.Typer(
@@ -110,8 +110,8 @@ def aggregate(
             document, table = aggregate_per_client(
                 dirs,
                 output,
-                lambda: open_clients(dirs, adapter_name, allow_dora, init),
-                lambda: read_weights(weights, dirs),
+                open_clients(dirs, adapter_name, allow_dora, init),
+                read_weights(weights, dirs),
                 shown=not (quiet or as_json),
                 method=method.value,
                 missing=missing.value,
@@ -125,11 +125,9 @@ def aggregate(
                 tables.console().print(table)
         return
     with alone_or_on_ranks(rank_timeout) as watch:
-        outputs = [path for path in (output, residual) if path is not None]
         first = watch is None or watch.rank == 0
-        if first:
-            _check_outputs(outputs, dirs)
         adapters = open_clients(dirs, adapter_name, allow_dora, init, warn=first)
+        outputs = check_outputs(output, residual, adapters) if first else []
         if residual is not None:
             check_residual(adapters)
         counts = read_weights(weights, dirs)
@@ -234,18 +232,6 @@ def _save(result: Aggregation, config: dict[str, Any] | None, output: Path, resi
         rest = Adapter(result.residual.modules, {}, config)
         save_adapter(rest, residual, config=None if config is None else config | {"task_type": None})
     save_adapter(result.adapter, output, config=config)
-
-
-def _check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
-    real = [os.path.realpath(path) for path in outputs]
-    sources = {os.path.realpath(path) for path in inputs}
-    for path, place in zip(outputs, real, strict=True):
-        if place in sources:
-            raise ValueError(f"{path}: is one of the clients' directories: choose another output")
-    if len(real) == 2 and os.path.commonpath(real) in real:
-        raise ValueError(f"{outputs[1]}: one output lies in the other: choose separate directories")
-    for path in outputs:
-        check_output(path)
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from fedgram import flora_na
 from fedgram.flora_na import Adapter
 
+from .._peft.files import check_kept, check_separate
 from ..peft import check_output, load_adapter, load_adapters, save_adapter
 from .support import progress_bar, shown_warnings
 from .tables import per_client_table
@@ -69,11 +70,26 @@ def check_per_client(others: dict[str, Any]) -> None:
             raise typer.BadParameter(f"one result per client does not go with {option}", param_hint="--rank-per-client")
 
 
-def client_outputs(output: Path, dirs: Sequence[Path]) -> list[Path]:
-    """OUTPUT/<name of the client's directory> for every client, checked to be writable.
+def check_outputs(output: Path, residual: Path | None, adapters: Sequence[Adapter]) -> list[Path]:
+    """The outputs of one aggregation, checked to be writable and to leave its input as it is.
 
     Raises:
-        ValueError: two clients of one name, or an output that holds other files.
+        ValueError: an output is read from, lies in the other, or holds other files.
+        OSError: the place cannot be written.
+    """
+    outputs = [path for path in (output, residual) if path is not None]
+    check_kept(outputs, adapters)
+    check_separate(output, residual)
+    for path in outputs:
+        check_output(path)
+    return outputs
+
+
+def client_outputs(output: Path, dirs: Sequence[Path], adapters: Sequence[Adapter]) -> list[Path]:
+    """OUTPUT/<name of the client's directory> for every client, checked as ``check_outputs`` does.
+
+    Raises:
+        ValueError: two clients of one name, or an output that is read from or holds other files.
         OSError: the place cannot be written.
     """
     names = [os.path.basename(os.path.abspath(path)) for path in dirs]
@@ -81,10 +97,8 @@ def client_outputs(output: Path, dirs: Sequence[Path]) -> list[Path]:
         if names.count(name) > 1:
             raise ValueError(f"{path}: another client's directory has the name {name!r}, and with it the same output")
     outputs = [output / name for name in names]
-    sources = {os.path.realpath(path) for path in dirs}
+    check_kept(outputs, adapters)
     for path in outputs:
-        if os.path.realpath(path) in sources:
-            raise ValueError(f"{path}: is one of the clients' directories: choose another output")
         check_output(path)
     return outputs
 
@@ -92,8 +106,8 @@ def client_outputs(output: Path, dirs: Sequence[Path]) -> list[Path]:
 def aggregate_per_client(
     dirs: Sequence[Path],
     output: Path,
-    clients: Callable[[], Sequence[Adapter]],
-    weights: Callable[[], list[float] | None],
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None,
     *,
     shown: bool,
     **options: Any,
@@ -103,18 +117,17 @@ def aggregate_per_client(
     Args:
         dirs: the clients' directories.
         output: the directory of the outputs.
-        clients, weights: open them, once the outputs are known to be writable.
+        adapters, weights: the clients' in the same order.
         shown: whether to show a progress bar.
         options: of ``flora_na.aggregate_for_clients``.
 
     Returns:
         Every client's output and report, JSON-ready and as a table.
     """
-    outputs = client_outputs(output, dirs)
-    adapters, counts = clients(), weights()
+    outputs = client_outputs(output, dirs, adapters)
     with progress_bar("aggregating", shown=shown) as progress:
         results = flora_na.aggregate_for_clients(
-            adapters, counts, progress=progress, names=[str(path) for path in dirs], **options
+            adapters, weights, progress=progress, names=[str(path) for path in dirs], **options
         )
     for result, path in zip(results, outputs, strict=True):
         save_adapter(result.adapter, path)

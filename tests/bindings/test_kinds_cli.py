@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from fedgram.bindings.peft import load_adapter, load_adapters
+from fedgram.bindings.streaming import aggregate_directories
 from fedgram.flora_na import aggregate
 from fedgram_testing.cli_clients import run
 from fedgram_testing.peft_adapters import adapted, load_with_peft, mlp, peft_deltas, quietly, write_client
@@ -119,3 +120,36 @@ def test_one_result_per_client_refuses_what_speaks_of_one(of_different_ranks, tm
     text = refused("aggregate", tmp_path / "x" / "c1", dirs[1], "-o", out, "--rank-per-client")
     assert "another client's directory has the name 'c1'" in text
     assert not out.exists()
+
+
+def test_no_folder_that_is_read_is_an_output(tmp_path):
+    """Of a named adapter it is not the client's own directory; the initial adapter is read too, and links lead on."""
+    plain = {"target_modules": ["0"], "r": 2}
+    for i in range(2):
+        write_client(tmp_path / f"c{i}", mlp(), seed=i, **plain)
+        write_client(tmp_path / f"c{i}" / "other", mlp(), seed=4 + i, **plain)
+    write_client(tmp_path / "init", mlp(), seed=9, **plain)
+    write_client(tmp_path / "x" / "c0", mlp(), seed=9, **plain)
+    (tmp_path / "linked").mkdir()
+    write_client(tmp_path / "stored", mlp(), seed=8, **plain)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "linked" / name).symlink_to(f"../stored/{name}")
+    dirs, rest, out = [tmp_path / "c0", tmp_path / "c1"], tmp_path / "rest", tmp_path / "out"
+    other, init = ("--adapter-name", "other"), ("--init", tmp_path / "init")
+    cases = [
+        (tmp_path / "c0" / "other", ("-o", tmp_path / "c0" / "other", *other)),
+        (tmp_path / "c0" / "other", ("-o", rest, "--residual", tmp_path / "c0" / "other", *other)),
+        (tmp_path / "init", ("-o", tmp_path / "init", *init)),
+        (tmp_path / "linked", ("-o", tmp_path / "linked", tmp_path / "linked")),
+        (tmp_path / "stored", ("-o", tmp_path / "stored", tmp_path / "linked")),
+        (tmp_path / "c0", ("-o", tmp_path, "--rank-per-client")),
+        (tmp_path / "x" / "c0", ("-o", tmp_path / "x", "--rank-per-client", "--init", tmp_path / "x" / "c0")),
+    ]
+    for place, options in cases:
+        assert f"{place}: is one of the clients' directories, or read" in refused("aggregate", *dirs, *options)
+    with pytest.raises(ValueError, match="c1: is one of the clients' directories"):
+        aggregate_directories(dirs, tmp_path / "c1")
+    with pytest.raises(ValueError, match="rest: one output lies in the other"):
+        aggregate_directories(dirs, rest, residual=rest)
+    done("aggregate", *dirs, "-o", out, "-q")
+    done("aggregate", *dirs, "-o", out, "-q", "--anchor", out, "--align-to", out)  # last round's global adapter
