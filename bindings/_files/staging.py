@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .output_folders import is_mount, made_parents, may_replace
 from .output_lock import beside, locked, reserved
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _HEX = frozenset("0123456789abcdef")
+Hold = Callable[[Path], contextlib.AbstractContextManager[None]]
 
 
 @contextlib.contextmanager
@@ -26,12 +29,12 @@ def staged_directory(path: str | os.PathLike[str], owned: frozenset[str]) -> Ite
     there is a moment between two renames; the next run puts the previous files back if a run died in it.
 
     Args:
-        path: the directory to make or to replace; missing parents are made.
+        path: the directory to make or to replace; missing parents are made, and go again where nothing comes into them.
         owned: names of the files that may be replaced. A directory that holds anything else is refused.
 
     Raises:
-        ValueError: ``path`` is not a directory, or holds files of other names.
-        OSError: the place cannot be written, or another run is writing it.
+        ValueError: ``path`` is not a directory, is a mount point, or holds files of other names.
+        OSError: the place cannot be written, this user may not replace what is there, or another run is writing it.
     """
     with _writing(path, owned) as target:
         _recover(target)
@@ -56,10 +59,8 @@ def reserved_output(path: str | os.PathLike[str], owned: frozenset[str]) -> Iter
     Raises:
         ValueError, OSError: as ``staged_directory``.
     """
-    with contextlib.ExitStack() as stack:
-        with _writing(path, owned) as target:
-            _make_stage(target).rmdir()
-        stack.enter_context(reserved(target))
+    with _writing(path, owned, reserved) as target:
+        _make_stage(target).rmdir()
         yield
 
 
@@ -67,14 +68,21 @@ def check_replaceable(path: str | os.PathLike[str], owned: frozenset[str]) -> Pa
     """The real path of an output directory.
 
     Raises:
-        ValueError: it exists and is not a directory, or holds files that are not ``owned``.
+        ValueError: it exists and is not a directory, is a mount point, or holds files that are not ``owned``.
+        OSError: this user may not replace it.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_dir():
+    if not target.exists():
+        return target
+    if not target.is_dir():
         raise ValueError(f"{path}: not a directory")
-    others = sorted(_others(target, owned)) if target.exists() else []
+    if is_mount(target):
+        raise ValueError(f"{path}: is a mount point, which cannot be replaced: choose a directory inside it")
+    others = sorted(_others(target, owned))
     if others:
         raise ValueError(f"{path}: holds {others[0]!r}, which would be lost: choose another directory")
+    if not may_replace(target):
+        raise PermissionError(errno.EACCES, "may not be replaced by this user: choose another directory", str(path))
     return target
 
 
@@ -104,10 +112,17 @@ def publish(stage: Path, target: Path, owned: frozenset[str]) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: str | os.PathLike[str], owned: frozenset[str]) -> Iterator[Path]:
+def _writing(path: str | os.PathLike[str], owned: frozenset[str], hold: Hold = locked) -> Iterator[Path]:
     target = check_replaceable(path, owned)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target):
+    with contextlib.ExitStack() as stack:
+        for last in (False, False, True):
+            try:
+                stack.enter_context(made_parents(target))
+                stack.enter_context(hold(target))
+                break
+            except FileNotFoundError:  # another run has just removed the parents that it had made
+                if last:
+                    raise
         yield target
 
 
