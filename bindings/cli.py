@@ -36,7 +36,7 @@ from ._cli.clients import (
     open_global,
 )
 from ._cli.options import ClipOption, MinCosineOption, RankOption, parse_rank
-from ._cli.support import one_line_errors, progress_bar, read_weights
+from ._cli.support import one_line_errors, print_always, progress_bar, read_weights
 from ._distributed.launch import alone_or_on_ranks, refuse_launched
 from .distributed import aggregate_sharded
 from .peft import merge_configs, save_adapter
@@ -71,6 +71,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 @app.callback()
 def _root(context: typer.Context) -> None:
     """Federated aggregation of LoRA adapters, in Gram space."""
+    print_always()
     if context.invoked_subcommand != "aggregate":
         refuse_launched(f"{context.invoked_subcommand}")
 

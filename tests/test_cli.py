@@ -175,6 +175,17 @@ def test_quiet_says_nothing(deltas, tmp_path):
     assert run("inspect", *sorted(root.iterdir()), "--quiet").output == ""
 
 
+def test_a_terminal_of_few_characters_gets_them_all_the_same(deltas, tmp_path):
+    root, _ = deltas
+    dirs = sorted(root.iterdir())
+    out = tmp_path / "größer"
+    for command in (("aggregate", *dirs, "-o", out), ("inspect", *dirs), ("aggregate", "--help")):
+        result = CliRunner(charset="ascii").invoke(_commands.app, [str(argument) for argument in command])
+        assert result.exit_code == 0, result.exception
+    assert "?dW?" in result.stdout
+    assert load_adapter(out).modules
+
+
 @pytest.mark.slow
 def test_the_console_script_and_the_module_are_the_same_program(deltas, tmp_path):
     root, _ = deltas

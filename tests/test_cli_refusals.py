@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedgram import flora_na
+from fedgram.flora_na import streamed
 from fedgram_testing.cli_clients import CONFIG, WEIGHTS, clients, deltas, refused, run
 from fedgram_testing.peft_adapters import bert, load_with_peft
 
@@ -116,6 +118,7 @@ def test_names_in_files_cannot_break_the_line_or_the_terminal(clients):
         ('{"c0": 1, "c1": 2, "c2": -3}', "client 'c2': expected a number of at least 0, got -3"),
         ('{"c0": 1, "c1": 2, "c2": "3"}', "client 'c2': expected a number of at least 0, got '3'"),
         ("[1, 2]", "2 weights for 3 clients"),
+        (f"[1, 2, 3{'0' * 400}]", "client 'c2': expected a number of at least 0, got 300"),
         ("[1, 2, NaN]", "client 'c2': expected a number of at least 0, got nan"),
         ("[0, 0, 0]", "all are zero"),
         ("3", "expected an object from directory name to number, or a list"),
@@ -168,3 +171,26 @@ def test_a_backend_that_cannot_run_says_why(deltas, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     line = refused("aggregate", *sorted(deltas[0].iterdir()), "-o", tmp_path / "out", "--backend", "triton")
     assert "backend='triton'" in line
+
+
+def unmade(size):
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("allocate", "reason"), [(torch.empty, "DefaultCPUAllocator: "), (unmade, "")], ids=["torch", "python"]
+)
+def test_memory_that_is_not_there_ends_in_one_line(clients, tmp_path, monkeypatch, allocate, reason):
+    monkeypatch.setattr(streamed, "aggregate_cohort", lambda *_, **__: allocate(1 << 58))
+    monkeypatch.setattr(flora_na, "inspect", lambda *_, **__: allocate(1 << 58))
+    for command in (("aggregate", *clients, "-o", tmp_path / "out"), ("inspect", *clients)):
+        line = refused(*command)
+        assert line.startswith("fedgram: out of memory")
+        assert reason in line
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_other_faults_keep_their_traceback(clients, monkeypatch):
+    monkeypatch.setattr(flora_na, "inspect", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    assert isinstance(run("inspect", *clients).exception, RuntimeError)

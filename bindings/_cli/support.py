@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +24,7 @@ from .._files.documents import unambiguous
 ProgressCallback = Callable[[int, int, str], None]
 LONGEST = 1000
 """Characters of a message before it is shortened."""
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @contextlib.contextmanager
@@ -29,12 +32,26 @@ def one_line_errors() -> Iterator[None]:
     """Turn bad input and failing files into one line on stderr and exit code 1."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
-        fail(describe(error))
-    except RuntimeError as error:
-        if not str(error).startswith("backend="):  # a forced backend that cannot run is input; the rest are faults
+    except Exception as error:
+        if not is_input_error(error):
             raise
         fail(describe(error))
+
+
+def is_input_error(error: Exception) -> bool:
+    """Whether a line says all there is to say; the rest are faults of the program."""
+    if out_of_memory(error):
+        return True
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("backend=")  # a forced backend that cannot run is input
+    return isinstance(error, ValueError | OSError | ImportError)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory was refused, by Python or by torch, which says so in words only."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 @contextlib.contextmanager
@@ -47,6 +64,12 @@ def shown_warnings(shown: bool = True) -> Iterator[None]:
         print(f"fedgram: warning: {one_line(str(warning.message))}", file=sys.stderr)
 
 
+def print_always() -> None:
+    """From now on, what stdout's encoding does not have is printed as a question mark, and ends no finished work."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # stderr does as much by itself
+
+
 def fail(message: str) -> None:
     """Print one line on stderr and exit with code 1."""
     print(f"fedgram: {one_line(message)}", file=sys.stderr)
@@ -57,6 +80,8 @@ def describe(error: Exception) -> str:
     """An error as a user reads it: for the operating system's, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if out_of_memory(error):
+        return f"out of memory: {error}" if str(error) else "out of memory"
     return str(error)
 
 
@@ -128,6 +153,10 @@ def _name(client: Path) -> str:
 
 
 def _weight(path: Path, client: Path, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    number = -1.0
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer that no float is near to
+            number = float(value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{path}: client {_name(client)!r}: expected a number of at least 0, got {value!r}")
-    return float(value)
+    return number
