@@ -28,11 +28,19 @@ from ._peft.initial import check_same_start, since
 from ._peft.layers import LastPair, read_update
 from ._peft.layout import FileLayout, LayerShape
 from ._peft.lazy_tensors import LazyMapping, LazyTensors
-from ._peft.output import check_shared, merge_configs, output_config
+from ._peft.output import BASE, check_shared, merge_configs, output_config
 from ._peft.shards import ShardedTensors, TensorSource
 from ._peft.stored_layers import StoredLayers
 
-__all__ = ["check_compatible", "check_output", "load_adapter", "load_adapters", "merge_configs", "save_adapter"]
+__all__ = [
+    "check_compatible",
+    "check_output",
+    "load_adapter",
+    "load_adapters",
+    "load_global",
+    "merge_configs",
+    "save_adapter",
+]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -151,6 +159,24 @@ def check_compatible(adapters: Sequence[Adapter], names: Sequence[str] | None = 
     """
     labels = [f"client {i}" for i in range(len(adapters))] if names is None else names
     check_shared([adapter.config for adapter in adapters], labels)
+
+
+def load_global(path: PathLike, clients: Sequence[Adapter], name: str, *, allow_dora: bool = False) -> Adapter:
+    """Open an earlier global adapter that the clients' updates are taken together with (anchor, align_to).
+
+    Args:
+        path: its directory.
+        clients: as ``load_adapters`` returns them.
+        name: what the first of them is called.
+        allow_dora: as in ``load_adapter``.
+
+    Raises:
+        ValueError, OSError: as ``load_adapter``; or it is an adapter of another base model, or its experts lie
+            otherwise.
+    """
+    adapter = load_adapter(path, allow_dora=allow_dora)
+    check_shared([clients[0].config, adapter.config], [name, str(path)], BASE)
+    return adapter
 
 
 def check_output(path: PathLike) -> None:

@@ -31,7 +31,7 @@ from ._streaming.extras import extra_pieces, extra_shapes
 from ._streaming.identity import run_identity
 from ._streaming.journal import Journal, open_journal
 from ._streaming.results import EXTRA, LAYER, RESIDUAL, JournalLayers, layer_result, report_of
-from .peft import OUTPUT_FILES, LazyMapping, PathLike, load_adapter, load_adapters, merge_configs, save_adapter
+from .peft import OUTPUT_FILES, LazyMapping, PathLike, load_adapters, load_global, merge_configs, save_adapter
 
 Progress = Callable[[int, int, str], None]
 
@@ -71,18 +71,19 @@ def aggregate_directories(
         options: all others of ``flora_na.aggregate``.
 
     Raises:
-        ValueError, OSError: as ``load_adapters`` and ``aggregate_to_directory``.
+        ValueError, OSError: as ``load_adapters``, ``load_global`` and ``aggregate_to_directory``.
     """
+    adapters = load_adapters(paths)
     return aggregate_to_directory(
-        load_adapters(paths),
+        adapters,
         output,
         weights,
         residual=residual,
         resume=resume,
         progress=progress,
         names=[str(path) for path in paths],
-        anchor=None if anchor is None else load_adapter(anchor),
-        align_to=None if align_to is None else load_adapter(align_to),
+        anchor=None if anchor is None else load_global(anchor, adapters, str(paths[0])),
+        align_to=None if align_to is None else load_global(align_to, adapters, str(paths[0])),
         **options,
     )
 

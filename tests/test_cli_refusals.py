@@ -103,6 +103,21 @@ def test_clients_of_another_base_model_are_refused(clients, tmp_path):
     assert f"{clients[1]}: base model 'another/model' differs from None of {clients[0]}" in line
 
 
+@pytest.mark.parametrize("option", ["--anchor", "--align-to", "--init"])
+@pytest.mark.parametrize(
+    ("field", "label"), [("base_model_name_or_path", "base model"), ("revision", "base model revision")]
+)
+def test_earlier_adapters_of_another_base_model_are_refused(clients, tmp_path, option, field, label):
+    earlier = shutil.copytree(clients[0], tmp_path / "earlier")
+    for folder in (*clients, earlier):
+        config = json.loads((folder / CONFIG).read_text()) | {field: "another" if folder == earlier else "this"}
+        (folder / CONFIG).write_text(json.dumps(config))
+    reason = f"{earlier}: {label} 'another' differs from 'this' of {clients[0]}"
+    if option == "--init":
+        reason = f"{clients[0]}: {label} 'this' differs from 'another' of the initial adapter (init)"
+    assert reason in refused("aggregate", *clients, "-o", tmp_path / "out", option, earlier)
+
+
 def test_names_in_files_cannot_break_the_line_or_the_terminal(clients):
     tensors = load_file(clients[0] / WEIGHTS) | {"base_model.model.a\nb\x1b[31m.lora_X": torch.ones(1)}
     save_file(tensors, clients[0] / WEIGHTS)

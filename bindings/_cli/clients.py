@@ -14,7 +14,7 @@ from fedgram import flora_na
 from fedgram.flora_na import Adapter
 
 from .._peft.files import check_kept, check_separate
-from ..peft import check_output, load_adapter, load_adapters, save_adapter
+from ..peft import check_output, load_adapters, load_global, save_adapter
 from .support import progress_bar, shown_warnings
 from .tables import per_client_table
 
@@ -43,10 +43,10 @@ def open_clients(
         return load_adapters(dirs, adapter_name=adapter_name, allow_dora=allow_dora, init=init)
 
 
-def open_global(path: Path | None, allow_dora: bool) -> Adapter | None:
-    """An earlier result, or None."""
+def open_global(path: Path | None, clients: Sequence[Adapter], first: Path, allow_dora: bool) -> Adapter | None:
+    """An earlier result for clients of which the first lies in ``first``, or None."""
     with shown_warnings(False):
-        return None if path is None else load_adapter(path, allow_dora=allow_dora)
+        return None if path is None else load_global(path, clients, str(first), allow_dora=allow_dora)
 
 
 def check_residual(adapters: Sequence[Adapter]) -> None:

@@ -10,6 +10,7 @@ import torch
 from fedgram.flora_na import Adapter, LoraLayer
 
 from .config import mutating_init
+from .output import BASE, check_shared
 
 
 def since(adapter: Adapter, start: Adapter, label: str) -> Adapter:
@@ -24,8 +25,10 @@ def since(adapter: Adapter, start: Adapter, label: str) -> Adapter:
         label: of the client, for messages.
 
     Raises:
-        ValueError: the start has no such module; where a layer is read, also if rank, shape or scaling differ.
+        ValueError: the start is an adapter of another base model or has no such module; where a layer is read, also if
+            rank, shape or scaling differ.
     """
+    check_shared([start.config, adapter.config], ["the initial adapter (init)", label], BASE)
     for name in adapter.modules:
         if name not in start.modules:
             raise ValueError(f"{label}: {name}: the initial adapter (init) has no such module")

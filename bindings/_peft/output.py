@@ -28,6 +28,8 @@ SHARED = {
     "lora_bias": "lora_bias",
     "ensure_weight_tying": "weight tying",
 }
+BASE = ("base_model_name_or_path", "revision", "layer_replication")
+"""The fields of ``SHARED`` that say which weights ``B A`` is added to."""
 DEFAULTS: dict[str, Any] = {
     "base_model_name_or_path": None,
     "task_type": None,
@@ -38,8 +40,15 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def check_shared(configs: Sequence[Mapping[str, Any] | None], names: Sequence[str]) -> None:
+def check_shared(
+    configs: Sequence[Mapping[str, Any] | None], names: Sequence[str], fields: Collection[str] = tuple(SHARED)
+) -> None:
     """Refuse clients whose updates cannot be added up; a client without configuration is passed over.
+
+    Args:
+        configs: of the clients, or of a client and an earlier adapter.
+        names: what they are called.
+        fields: those of ``SHARED`` that are compared.
 
     Raises:
         ValueError: names both clients and the field.
@@ -47,7 +56,8 @@ def check_shared(configs: Sequence[Mapping[str, Any] | None], names: Sequence[st
     stated = [(name, config) for name, config in zip(names, configs, strict=True) if config is not None]
     for name, config in stated[1:]:
         first_name, first = stated[0]
-        for field, label in SHARED.items():
+        for field in fields:
+            label = SHARED[field]
             if _compared(config, field) != _compared(first, field):
                 raise ValueError(
                     f"{name}: {label} {config.get(field)!r} differs from {first.get(field)!r} of {first_name}"
