@@ -62,10 +62,11 @@ class LastPair:
         self._kept: dict[str, Tensor] = {}
 
     def __call__(self, key: str) -> Tensor:
-        if key not in self._kept:
+        tensor = self._kept.get(key)  # another thread may let it go at any time
+        if tensor is None:
             tensor = self._file.read(key)
             self._kept = dict(list(self._kept.items())[-1:]) | {key: tensor}
-        return self._kept[key]
+        return tensor
 
     def layer(self, stored: StoredLayer) -> LoraLayer:
         """One expert."""

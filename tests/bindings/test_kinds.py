@@ -1,7 +1,12 @@
 """Every kind of adapter that PEFT writes: read, aggregated and written back, against what PEFT itself computes."""
 
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fedgram import flora_na
 from fedgram.bindings._peft.names import LayerName
@@ -105,6 +110,29 @@ def test_files_of_different_dtypes_are_mixed_in_the_one_that_holds_all(tmp_path)
     assert {layer.A.dtype for layer in result.adapter.modules.values()} == {torch.float32}
     save_adapter(result.adapter, tmp_path / "out")
     assert_same(loaded(KINDS["lora_bias"], tmp_path / "out"), mean(everyone))
+
+
+def test_experts_are_read_by_several_threads_at_once(tmp_path):
+    tensors = {"A": torch.randn(32 * 2, 6), "B": torch.randn(5, 32 * 2)}
+    save_file(
+        {f"base_model.model.{i}.experts.lora_{side}.weight": t + i for i in range(2) for side, t in tensors.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["experts.down"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    layers = load_adapter(tmp_path).modules
+    expected = {name: layers[name].A.clone() for name in layers}
+
+    def read(names):
+        return all(torch.equal(layers[name].A, expected[name]) for _ in range(100) for name in names)
+
+    interval, names = sys.getswitchinterval(), list(layers)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            assert all(threads.map(read, (names, names[::-1], names[32:] + names[:32])))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
