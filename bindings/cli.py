@@ -64,6 +64,14 @@ MissingPolicy = Annotated[Missing, typer.Option(help="What to do about a module 
 RankTimeout = Annotated[
     float, typer.Option(min=1, help="Under torchrun: seconds without a sign of life until a rank is given up.")
 ]
+ResumeOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--no-resume",
+        help="Go on where a run that was interrupted stopped, or start anew. By default it goes on, but for "
+        "--rank-per-client and torchrun, which always start anew.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
@@ -97,7 +105,7 @@ def aggregate(
     allow_dora: AllowDoraOption = False,
     init: InitOption = None,
     backend: BackendName = Backend.auto,
-    resume: Annotated[bool, typer.Option(help="Go on where a run that was interrupted stopped.")] = True,
+    resume: ResumeOption = None,
     rank_timeout: RankTimeout = 30.0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -105,7 +113,7 @@ def aggregate(
     """Aggregate the clients' adapters into one adapter that PEFT loads."""
     if rank_per_client:
         check_per_client({"--rank": rank, "--residual": residual, "--shared": shared, "--anchor": anchor,
-                          "--align-to": align_to})  # fmt: skip
+                          "--align-to": align_to, "--resume": resume})  # fmt: skip
         refuse_launched("aggregate --rank-per-client")
         with one_line_errors():
             document, table = aggregate_per_client(
@@ -125,6 +133,8 @@ def aggregate(
             elif not quiet:
                 tables.console().print(table)
         return
+    if resume:
+        refuse_launched("aggregate --resume")
     with alone_or_on_ranks(rank_timeout) as watch:
         first = watch is None or watch.rank == 0
         adapters = open_clients(dirs, adapter_name, allow_dora, init, warn=first)
@@ -147,7 +157,13 @@ def aggregate(
         with progress_bar("aggregating", shown=first and not (quiet or as_json)) as progress:
             if watch is None:
                 streamed = aggregate_to_directory(
-                    adapters, output, counts, residual=residual, resume=resume, progress=progress, **options
+                    adapters,
+                    output,
+                    counts,
+                    residual=residual,
+                    resume=resume is not False,
+                    progress=progress,
+                    **options,
                 )
                 report = streamed.report
             else:

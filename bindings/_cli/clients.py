@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fedgram import flora_na
 from fedgram.flora_na import Adapter
+from fedgram.flora_na.report import SCHEMA_VERSION
 
 from .._peft.files import check_kept, check_separate
 from ..peft import check_output, load_adapters, load_global, save_adapter
@@ -136,4 +137,4 @@ def aggregate_per_client(
         str(client): {"output": str(path), **report.to_dict()}
         for client, path, report in zip(dirs, outputs, reports, strict=True)
     }
-    return {"clients": document}, per_client_table(reports, outputs)
+    return {"schema_version": SCHEMA_VERSION, "clients": document}, per_client_table(reports, outputs)

@@ -205,12 +205,20 @@ def test_a_store_that_never_answers_is_given_up_while_joining(first):
     assert spoken(ended) == ([line] if first else [])
 
 
-def test_other_commands_do_not_run_on_ranks(clients, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("inspect", lambda clients: ["inspect", *map(str, clients)]),
+        ("aggregate --resume", lambda clients: arguments(clients, "--resume")),
+        ("aggregate --rank-per-client", lambda clients: arguments(clients, "--rank-per-client")),
+    ],
+)
+def test_what_runs_in_one_process_does_not_run_on_ranks(clients, monkeypatch, name, command):
     told = []
     for env in rank_environments(2):
-        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            monkeypatch.setenv(name, env[name])
-        result = CliRunner().invoke(app, ["inspect", *map(str, clients)])
+        for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(variable, env[variable])
+        result = CliRunner().invoke(app, command(clients))
         told.append((result.exit_code, result.stdout, result.stderr))
-    line = "fedgram: inspect: runs in one process; only aggregate shares its work over the ranks of torchrun\n"
+    line = f"fedgram: {name}: runs in one process; only aggregate shares its work over the ranks of torchrun\n"
     assert told == [(1, "", line), (0, "", "")]

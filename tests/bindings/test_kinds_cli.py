@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from fedgram import flora_na
 from fedgram.bindings.peft import load_adapter, load_adapters
 from fedgram.bindings.streaming import aggregate_directories
 from fedgram.flora_na import aggregate
@@ -96,13 +97,18 @@ def of_different_ranks(tmp_path):
 def test_every_client_gets_the_best_pair_of_its_own_rank(of_different_ranks, tmp_path):
     dirs, out = of_different_ranks, tmp_path / "out"
     result = done("aggregate", *dirs, "-o", out, "--rank-per-client", "--method", "svd", "--json")
-    shown = json.loads(result.stdout)["clients"]
+    document = json.loads(result.stdout)
+    assert list(document) == ["schema_version", "clients"]
+    assert document["schema_version"] == 1
+    shown = document["clients"]
+    assert list(shown) == [str(path) for path in dirs]
     for path, rank in zip(dirs, (1, 2, 4), strict=True):
         best = aggregate(load_adapters(dirs), method="svd", rank=rank).adapter
         found = peft_deltas(load_with_peft(mlp(), out / path.name))
         for name, layer in best.modules.items():
             torch.testing.assert_close(found[name], layer.delta(), rtol=1e-4, atol=1e-5)
         assert json.loads((out / path.name / "adapter_config.json").read_text())["r"] == rank
+        assert shown[str(path)].keys() == {"output", *flora_na.aggregate(load_adapters(dirs)).report.to_dict()}
         assert shown[str(path)]["output"] == str(out / path.name)
         assert {m["rank"] for m in shown[str(path)]["modules"].values()} == {rank}
     table = done("aggregate", *dirs, "-o", out, "--rank-per-client").stdout
@@ -111,9 +117,10 @@ def test_every_client_gets_the_best_pair_of_its_own_rank(of_different_ranks, tmp
 
 def test_one_result_per_client_refuses_what_speaks_of_one(of_different_ranks, tmp_path):
     dirs, out = of_different_ranks, tmp_path / "out"
-    for option in (["--rank", "2"], ["--residual", tmp_path / "r"], ["--anchor", dirs[0]], ["--shared"]):
+    for option in (["--rank", "2"], ["--residual", tmp_path / "r"], ["--anchor", dirs[0]], ["--shared"], ["--resume"]):
         text = refused("aggregate", *dirs, "-o", out, "--rank-per-client", *option, code=2)
         assert "one result per client does not go with" in " ".join(text.replace("│", " ").split())
+    done("aggregate", *dirs, "-o", tmp_path / "anew", "--rank-per-client", "--no-resume", "-q")
     assert "is one of the clients' directories" in refused("aggregate", *dirs, "-o", tmp_path, "--rank-per-client")
     (tmp_path / "x").mkdir()
     dirs[0].rename(tmp_path / "x" / "c1")
