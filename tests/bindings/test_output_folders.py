@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedgram.bindings._files import output_folders, output_lock
 from fedgram.bindings._files.staging import check_writable, reserved_output, staged_directory
@@ -65,7 +66,7 @@ def test_a_parent_that_another_run_takes_away_is_made_again(tmp_path, monkeypatc
 
 def test_a_refused_command_leaves_no_parents(tmp_path):
     write_adapter(tmp_path / "c")
-    write_adapter(tmp_path / "damaged", config={"r": 5})
+    write_adapter(tmp_path / "damaged", changes={"layers.1.up.lora_A.weight": torch.full((3, 20), float("nan"))})
     for option in ([], ["--rank-per-client"]):
         line = refused("aggregate", tmp_path / "c", tmp_path / "damaged", "-o", tmp_path / "new" / "out", *option)
         assert "damaged" in line
