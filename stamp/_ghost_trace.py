@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ._ghost_uses import Use, supported, use_of
 from ._ghost_weight import GhostWeight
+from ._graph import check_visible, walk
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 # Layers whose few parameters are materialised without a word.
@@ -153,18 +154,9 @@ class Trace:
         output. A weight that is still met was used by other code (a functional call, a regulariser, attention).
         """
         leaves = {get_gradient_edge(g.weight).node: g for g in self.ghosts.values() if g.is_ghost}
-        seen = {call.out.node for call in calls}
-        pending = [loss.grad_fn, *(call.source for call in calls)]
-        found = []
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node in leaves:
-                found.append(leaves[node])
-            pending.extend(child for child, _ in node.next_functions)
-        return found
+        nodes = list(walk([loss.grad_fn, *(call.source for call in calls)], {call.out.node for call in calls}))
+        check_visible(nodes, self.parameters.values())
+        return [leaves[node] for node in nodes if node in leaves]
 
 
 def _check_loss(loss: Any, task: int) -> None:

@@ -74,7 +74,8 @@ def ghost_gramian(
 
     Raises:
         ValueError: no tasks, bad weights, a loss that is not one number or depends on no trainable parameter, a model
-            without trainable parameters, or a task whose gradient is not finite (named).
+            without trainable parameters, a block under reentrant activation checkpointing, or a task whose gradient is
+            not finite (named).
         RuntimeError: a layer's input was modified in place after its use.
     """
     u = normalised_weights(weights, len(tasks))

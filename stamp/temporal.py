@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ._graph import check_visible, walk
 from ._inputs import checked_strength
 from .dual import rescaling
 from .gramian import normalised_weights
@@ -104,8 +105,8 @@ class TemporalMatcher:
             task: the current task's name; if the memory holds it already, it does not count as an earlier one.
 
         Raises:
-            ValueError: a loss that is not one number, or a gradient that is not finite (task and parameter are named);
-                ``.grad`` is not written then.
+            ValueError: a loss that is not one number, a gradient that is not finite (task and parameter are named), or
+                a block under reentrant activation checkpointing; ``.grad`` is not written then.
         """
         earlier = self._earlier(task)
         parameters = _trainable(self.model)
@@ -113,6 +114,7 @@ class TemporalMatcher:
         for k, data in enumerate(self._batches(batch, earlier)):
             with _buffers_kept(self.model, keep=k > 0):
                 loss = _one_number(self.loss_fn(self.model, data), k)
+                check_visible(walk([loss.grad_fn]), parameters.values())
                 gradients.append(list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)))
             losses.append(loss.detach())
         inputs = self._read([dict(zip(parameters, g, strict=True)) for g in gradients], earlier)

@@ -157,6 +157,35 @@ def test_bad_gradients_are_named_and_nothing_is_written():
         stamp.TemporalMatcher(model, loss_fn, Memory()).step(data(3))
 
 
+class Scaled(torch.autograd.Function):
+    """An ordinary function of one's own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_reentrant_checkpointing_is_refused_and_ordinary_functions_are_not():
+    model, (X, y) = network(), data(3)
+
+    def loss(reentrant):
+        def of(m, batch):
+            hidden = torch.utils.checkpoint.checkpoint(m[:2], batch[0].requires_grad_(), use_reentrant=reentrant)
+            return F.cross_entropy(m[2](Scaled.apply(hidden)), batch[1])
+
+        return of
+
+    with pytest.raises(ValueError, match="model: a block runs under reentrant activation checkpointing"):
+        stamp.TemporalMatcher(model, loss(True), Memory(a=data(1))).step((X, y))
+    assert all(p.grad is None for p in model.parameters())
+    stamp.TemporalMatcher(model, loss(False), Memory(a=data(1))).step((X, y))
+    assert all(float(p.grad.abs().max()) > 0 for p in model.parameters())
+
+
 # --- several steps per task
 
 
