@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ class _Call:
     source: Node | None  # what made x, to go on from when the graph is walked
     rows: int  # samples and positions
     out: GradientEdge  # the output as the layer made it: a later in-place operation does not change this edge
+    hooks: Mapping[int, Any]  # those on the gradient of the output, also what is registered after the call
 
     def inputs(self) -> Tensor:
         """What went into the layer. Raises RuntimeError where it was overwritten since, as autograd would."""
@@ -45,6 +46,7 @@ class Trace:
         ghosts: the weights of layers that have a ghost form.
         gradients: parameter name -> per task its gradient or None, for all the others.
         outside: names of ghost-form weights that are also used outside of their layers' calls.
+        hooked: names of those whose gradient a hook may change where the ghost form does not look.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, tasks: int) -> None:
@@ -53,23 +55,27 @@ class Trace:
         if not self.parameters:
             raise ValueError("model: no parameter requires a gradient")
         names = {id(p): name for name, p in self.parameters.items()}
-        self._modules = [m for m in model.modules() if supported(m) and id(m.weight) in names]
-        self.ghosts = {id(m.weight): GhostWeight(names[id(m.weight)], m.weight, tasks) for m in self._modules}
+        self._layers = {m: m.weight for m in model.modules() if supported(m) and id(m.weight) in names}
+        self.ghosts = {id(w): GhostWeight(names[id(w)], w, tasks) for w in self._layers.values()}
         self.gradients: dict[str, list[Tensor | None]] = {
             name: [] for name, p in self.parameters.items() if id(p) not in self.ghosts
         }
         self.outside: list[str] = []
+        self.hooked: list[str] = []
 
     def add(self, batch: Any, task: int) -> None:
         """Run one task forward and back, and keep its factors and gradients."""
         with self._recorded_calls() as calls:
             loss = self.loss_fn(self.model, batch)
         _check_loss(loss, task)
-        for ghost in self._used_outside(loss, calls):
+        for ghost in self._under_hooks(calls):
+            self.hooked.append(ghost.name)
+            ghost.materialise()
+        for ghost in self._used_outside(loss, self._of_ghosts(calls)):
             self.outside.append(ghost.name)
             ghost.materialise()
         self._choose(calls)
-        calls = [call for call in calls if self._ghost_of(call).is_ghost]
+        calls = self._of_ghosts(calls)
         plain = {name: p for name, p in self.parameters.items() if not self._is_ghost(p)}
         wanted = [call.out for call in calls] + list(plain.values())
         grads = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
@@ -102,7 +108,10 @@ class Trace:
         ]
 
     def _ghost_of(self, call: _Call) -> GhostWeight:
-        return self.ghosts[id(call.module.weight)]
+        return self.ghosts[id(self._layers[call.module])]
+
+    def _of_ghosts(self, calls: list[_Call]) -> list[_Call]:
+        return [call for call in calls if self._ghost_of(call).is_ghost]
 
     def _is_ghost(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self.ghosts and self.ghosts[id(parameter)].is_ghost
@@ -110,7 +119,7 @@ class Trace:
     def _choose(self, calls: list[_Call]) -> None:
         """Have each weight settle, before the backward pass, whether it stays a ghost with this task's rows."""
         for ghost in self.ghosts.values():
-            mine = [call for call in calls if call.module.weight is ghost.weight]
+            mine = [call for call in calls if self._ghost_of(call) is ghost]
             tokens = sum(call.rows for call in mine if isinstance(call.module, nn.Embedding))
             ghost.expect(sum(call.rows for call in mine) - tokens, tokens)
 
@@ -123,7 +132,7 @@ class Trace:
         uses: dict[int, list[Use]] = {key: [] for key, ghost in self.ghosts.items() if ghost.is_ghost}
         for call, grad in zip(calls, grads, strict=True):
             if grad is not None:
-                uses[id(call.module.weight)].append(use_of(call.module, call.inputs(), grad))
+                uses[id(self._layers[call.module])].append(use_of(call.module, call.inputs(), grad))
         for key, kept in uses.items():
             self.ghosts[key].uses.append(kept)
 
@@ -132,20 +141,39 @@ class Trace:
         """Collect the calls of ghost layers while the block runs; no hook outlives it."""
         calls: list[_Call] = []
 
+        @torch.compiler.disable  # a compiled model makes a break here, and looks at hooks only when it runs
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-            if out.requires_grad:
+            if out.requires_grad and self._holds_its_own(module):
                 x = args[0] if args else kwargs["input"]
                 rows = out.numel() // module.weight.shape[isinstance(module, nn.Embedding)]
-                calls.append(_Call(module, x.detach(), x._version, x.grad_fn, rows, get_gradient_edge(out)))
+                out.register_hook(_unchanged).remove()  # makes the record of hooks, which outlives the tensor
+                edge, hooks = get_gradient_edge(out), out._backward_hooks
+                calls.append(_Call(module, x.detach(), x._version, x.grad_fn, rows, edge, hooks))
 
         handles = []
         try:
-            for module in self._modules:  # first in line: a user's own hook may return something else as the output
+            for module in self._layers:  # first in line: a user's own hook may return something else as the output
                 handles.append(module.register_forward_hook(record, prepend=True, with_kwargs=True))
             yield calls
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _holds_its_own(self, module: nn.Module) -> bool:
+        """Whether a layer computes with the traced parameters, not with what ``functional_call`` put in their place."""
+        return module.weight is self._layers[module] and all(
+            p is None or p.is_leaf for p in module._parameters.values()
+        )
+
+    def _under_hooks(self, calls: list[_Call]) -> list[GhostWeight]:
+        """Ghost weights with a hook on their gradient, on that of an output of theirs, or on every layer's output."""
+        everywhere = bool(nn.modules.module._global_forward_hooks)  # they ran before the output was recorded
+        hooked = {id(self._layers[call.module]) for call in calls if call.hooks}
+        return [
+            ghost
+            for key, ghost in self.ghosts.items()
+            if ghost.is_ghost and (everywhere or key in hooked or ghost.weight._backward_hooks)
+        ]
 
     def _used_outside(self, loss: Tensor, calls: list[_Call]) -> list[GhostWeight]:
         """Ghost weights that the loss depends on other than through the recorded calls.
@@ -157,6 +185,10 @@ class Trace:
         nodes = list(walk([loss.grad_fn, *(call.source for call in calls)], {call.out.node for call in calls}))
         check_visible(nodes, self.parameters.values())
         return [leaves[node] for node in nodes if node in leaves]
+
+
+def _unchanged(grad: Tensor) -> None:
+    """A hook that leaves the gradient as it is."""
 
 
 def _check_loss(loss: Any, task: int) -> None:

@@ -59,8 +59,11 @@ Use: TypeAlias = DenseUse | TokenUse
 def supported(module: nn.Module) -> bool:
     """Whether the module's weight gradient is the sum of outer products that ``use_of`` gives.
 
-    Exact types only: a subclass, a parametrised or a re-parametrised layer may compute anything.
+    Exact types only: a subclass, a parametrised or a re-parametrised layer may compute anything, and so may one whose
+    ``forward`` was replaced. Backward hooks of the old kind change the gradients of the weight itself.
     """
+    if "forward" in module.__dict__ or module._is_full_backward_hook is False:
+        return False
     if not isinstance(module._parameters.get("weight"), nn.Parameter) or set(module._parameters) > {"weight", "bias"}:
         return False
     if type(module) is nn.Embedding:

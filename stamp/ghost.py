@@ -51,7 +51,8 @@ def ghost_gramian(
     Conv2d (one group) and Embedding weights are computed so wherever ``N^2 (p + q) < (N + K^2) p q``, N being the rows
     of all tasks, (q, p) the weight's shape and K the number of tasks; the other way round they are materialised, one
     gradient per task. Biases and normalisation layers are small and always materialised. Several uses of a layer and
-    tied weights stack as rows. Everything else is materialised, and a warning names it.
+    tied weights stack as rows. Everything else is materialised, and a warning names it: other layers, layers whose
+    ``forward`` was replaced, weights used otherwise than by their layers, and gradients under hooks.
 
     Each task runs forward and back once by itself, so batch normalisation couples the samples of one task only (as it
     does in training). Buffers (running statistics), modes, hooks and ``.grad`` are as before afterwards, also after an
@@ -154,6 +155,8 @@ def _warn_of_materialised(trace: Trace) -> None:
         reasons.append(f"no ghost form for {', '.join(names)}")
     if trace.outside:
         reasons.append(f"used outside of their layers' calls: {', '.join(trace.outside)}")
+    if trace.hooked:
+        reasons.append(f"under hooks that may change them: {', '.join(trace.hooked)}")
     if reasons:
         warnings.warn(f"ghost_gramian: gradients are materialised: {'; '.join(reasons)}", stacklevel=3)
 
