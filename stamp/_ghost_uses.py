@@ -31,7 +31,9 @@ class DenseUse:
 
     def gradient(self, shape: torch.Size) -> Tensor:
         """The weight's gradient over these rows, in the weight's shape."""
-        return (self.grads.T @ self.inputs()).reshape(shape)
+        x = self.inputs()
+        wider = torch.promote_types(x.dtype, self.grads.dtype)
+        return (self.grads.T.to(wider) @ x.to(wider)).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,7 +85,8 @@ class GhostWeight:
         return sum(len(use) for uses in self.uses for use in uses if isinstance(use, kind))
 
     def _gradient(self, uses: list[Use]) -> Tensor | None:
-        parts = [use.gradient(self.weight.shape) for use in uses]
+        with torch.autocast(self.weight.device.type, enabled=False):
+            parts = [use.gradient(self.weight.shape) for use in uses]
         return sum(parts[1:], start=parts[0]) if parts else None
 
 

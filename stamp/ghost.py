@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -135,12 +136,18 @@ def _gramian(trace: Trace, u: np.ndarray, backend: str) -> Gramian:
     """The sum over parameters, to which each part adds its inner products."""
     parts = [Gramian.from_dense(g.gram(backend), u) for g in trace.ghosts.values() if g.is_ghost]
     if gradients := trace.materialised():
-        zeros = {name: torch.zeros_like(trace.parameters[name]) for name in gradients}
-        columns = [[zeros[n] if g is None else g for g in grads] for n, grads in gradients.items()]
+        columns = [_column(trace.parameters[name], grads) for name, grads in gradients.items()]
         rows = [list(row) for row in zip(*columns, strict=True)]
         parts.append(Gramian(*grad_gram(rows, torch.from_numpy(u), precise=True, backend=backend)))
     n0, h, H = (sum(getattr(part, field) for part in parts) for field in ("n0", "h", "H"))
     return Gramian(n0, h, H, torch.from_numpy(u).to(h.device))
+
+
+def _column(parameter: Tensor, grads: list[Tensor | None]) -> list[Tensor]:
+    """One parameter's gradients in one dtype, None as zero: factors turn to float32, autograd keeps 16 bits."""
+    wider = functools.reduce(torch.promote_types, (g.dtype for g in grads if g is not None), parameter.dtype)
+    zero = torch.zeros_like(parameter, dtype=wider) if any(g is None for g in grads) else None
+    return [zero if g is None else g.to(wider) for g in grads]
 
 
 def _checked(gramian: Gramian, trace: Trace) -> Gramian:
