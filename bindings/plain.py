@@ -17,6 +17,7 @@ from fedgram import flora_na, stamp
 from fedgram.flora_na import Adapter, Report
 from fedgram.flora_na.weights import normalise_weights
 from fedgram.stamp import Dual, Gramian
+from fedgram.stamp.structure import finite
 
 from ._plain.adapters import Numbers, Settings, read_states
 
@@ -200,6 +201,9 @@ def match_state_dicts(
             raise
         raise ValueError(_named(str(error), names)) from None
     state = {name: step.state[name].to(tensor.dtype) for name, tensor in server_state.items()}
+    for name, tensor in state.items():  # the step is finite, in the wider dtype it was made in
+        if not finite([tensor]):
+            raise ValueError(f"server_state: {name!r} would exceed the range of its {tensor.dtype}")
     return StateDictMatch(state, step.dual, step.gramian, step.clients)
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedgram.kernels import grad_combine, grad_gram, moved
 
 from ._inputs import checked_strength
+from ._targets import Target, attach, targets_of, written
 from .dual import Dual, looked_at, rescaling, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights
-from .structure import GradientLike, Inputs, average, not_finite, read
-
-NAMED = ("mapping", "module")
-Target: TypeAlias = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor]
+from .structure import GradientLike, Inputs, average, finite, not_finite, read, unfit
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +70,9 @@ class Match:
         ``match`` has checked already, except within ``torch.compile`` and the capture of a CUDA graph, which cannot
         look: call this after a replay, at whatever interval suits, while the gradients still hold their values.
         """
-        if self.status == "nonfinite":
-            reason = not_finite(self._inputs) if self._inputs is not None else "gradients: not finite"
-            raise ValueError(reason)
+        averaged = {} if self._inputs is None else self._inputs.averaged
+        if self.status == "nonfinite" or not finite(t for column in averaged.values() for t in column):
+            raise ValueError("gradients: not finite" if self._inputs is None else not_finite(self._inputs))
         return self
 
 
@@ -134,8 +132,9 @@ def match(
         A Match. With all gradients zero, or a mean of zero, its status is "stationary" and the direction zero.
 
     Raises:
-        ValueError: no gradients, structures that differ (named), non-finite gradients (named; in a graph, traced or
-            captured, by ``Match.check()``), c or weights out of range.
+        ValueError: no gradients, structures that differ (named), non-finite gradients or statistics (named; in a
+            graph, traced or captured, by ``Match.check()``), a direction with entries beyond the range of its dtype
+            (named; in a graph they become infinite), c or weights out of range.
     """
     inputs = read(gradients)
     return match_inputs(inputs, _weights(weights, inputs), c=c, rescale=rescale, precise=precise, backend=backend)
@@ -162,10 +161,11 @@ def match_(
         gradients, weights, c, rescale, precise, backend: as in ``match``.
 
     Raises:
-        ValueError: as ``match``, or ``into`` lacks an entry or has another shape. Nothing is written then.
+        ValueError: as ``match``, or ``into`` lacks an entry, has it in another shape or as integers, or has one
+            tensor twice. Nothing is written then.
     """
     inputs = read(gradients)
-    targets = _targets(into, inputs)
+    targets = targets_of(into, inputs)
     u = _weights(weights, inputs)
     return match_inputs(inputs, u, targets, c=c, rescale=rescale, precise=precise, backend=backend)
 
@@ -187,12 +187,36 @@ def match_inputs(
         gram = _finite(gram.cpu(), inputs)
     dual = solve_dual(gram, c, rescale=rescale)
     averages = {name: average(tensors, u) for name, tensors in inputs.averaged.items()}
-    out = None if targets is None else [_written(targets[name]) for name in inputs.names]
-    direction = grad_combine(inputs.tensors, dual.coefficients, out=out, backend=backend)
+    looked = looked_at(gram.H.device)
+    if looked and not finite(averages.values()):
+        raise ValueError(not_finite(inputs))
+    out = None if targets is None else [written(targets[name]) for name in inputs.names]
+    if looked and not _fits(dual, gram, inputs.tensors[0] if out is None else out):
+        direction = _checked_direction(inputs, dual, out, backend)
+    else:
+        direction = grad_combine(inputs.tensors, dual.coefficients, out=out, backend=backend)
     if targets is not None:
+        attach(targets, dict(zip(inputs.names, direction, strict=True)))
         with torch.no_grad():
             averages = {name: targets[name].copy_(value) for name, value in averages.items()}
     return Match(inputs.assemble(direction, averages), dual, gram, inputs)
+
+
+def _fits(dual: Dual, gram: Gramian, written: Sequence[Tensor]) -> bool:
+    """Whether ``sum_k |v_k| ||g_k||``, which no entry exceeds, is in the range of every dtype: no look at the data."""
+    lengths = (gram.n0 + 2 * gram.h + gram.H.diagonal()).clamp(min=0).sqrt()
+    smallest = min(torch.finfo(dtype).max for dtype in {torch.float32, *(t.dtype for t in written)})
+    return float(dual.coefficients.abs() @ lengths) < smallest / 2
+
+
+@torch.no_grad()
+def _checked_direction(inputs: Inputs, dual: Dual, out: Sequence[Tensor] | None, backend: str) -> list[Tensor]:
+    """The direction where it may be too large for its dtype: looked at before it is written."""
+    found = [torch.empty_like(t) for t in (inputs.tensors[0] if out is None else out)]
+    grad_combine(inputs.tensors, dual.coefficients, out=found, backend=backend)
+    if not finite(found):
+        raise ValueError(unfit(inputs, dict(zip(inputs.names, found, strict=True)), "the direction"))
+    return found if out is None else grad_combine(inputs.tensors, dual.coefficients, out=out, backend=backend)
 
 
 @torch.no_grad()
@@ -217,37 +241,3 @@ def _weights(weights: WeightsLike | None, inputs: Inputs) -> Tensor:
             raise ValueError(f"weights: expected shape ({K},), got {tuple(u.shape)}")
         return u / u.sum()
     return torch.from_numpy(normalised_weights(weights, len(inputs.tensors)))
-
-
-def _targets(into: Target, inputs: Inputs) -> dict[str, Tensor]:
-    """Name -> tensor to write, checked against the gradients before anything is computed."""
-    if isinstance(into, nn.Module):
-        found = {name: p for name, p in into.named_parameters() if p.requires_grad}
-    elif isinstance(into, Mapping):
-        found = dict(into)
-    elif isinstance(into, Tensor):
-        found = {"": into}
-    else:
-        found = {f"[{p}]": t for p, t in enumerate(into)}
-    if len(found) == len(inputs.order) and inputs.kind not in NAMED:  # positions, whatever the names
-        found = dict(zip(inputs.order, found.values(), strict=True))
-    elif inputs.kind in NAMED and not isinstance(into, nn.Module | Mapping):
-        raise ValueError("into: the gradients have names; expected a module or a mapping from name to tensor")
-    elif inputs.kind not in NAMED:
-        raise ValueError(f"into: expected {len(inputs.order)} tensors, one per entry of a gradient, got {len(found)}")
-    for name, row in [*zip(inputs.names, zip(*inputs.tensors, strict=True), strict=True), *inputs.averaged.items()]:
-        if name not in found:
-            raise ValueError(f"into: lacks {name!r}")
-        if found[name].shape != row[0].shape or found[name].device != row[0].device:
-            got, expected = (f"{tuple(t.shape)} on {t.device}" for t in (found[name], row[0]))
-            raise ValueError(f"into: {name!r} is {got}; the gradients are {expected}")
-    return found
-
-
-def _written(tensor: Tensor) -> Tensor:
-    """The tensor itself, or the ``.grad`` of one that requires it."""
-    if not tensor.requires_grad:
-        return tensor
-    if tensor.grad is None:
-        tensor.grad = torch.empty_like(tensor)
-    return tensor.grad

@@ -14,7 +14,7 @@ from fedgram.kernels import grad_combine, grad_gram, moved
 from ._inputs import checked_strength
 from .dual import Dual, looked_at, rescaling, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights
-from .structure import Inputs, average, not_finite, read
+from .structure import Inputs, average, finite, not_finite, read, unfit
 
 State = Mapping[str, Tensor]
 
@@ -86,7 +86,8 @@ class SpatialMatcher:
 
         Raises:
             ValueError: no client, none with a positive count, a state that does not fit the global one, or one that is
-                not finite; the message names the client and the entry. The global state stays as it was.
+                not finite; the message names the client and the entry. Or a new state with entries beyond the range of
+                their dtype. The global state stays as it was.
         """
         clients, u = _taking_part(states, counts, "states")
         inputs = self._read(states, clients, "states")
@@ -142,7 +143,10 @@ class SpatialMatcher:
         # For agreeing clients v = lr u and nothing is left over: the old state counts 1 - lr to the last bit.
         rest = torch.full_like(v[:1], old) - (0.0 if old == 1.0 else (v - self.lr * u.to(v.device)).sum())
         moved = grad_combine(inputs.tensors, torch.cat([v, rest]), backend=self.backend)
-        self.state = inputs.assemble(moved, means)
+        state = inputs.assemble(moved, means)
+        if looked_at(gramian.H.device) and not finite(state.values()):
+            raise ValueError(unfit(inputs, state, "the new global state"))
+        self.state = state
         return SpatialStep(dict(self.state), dual, gramian, clients)
 
 

@@ -166,10 +166,17 @@ def average(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
     return (total if tensors[0].is_floating_point() else total.round()).to(tensors[0].dtype)
 
 
+def finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all entries of all tensors are finite. One read, nothing of their size is made; waits for a GPU."""
+    tops = [torch.linalg.vector_norm(t, torch.inf) for t in tensors if t.numel() and t.is_floating_point()]
+    return bool(torch.stack([top.isfinite() for top in tops]).all()) if tops else True
+
+
 def not_finite(inputs: Inputs) -> str:
     """Say which entry of which task is not finite, or that inner products overflow. Reads the data once."""
-    for label, row in zip(inputs.labels, inputs.tensors, strict=True):
-        for name, tensor in zip(inputs.names, row, strict=True):
+    for k, (label, row) in enumerate(zip(inputs.labels, inputs.tensors, strict=True)):
+        averaged = [(name, column[k]) for name, column in inputs.averaged.items()]
+        for name, tensor in [*zip(inputs.names, row, strict=True), *averaged]:
             if not bool(tensor.isfinite().all()):
                 what = "NaN" if bool(tensor.isnan().any()) else "infinite"
                 where = f", {name!r}" if name else ""
@@ -177,3 +184,13 @@ def not_finite(inputs: Inputs) -> str:
     tops = [max((float(t.abs().max()) for t in row if t.numel()), default=0.0) for row in inputs.tensors]
     label = inputs.labels[tops.index(max(tops))]
     return f"{inputs.argument}: finite, but their inner products overflow ({label} reaches {max(tops):.3g})"
+
+
+def unfit(inputs: Inputs, results: Mapping[str, Tensor], what: str) -> str:
+    """Say why results are not finite though what was matched is: averages of what is not, or sums beyond the dtype."""
+    if not finite(t for column in inputs.averaged.values() for t in column):
+        return not_finite(inputs)
+    name, tensor = next((name, t) for name, t in results.items() if not finite([t]))
+    where = f", {name!r}" if name else ""
+    limit = torch.finfo(tensor.dtype).max
+    return f"{inputs.argument}: {what}{where} exceeds {limit:.5g}, the largest number of {tensor.dtype}"

@@ -267,6 +267,14 @@ def test_a_bfloat16_server_takes_float32_clients_without_losing_their_step():
     assert all(torch.equal(result.state_dict[name], expected[name].to(t.dtype)) for name, t in small.items())
 
 
+def test_a_state_beyond_the_range_of_the_servers_dtype_is_refused():
+    server, client = {"w": torch.zeros(2).half()}, {"w": torch.full((2,), 60000.0)}
+    keeps = StateDictMatcher(server, lr=2.0)
+    with pytest.raises(ValueError, match=r"server_state: 'w' would exceed the range of its torch.float16"):
+        keeps([client, client])
+    assert torch.equal(keeps.state["w"], server["w"])
+
+
 def test_deltas_and_states_agree_and_the_module_keeps_the_state():
     server, clients = server_and_clients()
     sent = [{name: tensor - server[name] for name, tensor in client.items()} for client in clients]
