@@ -29,7 +29,8 @@ class MatchedAggregation:
         adapter: one pair per module for ``sum_u v_u s_u B_u A_u``; every layer's scaling says how to multiply.
         dual: weights, coefficients ``v`` and the certificate of the matching.
         gramian: (U, U) inner products of the clients' whole updates that it was solved on.
-        report: divergences of the pair from the matched combination, module by module.
+        report: divergences of the pair from the matched combination, module by module, and that combination's norms;
+            ``report.clients`` are the shares ``|v_u| / sum |v|``.
         residual: what the pair leaves out, or None.
     """
 
@@ -97,7 +98,7 @@ def match_adapters(
     )
     adapter = replace(_scaled(estimate.adapter, mass), extras=_extras(cohort, v), roles=extra_roles(cohort))
     rest = None if estimate.residual is None else _scaled(estimate.residual, mass)
-    return MatchedAggregation(adapter, dual, gramian, estimate.report, rest)
+    return MatchedAggregation(adapter, dual, gramian, _lengthened(estimate.report, mass), rest)
 
 
 class _Negated(Mapping[str, LoraLayer]):
@@ -136,3 +137,8 @@ def _extras(cohort: Cohort, v: Tensor) -> dict[str, Tensor]:
 def _scaled(adapter: Adapter, factor: float) -> Adapter:
     layers = {name: LoraLayer(A=x.A, B=x.B, scaling=x.scaling * factor) for name, x in adapter.modules.items()}
     return Adapter(layers, adapter.extras, adapter.config)
+
+
+def _lengthened(report: Report, factor: float) -> Report:
+    """The report of an aggregate multiplied by a number: norms grow with it, divergences are relative."""
+    return replace(report, modules={name: replace(m, norm=m.norm * factor) for name, m in report.modules.items()})

@@ -49,6 +49,20 @@ def test_the_estimate_is_the_best_pair_of_the_combination():
         assert float((W - whole).norm()) < 1e-5 * float(W.norm())
 
 
+@pytest.mark.parametrize("rescale", ["mean", False])
+def test_the_report_has_the_norms_of_the_combination(rescale):
+    adapters = cohort()
+    found = match_adapters(adapters, c=0.5, rescale=rescale, method="stack")
+    v = found.dual.coefficients.tolist()
+    combined = [
+        sum(x * W for x, W in zip(v, column, strict=True)) for column in zip(*map(dense, adapters), strict=True)
+    ]
+    for (name, report), W in zip(found.report.modules.items(), combined, strict=True):
+        assert report.norm == pytest.approx(float(W.norm()), rel=1e-5)
+        assert report.rho_optimal == pytest.approx(0.0, abs=1e-5), name
+    assert sum(found.report.clients.values()) == pytest.approx(1.0)
+
+
 def test_without_strength_it_is_plain_aggregation():
     adapters, weights = cohort(), [1.0, 2.0, 3.0, 4.0, 5.0]
     plain = flora_na.aggregate(adapters, weights, method="svd")
