@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedgram import flora_na
 from fedgram.flora_na import Adapter, AdapterLike, LoraLayer, Report
 from fedgram.stamp import Dual
+from fedgram.stamp.spatial import copied
 
 from .plain import aggregate_state_dicts, match_state_dicts
 
@@ -76,7 +77,7 @@ class LoraAggregator(nn.Module):
             names: the clients' labels in errors and in the report.
 
         Returns:
-            The global adapter, every layer with scaling 1.
+            The global adapter, every layer with scaling 1; kept as ``previous``, so not to be changed in place.
 
         Raises:
             ValueError: as ``flora_na.aggregate``; the state is then as before.
@@ -98,18 +99,23 @@ class LoraAggregator(nn.Module):
         return result.adapter
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The last round's layers and extras, as tensors and numbers."""
+        """The last round's layers and extras with their roles, as tensors, numbers and strings."""
         if self.previous is None:
             return {"layers": None}
-        layers = {name: (layer.A, layer.B, layer.scaling) for name, layer in self.previous.modules.items()}
-        return {"layers": layers, "extras": dict(self.previous.extras), "config": self.previous.config}
+        previous = self.previous
+        return {
+            "layers": {name: (layer.A, layer.B, layer.scaling) for name, layer in previous.modules.items()},
+            "extras": dict(previous.extras),
+            "config": previous.config,
+            "roles": dict(previous.roles),
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take up from a checkpoint."""
+        """Take up from a checkpoint. Older ones lack the roles of the extras: they count as averaged."""
         self.report, self.residual, self.previous = None, None, None
         if state["layers"] is not None:
             layers = {name: LoraLayer(A=A, B=B, scaling=s) for name, (A, B, s) in state["layers"].items()}
-            self.previous = Adapter(layers, state["extras"], state["config"])
+            self.previous = Adapter(layers, state["extras"], state["config"], state.get("roles", {}))
 
     def extra_repr(self) -> str:
         """The options, as ``print`` shows them."""
@@ -178,7 +184,8 @@ class StateDictAggregator(nn.Module):
             scaling: at most one of ``lora_alpha``, ``scalings`` and ``config``, see ``plain.aggregate_state_dicts``.
 
         Returns:
-            The global state dict.
+            The global state dict. Its tensors are those kept in ``previous``: copy them before they are changed in
+            place.
 
         Raises:
             ValueError: as ``plain.aggregate_state_dicts``; the state is then as before.
@@ -222,12 +229,15 @@ class StateDictMatcher(nn.Module):
     The global state is part of the ``state_dict``, so that a server's checkpoint holds it.
 
     Args:
-        state: the first global state, name -> tensor; None takes it from a checkpoint.
+        state: the first global state, name -> tensor, copied; None takes it from a checkpoint.
         c, lr, rescale, precise, backend: as in ``plain.match_state_dicts``.
 
     Attributes:
         state: the global state.
         dual: the last round's matching, with its certificate, or None.
+
+    Raises:
+        ValueError: ``state`` is not of tensors, or has no floating-point entry.
     """
 
     def __init__(
@@ -242,7 +252,7 @@ class StateDictMatcher(nn.Module):
     ) -> None:
         super().__init__()
         self.c, self.lr, self.rescale, self.precise, self.backend = c, lr, rescale, precise, backend
-        self.state: dict[str, Tensor] | None = None if state is None else dict(state)
+        self.state: dict[str, Tensor] | None = None if state is None else copied(state)
         self.dual: Dual | None = None
 
     def forward(
@@ -258,6 +268,10 @@ class StateDictMatcher(nn.Module):
             client_states: one state dict per client that answered.
             counts: their numbers of samples; equal by default.
             deltas: they are ``new state - global state``.
+
+        Returns:
+            The new global state. Its tensors are those held here: copy them before they are changed in place, as
+            ``load_state_dict`` does.
 
         Raises:
             ValueError: as ``plain.match_state_dicts``, or there is no global state yet; the state is then as before.
@@ -284,7 +298,7 @@ class StateDictMatcher(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up from a checkpoint."""
-        self.state, self.dual = state["state"], None
+        self.state, self.dual = None if state["state"] is None else copied(state["state"]), None
 
     def extra_repr(self) -> str:
         """The options, as ``print`` shows them."""

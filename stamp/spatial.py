@@ -24,7 +24,8 @@ class SpatialStep:
     """One round of the server.
 
     Attributes:
-        state: the new global state, name -> tensor, in the dtypes of the old one.
+        state: the new global state, name -> tensor, in the dtypes of the old one. The tensors are those the matcher
+            holds: copy them before they are changed in place.
         dual: the matching over the clients that took part, with its certificate.
         gramian: the Gram matrix of their deltas.
         clients: positions, in what was given, of the clients that took part: those with a positive count.
@@ -67,14 +68,13 @@ class SpatialMatcher:
             rescale, precise, backend: as in ``match``.
 
         Raises:
-            ValueError: an option out of range, or a state without a floating-point entry.
+            ValueError: an option out of range, or a state that is not of tensors or has no floating-point entry.
         """
         if not np.isfinite(lr):
             raise ValueError(f"lr: expected a finite number, got {lr}")
         rescaling(rescale, checked_strength(c))
         self.c, self.lr, self.rescale, self.precise, self.backend = c, float(lr), rescale, precise, backend
-        read([state], ["the global state"], "state")
-        self.state = {name: tensor.detach().clone() for name, tensor in state.items()}
+        self.state = copied(state)
 
     def step(self, states: Sequence[State], counts: WeightsLike | None = None) -> SpatialStep:
         """Move the global state by the clients' new states, and keep the result as ``state``.
@@ -148,6 +148,17 @@ class SpatialMatcher:
             raise ValueError(unfit(inputs, state, "the new global state"))
         self.state = state
         return SpatialStep(dict(self.state), dual, gramian, clients)
+
+
+def copied(state: State) -> dict[str, Tensor]:
+    """Copy a global state. Raises ValueError where it is none: not of tensors, or without a floating-point one."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state: expected a state dict, got a {type(state).__name__}")
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"state: {name!r} is a {type(tensor).__name__}; expected a tensor")
+    read([state], ["the global state"], "state")
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def _taking_part(sent: Sequence[State], counts: WeightsLike | None, argument: str) -> tuple[tuple[int, ...], Tensor]:

@@ -25,12 +25,15 @@ def clients(seed: int, count: int = 3) -> list[Adapter]:
     ]
 
 
-def same(a: Adapter, b: Adapter) -> bool:
-    layers = all(
+def same_layers(a: Adapter, b: Adapter) -> bool:
+    return a.modules.keys() == b.modules.keys() and all(
         torch.equal(a.modules[name].A, b.modules[name].A) and torch.equal(a.modules[name].B, b.modules[name].B)
         for name in a.modules
     )
-    return layers and a.modules.keys() == b.modules.keys() and torch.equal(a.extras["head"], b.extras["head"])
+
+
+def same(a: Adapter, b: Adapter) -> bool:
+    return same_layers(a, b) and torch.equal(a.extras["head"], b.extras["head"])
 
 
 @pytest.mark.parametrize("method", flora_na.METHODS)
@@ -85,6 +88,22 @@ def test_a_checkpoint_takes_up_where_it_was():
     assert same(resumed(clients(1), WEIGHTS), aggregator(clients(1), WEIGHTS))
     resumed.load_state_dict(LoraAggregator().state_dict())
     assert resumed.previous is None
+
+
+def test_a_checkpoint_keeps_what_the_extras_are():
+    layers = {"q": LoraLayer(A=torch.ones(2, 6), B=torch.ones(7, 2))}
+    sent = Adapter(layers, {"q.bias": torch.ones(7)}, roles={"q.bias": "update"})
+    aggregator, resumed = LoraAggregator(), LoraAggregator()
+    aggregator([sent, sent])
+    file = io.BytesIO()
+    torch.save(aggregator.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.previous.roles == aggregator.previous.roles == {"q.bias": "update"}
+    older = {"_extra_state": {k: v for k, v in aggregator.get_extra_state().items() if k != "roles"}}
+    resumed.load_state_dict(older)
+    assert same_layers(resumed.previous, aggregator.previous)
+    assert not resumed.previous.roles
 
 
 def test_a_round_that_fails_leaves_the_state():

@@ -267,6 +267,21 @@ def test_a_bfloat16_server_takes_float32_clients_without_losing_their_step():
     assert all(torch.equal(result.state_dict[name], expected[name].to(t.dtype)) for name, t in small.items())
 
 
+def test_the_module_has_a_state_of_its_own():
+    net = torch.nn.Linear(2, 1, bias=False)
+    start = {"weight": net.weight.detach().clone()}
+    server, resumed = StateDictMatcher(net.state_dict()), StateDictMatcher()
+    resumed.load_state_dict({"_extra_state": {"state": net.state_dict()}})
+    with torch.no_grad():
+        net.weight += 1.0
+    for one in (server, resumed):
+        assert torch.equal(one.state["weight"], start["weight"])
+        moved = one([{"weight": start["weight"] + 1}, {"weight": start["weight"] + 3}])
+        torch.testing.assert_close(moved["weight"], start["weight"] + 2)
+    with pytest.raises(ValueError, match="state: 'b' is a NoneType; expected a tensor"):
+        StateDictMatcher({"a": torch.ones(2), "b": None})
+
+
 def test_a_state_beyond_the_range_of_the_servers_dtype_is_refused():
     server, client = {"w": torch.zeros(2).half()}, {"w": torch.full((2,), 60000.0)}
     keeps = StateDictMatcher(server, lr=2.0)

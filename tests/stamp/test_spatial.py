@@ -184,5 +184,9 @@ def test_bad_calls():
         stamp.SpatialMatcher(start, c=1.0)
     with pytest.raises(ValueError, match="lr: expected"):
         stamp.SpatialMatcher(start, lr=float("nan"))
+    with pytest.raises(ValueError, match="state: 'b' is a NoneType; expected a tensor"):
+        stamp.SpatialMatcher({"a": torch.ones(2), "b": None})
+    with pytest.raises(ValueError, match="state: expected a state dict, got a list"):
+        stamp.SpatialMatcher([torch.ones(2)])
     with pytest.raises(ValueError, match="no tensor to match"):
         stamp.SpatialMatcher({"n": torch.tensor(1)})
