@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedgram.kernels import grad_gram
 
+from ._buffers import buffers_kept
 from ._ghost_trace import LossFn, Trace
 from .dual import Dual, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights
@@ -81,7 +82,7 @@ def ghost_gramian(
         RuntimeError: a layer's input was modified in place after its use.
     """
     u = normalised_weights(weights, len(tasks))
-    with _buffers_kept(model):
+    with buffers_kept(model):
         trace = Trace(model, loss_fn, len(tasks))
         for k, task in enumerate(tasks):
             trace.add(_batch(task), k)
@@ -166,22 +167,6 @@ def _warn_of_materialised(trace: Trace) -> None:
         reasons.append(f"under hooks that may change them: {', '.join(trace.hooked)}")
     if reasons:
         warnings.warn(f"ghost_gramian: gradients are materialised: {'; '.join(reasons)}", stacklevel=3)
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put the model's buffers back as they were: the same tensors with the same values."""
-    kept = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, value in kept:
-                # Only where it changed: a graph outside may have saved the buffer. Its version counter would not tell,
-                # batch normalisation writes past it.
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-                module._buffers[name] = buffer
 
 
 @contextmanager

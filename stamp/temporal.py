@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ._buffers import buffers_kept, put_back, remembered
 from ._graph import check_visible, walk
 from ._inputs import checked_strength
 from .dual import rescaling
@@ -112,7 +113,7 @@ class TemporalMatcher:
         parameters = _trainable(self.model)
         losses, gradients = [], []
         for k, data in enumerate(self._batches(batch, earlier)):
-            with _buffers_kept(self.model, keep=k > 0):
+            with buffers_kept(self.model) if k > 0 else nullcontext():
                 loss = _one_number(self.loss_fn(self.model, data), k)
                 check_visible(walk([loss.grad_fn]), parameters.values())
                 gradients.append(list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)))
@@ -157,22 +158,22 @@ class TemporalMatcher:
         start = _copies(parameters)
         grads = {name: p.grad for name, p in parameters.items()}
         losses, deltas = [], []
-        before = after = _copies(dict(self.model.named_buffers()))
+        before = after = remembered(self.model)
         try:
             for k, data in enumerate(self._batches(batches, earlier)):
                 stream = _first(data, steps) if k == 0 else iter([data] * steps)
                 losses.append(self._train(stream, optimizer(parameters.values()), k))
                 deltas.append({name: p.detach() - start[name] for name, p in parameters.items()})
-                after = _copies(dict(self.model.named_buffers())) if k == 0 else after
+                after = remembered(self.model) if k == 0 else after
                 _set(parameters, start)
-                _set(dict(self.model.named_buffers()), before)
+                put_back(before)
             found = match_inputs(self._read(deltas, earlier), self._weights(len(deltas)), **self._options)
         except BaseException:
             after = before
             raise
         finally:
             _set(parameters, start)
-            _set(dict(self.model.named_buffers()), after)
+            put_back(after)
             for name, p in parameters.items():
                 p.grad = grads[name]
         with torch.no_grad():
@@ -250,15 +251,3 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _set(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, t in tensors.items():
         t.copy_(values[name])
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module, keep: bool) -> Iterator[None]:
-    """Put the model's buffers back as they were, if ``keep``."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()] if keep else []
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)

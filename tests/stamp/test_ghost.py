@@ -278,6 +278,25 @@ def test_hooks_and_buffers_are_put_back_when_a_loss_raises():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+class Late(nn.Linear):
+    """A layer with a buffer that its first pass makes."""
+
+    def __init__(self):
+        super().__init__(6, 3)
+        self.register_buffer("calls", None)
+
+    def forward(self, x):
+        self.calls = torch.ones(()) if self.calls is None else self.calls + 1
+        return super().forward(x)
+
+
+def test_buffers_that_a_pass_makes_are_gone_again():
+    model = built(Late)
+    with pytest.warns(UserWarning, match="no ghost form"):
+        stamp.ghost_gramian(model, squares, normal((2, 6), (2, 6)))
+    assert model.calls is None
+
+
 def test_an_input_overwritten_after_its_use_is_refused():
     model = built(lambda: nn.Linear(20, 20, bias=False))
 

@@ -251,3 +251,46 @@ def test_errors_leave_the_model_as_it_was():
     with pytest.raises(ValueError, match="steps: expected at least 1"):
         matcher.multi_step([data(10)], steps=0, optimizer=sgd)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+class Counts(nn.Module):
+    """Buffers that are assigned anew, made at the first pass, and written in place."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("assigned", torch.zeros(()))
+        self.register_buffer("late", None)
+        self.register_buffer("added", torch.zeros(()))
+
+    def forward(self, x):
+        self.assigned = self.assigned + len(x)
+        self.late = torch.full((), float(len(x))) if self.late is None else self.late + len(x)
+        self.added += len(x)
+        if "new" not in self._buffers:
+            self.register_buffer("new", torch.zeros(()))
+        self.new += len(x)
+        return self.layer(x)
+
+
+def counted(model):
+    return {name: float(buffer) for name, buffer in model.named_buffers()}
+
+
+def test_buffers_of_every_kind_follow_the_current_task_only():
+    memory = Memory(a=data(1, n=5), b=data(2, n=7))
+    model = Counts()
+    stamp.TemporalMatcher(model, loss_fn, memory).step(data(3, n=4))
+    assert counted(model) == dict.fromkeys(("assigned", "late", "added", "new"), 4)
+    model = Counts()
+    held = model.added
+    matcher = stamp.TemporalMatcher(model, loss_fn, memory)
+    matcher.multi_step([data(3, n=4), data(4, n=2)], steps=2, optimizer=sgd)
+    assert counted(model) == dict.fromkeys(("assigned", "late", "added", "new"), 6)
+    assert model.added is held
+    model, bad = Counts(), data(1)
+    bad[0][0, 0] = float("inf")
+    with pytest.raises(ValueError, match="is not finite"):
+        stamp.TemporalMatcher(model, loss_fn, Memory(a=bad)).multi_step([data(3)], steps=1, optimizer=sgd)
+    assert counted(model) == {"assigned": 0, "added": 0}
