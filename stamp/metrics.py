@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 AccuracyMatrix = Sequence[Sequence[float]] | np.ndarray | Tensor
@@ -66,7 +67,7 @@ def continual_metrics(a: AccuracyMatrix) -> ContinualMetrics:
 
 def _checked(a: AccuracyMatrix) -> np.ndarray:
     if isinstance(a, Tensor):
-        a = a.detach().cpu().numpy()
+        a = a.detach().cpu().to(torch.float64).numpy()  # numpy has no bfloat16
     try:
         matrix = np.asarray(a, dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -33,6 +33,12 @@ def test_one_task_forgets_nothing():
     assert metrics.continual_metrics([[0.4]]) == metrics.ContinualMetrics(0.4, 0.0, 0.0)
 
 
+def test_tensors_of_every_dtype_are_read():
+    a = torch.tensor([[0.5, 0.0], [0.25, 0.75]])
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert metrics.continual_metrics(a.to(dtype)) == metrics.continual_metrics(a)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 6).flatmap(lambda T: arrays(np.float64, (T, T), elements=st.floats(0, 1))))
 def test_forgetting_is_at_least_minus_backward_transfer(a):
