@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from .gramian import Gramian
 
 FLOAT32 = 1e-3  # float32 sums over millions of products may be off by that; Gram matrices made of them are welcome
 HALF = 2e-2
+ROUGH = 1e-6  # n0 and h of float32 sums may be off by that share of the largest squared norm
 
 
 def checked_strength(c: float) -> float:
@@ -31,6 +33,14 @@ def checked_strength(c: float) -> float:
     return value
 
 
+def checked_whole(number: object, argument: str) -> int:
+    """Return the number as an int. Raises ValueError where its type is not one of whole numbers."""
+    try:
+        return operator.index(number)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{argument}: expected a whole number, got {number!r}") from None
+
+
 def checked_matrix(G: Tensor | np.ndarray) -> Tensor:
     """Return a Gram matrix (K, K) or a batch of them as float64 on its device, its shape and dtype checked."""
     try:
@@ -41,6 +51,8 @@ def checked_matrix(G: Tensor | np.ndarray) -> Tensor:
         raise ValueError(f"gramian: expected (K, K) or (batch, K, K), got {tuple(matrix.shape)}")
     if matrix.shape[-1] == 0:
         raise ValueError("gramian: K is 0; at least one gradient is needed")
+    if matrix.ndim == 3 and len(matrix) == 0:
+        raise ValueError("gramian: the batch has no matrix")
     if matrix.is_complex():
         raise ValueError(f"gramian: expected real numbers, got {matrix.dtype}")
     return matrix.detach().to(torch.float64)
@@ -84,6 +96,25 @@ def check_values(G: Array, accuracy: float = FLOAT32) -> None:
             f"gramian: indefinite: its smallest eigenvalue, for gradients scaled to length 1, is {lowest:.3g}; "
             "inner products cannot give that"
         )
+
+
+def check_centre(n0: float, h: Array, H: Array) -> None:
+    """Check that a vector ``g0`` can have ``||g0||^2 = n0`` and ``<g0, e_k> = h_k`` beside ``<e_k, e_l> = H_kl``.
+
+    Raises:
+        ValueError: it cannot, beyond what float32 sums are off by.
+    """
+    diagonal = np.append(n0, H.diagonal())
+    floor = ROUGH * float(np.abs(diagonal).max()) + 1e-300
+    if n0 < -floor:
+        raise ValueError(f"gramian: n0 is {n0:.3g}; a squared norm is not negative")
+    unit = np.sqrt(np.maximum(diagonal, 0.0) + floor)
+    bordered = np.empty((len(unit), len(unit)))
+    bordered[0, 0], bordered[0, 1:], bordered[1:, 0], bordered[1:, 1:] = n0, h, h, (H + H.T) / 2
+    bordered /= unit[:, None] * unit
+    bordered.flat[:: len(unit) + 1] += 2 * FLOAT32 * math.sqrt(len(unit))
+    if not is_positive_definite(bordered):
+        raise ValueError("gramian: n0, h and H together are indefinite; inner products cannot give that")
 
 
 def problem_of(gramian: Gramian | Array, u: Array, c: float) -> Problem:

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from ._batched import solve_batched
 from ._exact import STATUSES, Solution, solve
-from ._inputs import FLOAT32, HALF, check_finite, check_values, checked_matrix, checked_strength, problem_of
+from ._inputs import (
+    FLOAT32,
+    HALF,
+    check_centre,
+    check_finite,
+    check_values,
+    checked_matrix,
+    checked_strength,
+    problem_of,
+)
+from ._range import batch_in_range, in_range
 from .gramian import Gramian, WeightsLike, normalised_weights
 
 TOLERANCE = 1e-9  # relative gap up to which a result counts as solved
@@ -70,7 +80,8 @@ class Dual:
         - ``degenerate``: some weighting of the gradients is zero; the direction is the mean gradient projected on the
           cone ``<g_k, d> >= 0``, the limit of the matching. The objective is 0.
         - ``mean``: ``c = 0``; the direction is the mean gradient.
-        - ``stationary``: the mean gradient is zero, and so is the direction.
+        - ``stationary``: the mean gradient is zero, and so is the direction. A mean of a norm below about 1e-154, whose
+          square is not a float64 number any more, counts as zero and is the direction.
         - ``inexact``: the gap is above 1e-9; for a batch on a GPU ``refine()`` may close it.
         - ``nonfinite``: the Gram matrix has infinite or NaN entries; the coefficients are NaN.
         """
@@ -132,9 +143,10 @@ def solve_dual(
         A Dual with float64 tensors on the device of the Gram matrix.
 
     Raises:
-        ValueError: K is 0; the matrix is not square, not symmetric or indefinite beyond rounding; an entry is not
-            finite (the message names the gradient); c or the weights are out of range. Batched on a GPU the values are
-            not looked at: non-finite ones give NaN coefficients and the status "nonfinite".
+        ValueError: K is 0 or the batch empty; the matrix is not square, not symmetric or indefinite beyond rounding (of
+            a Gramian also n0 and h beside H); an entry is not finite (the message names the gradient); c or the weights
+            are out of range. Batched on a GPU the values are not looked at: non-finite ones give NaN coefficients and
+            the status "nonfinite".
     """
     c = checked_strength(c)
     factor = rescaling(rescale, c)
@@ -170,12 +182,17 @@ def looked_at(device: torch.device) -> bool:
 
 def _check_host(matrix: Gramian | Tensor, accuracy: float) -> None:
     """Look at the values of one matrix or a batch on the host."""
+    H = matrix.H if isinstance(matrix, Gramian) else matrix
     if isinstance(matrix, Gramian):
         check_finite(matrix.dense().numpy())
-        # The centred part alone: beside a large mean, n0 + 2 h_k + H_kk of float32 sums may well be below zero.
-        matrix = matrix.H
-    for one in matrix.numpy().reshape(-1, *matrix.shape[-2:]):
+    # The centred part alone: beside a large mean, n0 + 2 h_k + H_kk of float32 sums may well be below zero.
+    matrices = H.numpy().reshape(-1, *H.shape[-2:])
+    for one in matrices:
         check_values(one, accuracy)
+    if isinstance(matrix, Gramian):
+        centres = zip(matrix.n0.reshape(-1).tolist(), matrix.h.numpy().reshape(-1, matrix.K), matrices, strict=True)
+        for n0, h, one in centres:
+            check_centre(n0, h, one)
 
 
 def rescaling(rescale: bool | str, c: float) -> float:
@@ -208,10 +225,10 @@ def _entry(matrix: Gramian | Tensor, i: int) -> Gramian | Tensor:
 
 def _single(matrix: Gramian | Tensor, c: float, u: Tensor, factor: float, device: torch.device) -> Dual:
     """The exact solver, and its answer back on the device."""
-    given = matrix if isinstance(matrix, Gramian) else matrix.cpu().numpy()
+    given, root = in_range(matrix if isinstance(matrix, Gramian) else matrix.cpu().numpy())
     solution = solve(problem_of(given, u.cpu().numpy(), c))
     v = _coefficients(u, torch.from_numpy(solution.step).to(u.device), c, factor).to(device)
-    numbers = torch.tensor([solution.objective, solution.gap, solution.scale], dtype=torch.float64)
+    numbers = torch.tensor([solution.objective, solution.gap, solution.scale], dtype=torch.float64) * root * root
     code = torch.tensor(STATUSES.index(_status(solution)))
     w, numbers, code = (part.to(device) for part in (torch.from_numpy(solution.w), numbers, code))
     return Dual(w, v, solution.iterations, numbers, code, (matrix, c, u, factor))
@@ -239,6 +256,8 @@ def _stacked(duals: list[Dual], matrix: Gramian | Tensor, c: float, u: Tensor, f
 def _batch(matrix: Gramian | Tensor, c: float, u: Tensor, factor: float) -> Dual:
     parts = (matrix.n0, matrix.h, matrix.H) if isinstance(matrix, Gramian) else (matrix,)
     one = u.ndim == 1
-    batched = solve_batched(tuple(part[None] for part in parts) if one else parts, u[None] if one else u, c, TOLERANCE)
-    w, step, numbers, codes = ((part[0] if one else part) for part in batched[:4])
-    return Dual(w, _coefficients(u, step, c, factor), batched[4], numbers, codes, (matrix, c, u, factor))
+    scaled, root = batch_in_range(tuple(part[None] for part in parts) if one else parts)
+    w, step, numbers, codes, passes = solve_batched(scaled, u[None] if one else u, c, TOLERANCE)
+    numbers = numbers * root[:, None] * root[:, None]
+    w, step, numbers, codes = ((part[0] if one else part) for part in (w, step, numbers, codes))
+    return Dual(w, _coefficients(u, step, c, factor), passes, numbers, codes, (matrix, c, u, factor))

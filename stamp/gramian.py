@@ -39,6 +39,8 @@ class Gramian:
         if self.H.shape != (*self.h.shape, K) or self.n0.shape != self.h.shape[:-1]:
             shapes = f"n0 {tuple(self.n0.shape)}, h {tuple(self.h.shape)}, H {tuple(self.H.shape)}"
             raise ValueError(f"gramian: {shapes} do not belong together: expected (), (K,), (K, K)")
+        if self.weights is not None and tuple(self.weights.shape) not in ((K,), tuple(self.h.shape)):
+            raise ValueError(f"gramian: weights {tuple(self.weights.shape)} do not belong to {K} gradients")
 
     @property
     def K(self) -> int:
@@ -80,7 +82,7 @@ def normalised_weights(weights: WeightsLike | None, K: int, argument: str = "wei
     if weights is None:
         return np.full(K, 1.0 / K)
     if isinstance(weights, Tensor):
-        weights = weights.detach().cpu().numpy()
+        weights = weights.detach().cpu().to(torch.float64).numpy()  # numpy has no bfloat16
     try:
         w = np.array(weights, dtype=np.float64)
     except (TypeError, ValueError) as error:

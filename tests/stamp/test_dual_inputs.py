@@ -19,6 +19,7 @@ def test_c_out_of_range(c):
     ("matrix", "message"),
     [
         (torch.zeros(0, 0), "K is 0"),
+        (torch.zeros(0, 2, 2), "the batch has no matrix"),
         (torch.zeros(2, 3), r"expected \(K, K\) or \(batch, K, K\), got \(2, 3\)"),
         (torch.zeros(3), r"got \(3,\)"),
         (torch.zeros(2, 2, 2, 2), "expected"),
@@ -71,6 +72,59 @@ def test_gramian_parts_that_do_not_belong_together():
         Gramian(torch.tensor(1.0), torch.zeros(3), torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"expected \(K, K\)"):
         Gramian.from_dense(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"gramian: weights \(2,\) do not belong to 3 gradients"):
+        Gramian(torch.tensor(1.0), torch.zeros(3), EYE, torch.ones(2))
+    batch = Gramian(torch.ones(2), torch.zeros(2, 3), EYE.expand(2, 3, 3), torch.full((3,), 1 / 3))
+    assert solve_dual(batch, 0.5).weights.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("n0", "h", "H", "message"),
+    [
+        (-1.0, [0.0, 0.0], [1.0, 1.0], "n0 is -1; a squared norm is not negative"),
+        (1.0, [3.0, 3.0], [0.01, 0.01], "n0, h and H together are indefinite"),  # against Cauchy and Schwarz
+        (1.0, [0.9, 0.9], [1.0, 1.0], "n0, h and H together are indefinite"),  # each alone is possible
+        (0.0, [0.1, 0.1], [1.0, 1.0], "n0, h and H together are indefinite"),
+    ],
+)
+def test_a_centre_that_no_vectors_have(n0, h, H, message):
+    gramian = Gramian(torch.tensor(n0), torch.tensor(h), torch.diag(torch.tensor(H)))
+    with pytest.raises(ValueError, match=message):
+        solve_dual(gramian, 0.5)
+    with pytest.raises(ValueError, match=message):
+        solve_dual(gramian, 0.5, method="batched")
+
+
+def test_centres_of_rounded_sums_are_welcome():
+    # Float32 sums beside a large mean: h is off by 1e-7 of n0, far more than the e_k are long.
+    h = torch.tensor([2e-7, -1e-7, -1e-7])
+    assert solve_dual(Gramian(torch.tensor(1.0), h, 1e-18 * EYE), 0.5).status == "optimal"
+
+
+def test_weights_of_every_dtype():
+    for dtype in (torch.bfloat16, torch.float16, torch.int32):
+        assert solve_dual(EYE, 0.0, torch.tensor([1, 2, 1], dtype=dtype)).coefficients.tolist() == [0.25, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("method", ["exact", "batched"])
+@pytest.mark.parametrize("factor", [1e-305, 1e-200, 1e-90, 1e90, 1e200, 1e305])
+def test_huge_and_tiny_gram_matrices_are_solved_as_others_are(factor, method):
+    X = torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    G = X @ X.T
+    plain, found = (solve_dual(matrix, 0.4, method=method) for matrix in (G, factor * G))
+    torch.testing.assert_close(found.coefficients, plain.coefficients, rtol=1e-9, atol=1e-9)
+    assert found.objective == pytest.approx(factor * plain.objective, rel=1e-12)
+    assert found.status == "optimal"
+    assert found.gap <= 1e-9 * found.scale
+    centred = Gramian.from_dense(G)
+    scaled = Gramian(factor * centred.n0, factor * centred.h, factor * centred.H)
+    torch.testing.assert_close(
+        solve_dual(scaled, 0.4, method=method).coefficients, plain.coefficients, rtol=1e-9, atol=1e-9
+    )
+
+
+def test_the_largest_numbers_overflow_nothing():
+    assert solve_dual(1e308 * torch.eye(2, dtype=torch.float64), 0.5).coefficients.tolist() == [0.75, 0.75]
 
 
 def test_huge_and_tiny_weights_are_normalised():

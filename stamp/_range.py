@@ -1,0 +1,33 @@
+"""Gram matrices brought to a size whose products neither overflow nor vanish: by powers of two, which cost no digit."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._problem import Array
+from .gramian import Gramian
+
+SAFE = 1e-80, 1e80  # the solvers multiply up to three entries
+
+
+def in_range(given: Gramian | Array) -> tuple[Gramian | Array, float]:
+    """One Gram matrix divided by ``root^2``, and ``root``; what the dual says in its unit is to be multiplied by it."""
+    parts = (given.n0, given.h, given.H) if isinstance(given, Gramian) else (given,)
+    top = max(float(abs(part).max()) for part in parts)
+    if top == 0 or SAFE[0] < top < SAFE[1]:
+        return given, 1.0
+    root = math.ldexp(1.0, math.frexp(top)[1] // 2)
+    scaled = [part / root / root for part in parts]
+    return (Gramian(*scaled, given.weights) if isinstance(given, Gramian) else np.asarray(scaled[0])), root
+
+
+def batch_in_range(parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The same for a batch (B, ...) in float64 on any device, without a look at it: ``root`` has shape (B,)."""
+    top = torch.stack([part.abs().reshape(len(part), -1).amax(-1) for part in parts]).amax(0)
+    half = ((top.view(torch.int64) >> 52) - 1023) >> 1  # half of the binary exponent, from the bits of the number
+    down, root = (((sign * half + 1023) << 52).view(torch.float64) for sign in (-1, 1))
+    return tuple(part * (d := down.reshape(-1, *[1] * (part.ndim - 1))) * d for part in parts), root
