@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._inputs import checked_whole
 from .prototypes import Embedding, as_labels, as_samples, embed, select_prototypes
 
 
@@ -55,11 +56,11 @@ class PrototypeMemory:
             track_errors: keep what ``errors`` needs: a mean of p float64 numbers per class.
 
         Raises:
-            ValueError: ``capacity`` is below 1.
+            ValueError: ``capacity`` is below 1 or not whole.
         """
-        if capacity < 1:
+        self.capacity = checked_whole(capacity, "capacity")
+        if self.capacity < 1:
             raise ValueError(f"capacity: expected at least 1, got {capacity}")
-        self.capacity = capacity
         self._embedding, self._track_errors = embedding, track_errors
         self._options = {"restarts": restarts, "seed": seed, "embedding": embedding, "backend": backend}
         self._tasks: dict[Hashable, dict[int, _Held]] = {}

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fedgram.kernels import subset_select
 
+from ._inputs import checked_whole
+
 Embedding = Callable[[Tensor], Tensor]
 
 
@@ -73,9 +75,9 @@ def select_prototypes(
         The chosen rows with their error beside the random subsets' error, on the device of X.
 
     Raises:
-        ValueError: X and y differ in length or are empty, y is not integer, X or its embedding is not finite, more
-            prototypes are asked for than a class has samples (the message names the class), or a label of y is
-            missing from ``per_class``.
+        ValueError: X and y differ in length or are empty, y or a number of prototypes is not integer, X or its
+            embedding is not finite, more prototypes are asked for than a class has samples (the message names the
+            class), or a label of y is missing from ``per_class``.
     """
     samples = as_samples(X)
     labels = as_labels(y, len(samples)).to(samples.device)
@@ -136,9 +138,10 @@ def _counts(per_class: int | Mapping[int, int], classes: list[int], sizes: list[
     """The number of prototypes of every class, checked against its number of samples."""
     available = dict(zip(classes, sizes, strict=True))
     if not isinstance(per_class, Mapping):
-        if per_class < 1:
-            raise ValueError(f"per_class: expected at least 1, got {per_class}")
-        per_class = dict.fromkeys(classes, per_class)
+        if (m := checked_whole(per_class, "per_class")) < 1:
+            raise ValueError(f"per_class: expected at least 1, got {m}")
+        per_class = dict.fromkeys(classes, m)
+    per_class = {label: checked_whole(m, f"per_class: class {label}") for label, m in per_class.items()}
     if missing := [label for label in classes if label not in per_class]:
         raise ValueError(f"per_class: no number given for class {missing[0]}")
     for label, m in per_class.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._buffers import buffers_kept, put_back, remembered
 from ._graph import check_visible, walk
-from ._inputs import checked_strength
+from ._inputs import checked_strength, checked_whole
 from .dual import rescaling
 from .gramian import normalised_weights
 from .match import Match, match_inputs
@@ -148,10 +148,10 @@ class TemporalMatcher:
             task: as in ``step``.
 
         Raises:
-            ValueError: too few batches, ``steps`` below 1, or a difference that is not finite. The model is as
-                before then.
+            ValueError: too few batches, ``steps`` below 1 or not whole, or a difference that is not finite. The model
+                is as before then.
         """
-        if steps < 1:
+        if checked_whole(steps, "steps") < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         earlier = self._earlier(task)
         parameters = _trainable(self.model)

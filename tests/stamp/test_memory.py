@@ -146,6 +146,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         memory.task(1)
     with pytest.raises(ValueError, match="capacity: expected at least 1, got 0"):
         stamp.PrototypeMemory(0)
+    with pytest.raises(ValueError, match=r"capacity: expected a whole number, got 7\.5"):
+        stamp.PrototypeMemory(7.5)
 
 
 @settings(max_examples=100, deadline=None)

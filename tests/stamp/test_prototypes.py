@@ -137,6 +137,8 @@ Y4 = torch.tensor([0, 0, 0, 7])
         ({"per_class": {0: 1}}, "per_class: no number given for class 7"),
         ({"per_class": {0: -1, 7: 1}}, "per_class: class 0 has 3 samples, -1 were asked for"),
         ({"per_class": {0: 0, 7: 0}}, "per_class: no prototype is asked of any class"),
+        ({"per_class": 2.5}, "per_class: expected a whole number, got 2.5"),
+        ({"per_class": {0: 1.5, 7: 1}}, "per_class: class 0: expected a whole number, got 1.5"),
         ({"per_class": 0}, "per_class: expected at least 1, got 0"),
         ({"y": Y4[:3]}, r"y: shape \(3,\) does not belong to X with 4 samples"),
         ({"y": Y4.double()}, "y: expected integer labels, got torch.float64"),

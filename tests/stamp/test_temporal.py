@@ -250,6 +250,8 @@ def test_errors_leave_the_model_as_it_was():
         matcher.multi_step([data(10)], steps=2, optimizer=sgd)
     with pytest.raises(ValueError, match="steps: expected at least 1"):
         matcher.multi_step([data(10)], steps=0, optimizer=sgd)
+    with pytest.raises(ValueError, match="steps: expected a whole number"):
+        matcher.multi_step([data(10)], steps=1.5, optimizer=sgd)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
