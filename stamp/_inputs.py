@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._linear import is_positive_definite
 from ._problem import EPS, Array, Problem
-from .gramian import Gramian
+from .gramian import Gramian, as_tensor
 
 FLOAT32 = 1e-3  # float32 sums over millions of products may be off by that; Gram matrices made of them are welcome
 HALF = 2e-2
@@ -44,7 +44,7 @@ def checked_whole(number: object, argument: str) -> int:
 def checked_matrix(G: Tensor | np.ndarray) -> Tensor:
     """Return a Gram matrix (K, K) or a batch of them as float64 on its device, its shape and dtype checked."""
     try:
-        matrix = torch.as_tensor(G)
+        matrix = as_tensor(G)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"gramian: expected a matrix ({error})") from None
     if matrix.ndim not in (2, 3) or matrix.shape[-1] != matrix.shape[-2]:

@@ -65,7 +65,7 @@ class _Passive:
     def __init__(self, A: Array, right: Array) -> None:
         self.A, self.right = A, right
         self.index: list[int] = []
-        self.factor = torch.zeros(A.shape, dtype=torch.float64)
+        self.factor = torch.zeros(A.shape, dtype=torch.float64, device="cpu")
 
     def append(self, j: int) -> bool:
         """Let column ``j`` in, unless it lies in the span of those inside."""

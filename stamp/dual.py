@@ -228,9 +228,9 @@ def _single(matrix: Gramian | Tensor, c: float, u: Tensor, factor: float, device
     given, root = in_range(matrix if isinstance(matrix, Gramian) else matrix.cpu().numpy())
     solution = solve(problem_of(given, u.cpu().numpy(), c))
     v = _coefficients(u, torch.from_numpy(solution.step).to(u.device), c, factor).to(device)
-    numbers = torch.tensor([solution.objective, solution.gap, solution.scale], dtype=torch.float64) * root * root
-    code = torch.tensor(STATUSES.index(_status(solution)))
-    w, numbers, code = (part.to(device) for part in (torch.from_numpy(solution.w), numbers, code))
+    numbers = torch.from_numpy(np.array([solution.objective, solution.gap, solution.scale])) * root * root
+    code = torch.tensor(STATUSES.index(_status(solution)), device=device)
+    w, numbers = (part.to(device) for part in (torch.from_numpy(solution.w), numbers))
     return Dual(w, v, solution.iterations, numbers, code, (matrix, c, u, factor))
 
 

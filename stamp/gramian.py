@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class Gramian:
 
     def __post_init__(self) -> None:
         for name in ("n0", "h", "H"):
-            value = torch.as_tensor(getattr(self, name)).detach().to(torch.float64)
+            value = as_tensor(getattr(self, name)).detach().to(torch.float64)
             object.__setattr__(self, name, value)
         K = self.h.shape[-1] if self.h.ndim else 0
         if self.H.shape != (*self.h.shape, K) or self.n0.shape != self.h.shape[:-1]:
@@ -61,7 +62,7 @@ class Gramian:
     @classmethod
     def from_dense(cls, G: Tensor | np.ndarray, weights: WeightsLike | None = None) -> Gramian:
         """Centre a plain Gram matrix, shape (K, K), at the mean under ``weights`` (default uniform)."""
-        G = torch.as_tensor(G).detach().to(torch.float64)
+        G = as_tensor(G).detach().to(torch.float64)
         if G.ndim < 2 or G.shape[-1] != G.shape[-2] or not G.shape[-1]:
             raise ValueError(f"gramian: expected (K, K) with K at least 1, got {tuple(G.shape)}")
         u = torch.from_numpy(normalised_weights(weights, G.shape[-1])).to(G.device)
@@ -69,6 +70,11 @@ class Gramian:
         n0 = b @ u
         H = G - b[..., :, None] - b[..., None, :] + n0[..., None, None]
         return cls(n0, b - n0[..., None], H, u)
+
+
+def as_tensor(numbers: Any) -> Tensor:
+    """A tensor as it is, on its own device whatever the default one is; anything else as ``torch.as_tensor`` has it."""
+    return numbers if isinstance(numbers, Tensor) else torch.as_tensor(numbers)
 
 
 def normalised_weights(weights: WeightsLike | None, K: int, argument: str = "weights") -> np.ndarray:

@@ -236,7 +236,7 @@ def _finite(gram: Gramian, inputs: Inputs) -> Gramian:
 def _weights(weights: WeightsLike | None, inputs: Inputs) -> Tensor:
     if torch.compiler.is_compiling() and (weights is None or isinstance(weights, Tensor)):
         K = len(inputs.tensors)
-        u = torch.ones(K, dtype=torch.float64) if weights is None else weights.double()
+        u = torch.ones(K, dtype=torch.float64, device="cpu") if weights is None else weights.double()
         if u.shape != (K,):
             raise ValueError(f"weights: expected shape ({K},), got {tuple(u.shape)}")
         return u / u.sum()

@@ -110,9 +110,7 @@ class PrototypeMemory:
         """The prototypes of one task: X (n, ...) and int64 y (n,), classes ascending. Raises KeyError if not held."""
         classes = self._tasks[task]
         X = torch.cat([held.samples for held in classes.values()])
-        sizes = torch.tensor([len(held.samples) for held in classes.values()])
-        y = torch.tensor(list(classes)).repeat_interleave(sizes).to(X.device)
-        return X, y
+        return X, _labels(classes, X.device)
 
     def errors(self, task: Hashable) -> dict[int, float]:
         """Per class of a task, ``||mean of the kept - mean of all ever seen||`` in the embedding.
@@ -158,7 +156,7 @@ class PrototypeMemory:
         if not full:
             return classes
         X = torch.cat([held.samples for held in full.values()])
-        y = torch.tensor(list(full)).repeat_interleave(torch.tensor([len(held.samples) for held in full.values()]))
+        y = _labels(full, X.device)
         chosen = select_prototypes(X, y, {label: wanted[label] for label in full}, **self._options)
         kept = {label: replace(held, samples=X[chosen.of(label)]) for label, held in full.items()}
         return classes | kept
@@ -172,6 +170,11 @@ def fair_shares(total: int, available: Sequence[int]) -> list[int]:
     for i in takers[: total - sum(shares)]:
         shares[i] += 1
     return shares
+
+
+def _labels(classes: dict[int, _Held], device: torch.device) -> Tensor:
+    """The label of every sample kept, class by class, int64."""
+    return torch.tensor([label for label, held in classes.items() for _ in held.samples], device=device)
 
 
 def _joined(old: _Held, new: _Held) -> _Held:

@@ -86,8 +86,8 @@ def select_prototypes(
     wanted = _counts(per_class, classes.tolist(), sizes.tolist())
     keep = torch.tensor([m > 0 for m in wanted], device=classes.device)
     order = labels.argsort(stable=True)[keep.repeat_interleave(sizes)]
-    counts = torch.tensor([m for m in wanted if m], dtype=torch.int64)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes[keep].cpu().cumsum(0)])
+    counts = torch.tensor([m for m in wanted if m], dtype=torch.int64, device="cpu")
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), sizes[keep].cpu().cumsum(0)])
     chosen = subset_select(features[order], offsets, counts, restarts=restarts, seed=seed, backend=backend)
     return Prototypes(
         order[chosen.indices],  # a stable order, so that rows ascend within each class as the selection does

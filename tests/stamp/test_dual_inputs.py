@@ -127,6 +127,18 @@ def test_the_largest_numbers_overflow_nothing():
     assert solve_dual(1e308 * torch.eye(2, dtype=torch.float64), 0.5).coefficients.tolist() == [0.75, 0.75]
 
 
+@pytest.mark.parametrize("method", ["exact", "batched"])
+def test_a_matrix_on_the_cpu_is_solved_there_whatever_the_default_device(method):
+    X = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    X = torch.stack([*X, -X[0], -X[1]])  # opposed gradients: the projection on the cone is asked for too
+    for G in (X[:4] @ X[:4].T, X @ X.T):
+        expected = solve_dual(G, 0.5, [4, 3, 2, 1, 1, 1][: len(G)], method=method)
+        with torch.device("meta"):
+            found = solve_dual(G, 0.5, [4, 3, 2, 1, 1, 1][: len(G)], method=method)
+        assert torch.equal(found.coefficients, expected.coefficients)
+        assert found.status == expected.status
+
+
 def test_huge_and_tiny_weights_are_normalised():
     for factor in (1e-300, 1.0, 1e300):
         dual = solve_dual(torch.diag(torch.tensor([1.0, 2.0, 3.0])), 0.0, [factor, 2 * factor, factor])
