@@ -14,7 +14,7 @@ from types import FrameType
 
 from torch import distributed as dist
 
-from .._cli.support import describe, fail, one_line, one_line_errors
+from .._cli.support import describe, fail, is_input_error, one_line, one_line_errors
 from .watch import RankError, Watch
 
 JOINING = 10.0
@@ -72,7 +72,7 @@ def launched_ranks(patience: float) -> Iterator[Watch]:
             yield watch
             watch.ready()
     except Exception as error:
-        if not is_input_error(error):
+        if not (isinstance(error, RankError) or is_input_error(error)):
             sys.excepthook(type(error), error, error.__traceback__)
         speaker.end(_message(rank, error))
     signal.signal(signal.SIGTERM, before)
@@ -129,13 +129,6 @@ def _claimed(watch: Watch) -> Iterator[None]:
 
 def _message(rank: int, error: Exception) -> str:
     return str(error) if isinstance(error, RankError) else f"rank {rank}: {describe(error)}"
-
-
-def is_input_error(error: Exception) -> bool:
-    """Whether a line says all there is to say; the rest are faults of the program."""
-    if isinstance(error, RuntimeError) and not isinstance(error, RankError):
-        return str(error).startswith("backend=")
-    return isinstance(error, ValueError | OSError | ImportError | RankError)
 
 
 class _Speaker:
