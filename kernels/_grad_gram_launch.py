@@ -22,9 +22,10 @@ from ._grad_work import (
 )
 from ._plan import PlanCache, addresses, alignments, check_runnable, describe, place, to_device
 from ._triton_common import float32_precision, generation, interpret_flag, options
-from .grad_gram import recentred
+from .grad_gram import ROUNDING, recentred
 
 Triple = tuple[Tensor, Tensor, Tensor]
+PAIRS = 1 << 15  # of tiles in one launch: the second dimension of a grid ends at 65,535
 
 
 class GradGramPlan:
@@ -46,10 +47,11 @@ class GradGramPlan:
         self.length = self.tile * self.tile + self.tile + 1
         self.addresses = padded_table(K, len(self.layout.shapes), self.width, device)
         first, second = np.triu_indices(self.tiles)
-        self.diagonal, self.off = (
-            to_device(np.stack([first[m], second[m]], 1).astype(np.int32), device)
-            for m in (first == second, first != second)
-        )
+        self.pairs: list[tuple[bool, int, Tensor]] = []  # on the diagonal or off it: the first of a launch, and all
+        for on_diagonal in (True, False):
+            pairs = np.stack([first, second], 1)[(first == second) == on_diagonal].astype(np.int32)
+            parts = range(0, len(pairs), PAIRS)
+            self.pairs += [(on_diagonal, i, to_device(pairs[i : i + PAIRS], device)) for i in parts]
         self.blocks = [to_device(a[first != second], device) for a in (first, second)]
 
     def run(self, gradients: Gradients, pointers: np.ndarray, u: Tensor) -> Triple:
@@ -59,7 +61,7 @@ class GradGramPlan:
             pointers = addresses(flatten(gradients))
         table = self.addresses.of(with_null(pointers))
         weights = torch.nn.functional.pad(u, (0, self.width - len(u)))
-        diagonal, off = (u.new_zeros((len(pairs), self.length)) for pairs in (self.diagonal, self.off))
+        diagonal, off = (u.new_zeros((n, self.length)) for n in (self.tiles, self.tiles * (self.tiles - 1) // 2))
         for group in self.groups:
             for chunks in group.chunks.split(len(group.chunks) if self.tiles == 1 else SEGMENT):
                 self._add(group, chunks, table, weights, diagonal, off)
@@ -71,12 +73,11 @@ class GradGramPlan:
         """Add the sums over these chunks to those of the pairs on and off the diagonal."""
         how = product_precision(group.dtype, self.precise)
         centre = self._centre(group, chunks, table, weights, how) if self.tiles > 1 else weights
-        for pairs, out in ((self.diagonal, diagonal), (self.off, off)):
-            if len(pairs) == 0:
-                continue
+        for on_diagonal, first, pairs in self.pairs:
+            out = (diagonal if on_diagonal else off)[first : first + len(pairs)]
             chosen = kernels.configuration(
                 generation(table.device), group.dtype, how, self.tile,
-                wide=group.wide, inline=self.tiles == 1, diagonal=out is diagonal, spare=self.spare,
+                wide=group.wide, inline=self.tiles == 1, diagonal=on_diagonal, spare=self.spare,
             )  # fmt: skip
             programs = min(len(chunks), max(1, chosen.programs // len(pairs)))
             partials = out.new_empty((len(pairs), programs, self.length))
@@ -84,7 +85,7 @@ class GradGramPlan:
                 table, chunks, weights, centre, pairs, partials, self.width, len(chunks), **chosen.arguments,
                 INTERPRET=interpret_flag(), **options(chosen.warps, chosen.stages, chosen.registers),
             )  # fmt: skip
-            extent = self.length if out is diagonal and not self.spare else self.tile * self.tile
+            extent = self.length if on_diagonal and not self.spare else self.tile * self.tile
             kernels.slot_sum_kernel[(-(-extent // kernels.ELEMENTS), len(pairs))](
                 partials, out, programs, self.length, extent,
                 SLOTS=kernels.SLOTS, ELEMENTS=kernels.ELEMENTS, INTERPRET=interpret_flag(), **options(4, 2),
@@ -103,7 +104,9 @@ class GradGramPlan:
     def _recentred(self, sums: Tensor, weights: Tensor) -> Triple:
         K = self.layout.tasks
         n0, h, H = sums.new_empty(()), sums.new_empty(K), sums.new_empty((K, K))
-        kernels.recentre_kernel[(1,)](sums, weights, n0, h, H, K, TILE=self.tile, SPARE=self.spare, **options(8, 2))
+        kernels.recentre_kernel[(1,)](
+            sums, weights, n0, h, H, K, TILE=self.tile, SPARE=self.spare, ROUNDING=ROUNDING, **options(8, 2)
+        )
         return n0, h, H
 
     def _assembled(self, diagonal: Tensor, off: Tensor) -> Triple:

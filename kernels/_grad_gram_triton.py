@@ -13,6 +13,7 @@ from ._grad_work import CHUNK, LARGEST_TILE
 from ._plan import WIDEST
 from ._triton_common import TYPES, AotConfig, hidden, product, trips
 from ._triton_split import split_bf16, split_tf32
+from .grad_gram import ROUNDING
 
 SLOTS, ELEMENTS = 64, 32  # tile of the sums over programs
 CENTRE_BLOCK = 128  # columns of one program of the centre
@@ -35,13 +36,13 @@ def gram_product(e_i, e_j, acc, SAME: tl.constexpr, PRECISION: tl.constexpr, INT
             acc = product(high_i, tl.trans(low_j), acc, "tf32", INTERPRET)
             acc = product(low_i, tl.trans(high_j), acc, "tf32", INTERPRET)
     elif PRECISION == "bf16":
-        high_i, low_i = split_bf16(e_i)
+        high_i, low_i = split_bf16(e_i, INTERPRET)
         if SAME:
             acc = product(high_i, tl.trans(high_i), acc, "native", INTERPRET)
             acc = product(low_i, tl.trans(low_i), acc, "native", INTERPRET)
             acc = product((2 * high_i.to(tl.float32)).to(tl.bfloat16), tl.trans(low_i), acc, "native", INTERPRET)
         else:
-            high_j, low_j = split_bf16(e_j)
+            high_j, low_j = split_bf16(e_j, INTERPRET)
             acc = product(high_i, tl.trans(high_j), acc, "native", INTERPRET)
             acc = product(low_i, tl.trans(low_j), acc, "native", INTERPRET)
             acc = product(high_i, tl.trans(low_j), acc, "native", INTERPRET)
@@ -232,7 +233,7 @@ def recentre_kernel(
     p_weights,  # float64 (TILE,)
     p_norm, p_h, p_H,  # float64 (), (tasks,), (tasks, tasks)
     tasks,
-    TILE: tl.constexpr, SPARE: tl.constexpr,
+    TILE: tl.constexpr, SPARE: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
     """``recentred`` of grad_gram.py, term by term, for a single tile; with SPARE row ``tasks`` is minus the centre."""
     r = tl.arange(0, TILE)
@@ -252,6 +253,11 @@ def recentre_kernel(
     tl.store(p_norm, n + 2 * cm + mm)
     tl.store(p_h + r, h - cm + Hu - mm, mask=m)
     centred = H - (Hu[:, None] + Hu[None, :]) + mm
+    same = r[:, None] == r[None, :]
+    own = tl.sum(tl.where(same, centred, 0.0), 1)
+    terms = tl.sum(tl.where(same, H, 0.0), 1) + 2 * tl.abs(Hu) + mm
+    apart = (own > ROUNDING * terms).to(tl.float64)
+    centred = centred * apart[:, None] * apart[None, :]
     tl.store(p_H + r[:, None] * tasks + r[None, :], centred, mask=m[:, None] & m[None, :])
 
 
@@ -290,6 +296,9 @@ def configuration(
         block, warps, programs = 64 if bf16 and generation == "sm90" else 32, 4, 528
     if older:  # allocates more coarsely, or does not know the limit
         registers = None
+    if generation == "sm80" and bf16 and wide:  # unless told, Triton 3.9 takes fewer registers and spills
+        registers = 255 if tile == 32 and spare else None
+        block = 16 if tile == 64 and diagonal and not inline else block
     if doubles:
         chain, block = 0, 32 if wide and spare and tile == 32 and dtype.itemsize > 2 else 16
         warps = 2 if wide and tile == 32 and not spare else warps
@@ -378,6 +387,7 @@ def aot_configs(generation: str) -> list[AotConfig]:
         "tasks": "i32",
     }
     for spare in (False, True):
-        name, constants = f"recentre{' from a row to spare' if spare else ''}", {"TILE": 64, "SPARE": spare}
+        name = f"recentre{' from a row to spare' if spare else ''}"
+        constants = {"TILE": 64, "SPARE": spare, "ROUNDING": ROUNDING}
         configs.append(AotConfig(name, recentre_kernel, triple, constants, 8, 2, **plain))
     return configs

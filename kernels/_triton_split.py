@@ -21,7 +21,14 @@ def split_tf32(e):
 
 
 @triton.jit
-def split_bf16(e):
-    """``e = high + low`` in bf16, to 2^-18 of e; exact for differences of bf16 numbers of similar size."""
+def split_bf16(e, INTERPRET: tl.constexpr):
+    """``e = high + low`` in bf16, to 2^-17 of e; exact for differences of bf16 numbers of similar size.
+
+    Rounding the bits of the NaN that GPUs return carries them over to those of -0: ``low`` is NaN then, as it is
+    rounded by the conversion, which costs less.
+    """
     high = rounded(e, 16)
-    return high.to(tl.bfloat16), rounded(e - high, 16).to(tl.bfloat16)
+    low = e - high
+    if INTERPRET:  # Triton's interpreter cuts the lower bits off: round before it does
+        low = tl.where(low == low, rounded(low, 16), low)
+    return high.to(tl.bfloat16), low.to(tl.bfloat16)
