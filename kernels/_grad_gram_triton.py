@@ -296,7 +296,7 @@ def configuration(
         block, warps, programs = 64 if bf16 and generation == "sm90" else 32, 4, 528
     if older:  # allocates more coarsely, or does not know the limit
         registers = None
-    if generation == "sm80" and bf16 and wide:  # unless told, Triton 3.9 takes fewer registers and spills
+    if generation == "sm80" and bf16 and wide:  # a compiler left to itself takes too few registers here; they spill
         registers = 255 if tile == 32 and spare else None
         block = 16 if tile == 64 and diagonal and not inline else block
     if doubles:

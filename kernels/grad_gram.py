@@ -20,6 +20,7 @@ from ._grad_plan import (
     exact_product_type,
     flat_range,
     flatten,
+    memory_order,
     transposed,
     unflatten,
 )
@@ -122,9 +123,10 @@ def recentred(n: Tensor, h: Tensor, H: Tensor, u: Tensor) -> GradGram:
 
 def _gram_native(gradients: Gradients, layout: Layout, u: Tensor, precise: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The compiled loops on what lies flat in memory, the torch twin on the rest: the triple is a sum over columns."""
-    columns = transposed(gradients)
-    flat = [ts for ts in columns if ts[0].numel() and ts[0].ndim == 1 and ts[0].is_contiguous()]
-    rest = [ts for ts in columns if ts[0].numel() and not (ts[0].ndim == 1 and ts[0].is_contiguous())]
+    columns = [list(ts) for ts in zip(*gradients, strict=True) if ts[0].numel()]
+    views = [memory_order(ts) for ts in columns]
+    flat = [found for found in views if found is not None]
+    rest = [ts for ts, found in zip(columns, views, strict=True) if found is None]
     wide = precise or torch.float64 in layout.dtypes
     parts = [_native_gradients.grad_gram(flat, u, wide)] if flat else []
     if rest or not parts:

@@ -150,6 +150,11 @@ def test_any_strides(backend, garbage):
         "expanded": [b[:, :1].expand(21, 9) for b in base],
         "misaligned": [b.view(-1)[1:701] for b in base],
         "of unlike strides": [base[0], base[1].T.contiguous().T, base[2][:, torch.arange(36)]],
+        "contiguous for the first task only": [
+            base[0].view(-1)[:30],
+            base[1].view(-1)[::25][:30],
+            base[2][0, 0].expand(30),
+        ],
         "channels last": [b.view(2, 3, 6, 21).contiguous(memory_format=torch.channels_last) for b in base],
     }
     for name, tensors in views.items():
@@ -157,6 +162,22 @@ def test_any_strides(backend, garbage):
         assert max(errors(grad_gram(G, backend=backend), G)) < PROMISE, name
     G = [list(ts) for ts in zip(*views.values(), strict=True)]
     assert max(errors(grad_gram(G, backend=backend), G)) < PROMISE
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("precise", [False, True])
+def test_a_task_at_the_mean_is_at_no_negative_distance(backend, precise):
+    """What is left of it is rounding, of either sign."""
+    random = torch.Generator().manual_seed(0)
+    for K in (3, 16, 17, 33):
+        g, apart = torch.randn(700, generator=random), 10 * torch.randn((K - 1) // 2, 700, generator=random)
+        G = [[row] for row in (g, *(g + apart), *(g - apart))]
+        concentrated = torch.full((len(G),), 1e-9)
+        concentrated[0] = 1.0
+        for u in (None, concentrated):
+            got = grad_gram(G, u, precise=precise, backend=backend)
+            assert bool((got.H.diagonal() >= 0).all())
+            assert errors(got, G, u)[0] < PROMISE
 
 
 def test_blocks_of_columns_join_small_tensors_and_cut_large_ones(monkeypatch):

@@ -71,3 +71,14 @@ def test_several_segments_add_up(monkeypatch):
     G = gradients(65, [(60,), (30,), (7,)])
     assert check_gradients(G).tasks > 64
     assert max(errors(grad_gram(G, backend="triton"), G)) < 2e-6
+
+
+def test_pairs_of_tiles_may_take_several_launches(monkeypatch):
+    """As those of more than 16,000 tasks do, for the sake of the grid's limits."""
+    G = gradients(130, [(60,), (7,)])
+    whole = grad_gram(G, backend="triton")
+    monkeypatch.setattr(launch, "PAIRS", 2)
+    monkeypatch.setattr(launch, "PLANS", launch.PlanCache())
+    parts = grad_gram(G, backend="triton")
+    assert [len(pairs) for _, _, pairs in next(iter(launch.PLANS.plans.values())).pairs] == [2, 1, 2, 1]
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
