@@ -151,10 +151,10 @@ def _wide_type(t: Tensor) -> torch.dtype:
 
 
 def check_coefficients(coefficients: Tensor, tasks: int, device: torch.device) -> Tensor:
-    """The coefficients in float64 on ``device``."""
+    """The coefficients in float64 on ``device``, contiguous: kernels read them where they lie."""
     if coefficients.shape != (tasks,):
         raise ValueError(f"coefficients: expected shape ({tasks},), got {tuple(coefficients.shape)}")
-    return moved(coefficients.detach().to(torch.float64), device)
+    return moved(coefficients.detach().to(torch.float64).resolve_neg().contiguous(), device)
 
 
 def check_out(out: Sequence[Tensor], shapes: Sequence[torch.Size], device: torch.device) -> None:

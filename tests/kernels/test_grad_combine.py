@@ -85,6 +85,19 @@ def test_any_strides_in_and_out(backend, garbage):
         assert torch.allclose(a.double(), e, rtol=1e-6, atol=1e-6), name
 
 
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_coefficients_may_lie_anyhow(backend):
+    G = gradients(5, SHAPES)
+    views = {
+        "every third": coefficients(15)[::3],
+        "expanded": torch.tensor(0.5, dtype=torch.float64).expand(5),
+        "negated": torch.complex(torch.zeros(5, dtype=torch.float64), coefficients(5)).conj().imag,
+    }
+    for name, v in views.items():
+        for a, e in zip(grad_combine(G, v, backend=backend), reference(G, v.clone()), strict=True):
+            assert torch.allclose(a.double(), e, rtol=1e-6, atol=1e-6), name
+
+
 def test_long_tensors_are_summed_block_by_block():
     G, v = gradients(2, [((1 << 18) + 5,)]), coefficients(2)
     G[1][0] = torch.stack([G[1][0]] * 2, 1)[:, 0]  # strided
