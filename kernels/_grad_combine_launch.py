@@ -10,9 +10,8 @@ from torch import Tensor
 
 from . import _grad_combine_triton as kernels
 from ._grad_plan import Gradients, check_gradients, flatten, memory_order
-from ._grad_work import column_chunks
+from ._grad_work import aligned_parameters, column_chunks, gathered
 from ._plan import (
-    WIDEST,
     AddressTable,
     PlanCache,
     addresses,
@@ -35,8 +34,7 @@ class CombinePlan:
         K, P = len(gradients), len(out)
         columns = [[*tensors] for tensors in zip(*gradients, out, strict=True)]
         self.copied = [p for p, tensors in enumerate(columns) if memory_order(tensors) is None]
-        aligned = (pointers.reshape(K + 1, P) % WIDEST == 0).all(0)
-        aligned[self.copied] = True
+        aligned = aligned_parameters([*gradients, out], pointers, self.copied)
         kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = {}
         for p, tensors in enumerate(columns):
             kinds.setdefault((tensors[0].dtype, out[p].dtype, bool(aligned[p])), []).append(p)
@@ -51,7 +49,7 @@ class CombinePlan:
         """Write the combination to ``out``; ``pointers`` are those of the gradients, then of the outputs."""
         copies = {p: torch.empty_like(out[p], memory_format=torch.contiguous_format) for p in self.copied}
         if copies:
-            gradients = [[t.contiguous() if p in copies else t for p, t in enumerate(g)] for g in gradients]
+            gradients = gathered(gradients, self.copied)
             pointers = addresses([*flatten(gradients), *(copies.get(p, t) for p, t in enumerate(out))])
         K, P = len(gradients), len(out)
         sources, targets = self.sources.of(pointers[: K * P]), self.targets.of(pointers[K * P :])
@@ -60,8 +58,9 @@ class CombinePlan:
                 sources, targets, chunks, v, 0, K, **kernels.configuration(*kind), MANY=False,
                 INTERPRET=interpret_flag(), **options(4, 2),
             )  # fmt: skip
-        for p, copy in copies.items():
-            out[p].copy_(copy)
+        with torch.no_grad():  # an output may be a parameter
+            for p, copy in copies.items():
+                out[p].copy_(copy)
 
 
 PLANS: PlanCache[CombinePlan] = PlanCache()
@@ -69,12 +68,13 @@ PLANS: PlanCache[CombinePlan] = PlanCache()
 
 def combine_triton(gradients: Gradients, coefficients: Tensor, out: Sequence[Tensor] | None) -> list[Tensor]:
     """``grad_combine``; the gradients are checked when their layout is new."""
-    device = gradients[0][0].device
+    given = flatten(gradients)
+    device = given[0].device
     if out is not None:
         check_out(out, [t.shape for t in gradients[0]], device)
     v = check_coefficients(coefficients, len(gradients), device)
     targets = outputs(gradients, out)
-    tensors = [*flatten(gradients), *targets]
+    tensors = [*given, *targets]
     pointers = addresses(tensors)
     key = (place(device), tuple(len(g) for g in gradients), describe(tensors), alignments(pointers))
     plan = PLANS.get(key, lambda: CombinePlan(gradients, targets, pointers, device))

@@ -36,8 +36,7 @@ class GradGramPlan:
         device, K = self.layout.device, self.layout.tasks
         check_runnable(device)
         self.copied = scattered(gradients)
-        aligned = aligned_parameters(pointers, K)
-        aligned[self.copied] = True  # fresh copies are
+        aligned = aligned_parameters(gradients, pointers, self.copied)
         self.groups = groups(self.layout, aligned, device)
         self.precise = precise
         self.tile = min(LARGEST_TILE, max(16, 1 << (K - 1).bit_length()))

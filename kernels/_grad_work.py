@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +55,7 @@ def scattered(gradients: Gradients) -> list[int]:
 
 
 def gathered(gradients: Gradients, parameters: list[int]) -> Gradients:
-    """The gradients with contiguous copies of these parameters."""
+    """The gradients with contiguous copies of these parameters, where they are not contiguous already."""
     if not parameters:
         return gradients
     copied = set(parameters)
@@ -76,6 +77,12 @@ def with_null(pointers: np.ndarray) -> np.ndarray:
     return np.append(pointers, 0)
 
 
-def aligned_parameters(pointers: np.ndarray, tasks: int) -> np.ndarray:
-    """(P,) whether every task's tensor starts where a widest load may."""
-    return (pointers.reshape(tasks, -1) % WIDEST == 0).all(0)
+def aligned_parameters(lists: Sequence[Sequence[Tensor]], pointers: np.ndarray, copied: Sequence[int]) -> np.ndarray:
+    """(P,) whether all tensors that a launch reads start where a widest load may: fresh copies do.
+
+    Of the ``copied`` parameters only what is not contiguous is copied; the rest is read where it lies.
+    """
+    aligned = pointers.reshape(len(lists), -1) % WIDEST == 0
+    for p in copied:
+        aligned[:, p] |= [not tensors[p].is_contiguous() for tensors in lists]
+    return aligned.all(0)
