@@ -171,6 +171,16 @@ def flatten(gradients: Gradients) -> list[Tensor]:
     return list(itertools.chain.from_iterable(gradients))
 
 
+def stored(gradients: Gradients, tensors: Sequence[Tensor]) -> Gradients:
+    """The gradients, of which ``tensors`` are all, as their memory reads: copied where one is a view that negates it.
+
+    ``z.conj().imag`` is one. Conjugation is the only other thing that a view does to numbers, and not to floats.
+    """
+    if any(map(Tensor.is_neg, tensors)):
+        return [[t.resolve_neg() for t in g] for g in gradients]
+    return gradients
+
+
 def unflatten(tensors: Sequence[Tensor], tasks: int) -> list[list[Tensor]]:
     """Inverse of ``flatten``."""
     count = len(tensors) // tasks

@@ -18,6 +18,7 @@ from ._grad_plan import (
     flatten,
     memory_order,
     moved,
+    stored,
     unflatten,
 )
 from ._memory import overlaps_itself, span, storages
@@ -56,6 +57,7 @@ def grad_combine(
         _grad_combine_out_op(flatten(gradients), v, list(out), backend)
         return list(out)
     tensors = flatten(gradients)
+    gradients = stored(gradients, tensors)
     chosen = resolve(backend, tensors, native=True)
     if tensors and chosen == "triton":
         from ._grad_combine_launch import combine_triton
@@ -166,6 +168,8 @@ def check_out(out: Sequence[Tensor], shapes: Sequence[torch.Size], device: torch
             raise ValueError(f"out[{p}]: expected shape {tuple(shape)}, got {tuple(t.shape)}")
         if t.dtype not in FLOAT_TYPES or t.device != device:
             raise ValueError(f"out[{p}]: expected a float tensor on {device}, got {t.dtype} on {t.device}")
+        if not torch.compiler.is_compiling() and t.is_neg():
+            raise ValueError(f"out[{p}]: a view that negates its memory; pass a tensor of its own")
 
 
 def _check_overlaps(gradients: Gradients, out: Sequence[Tensor]) -> None:

@@ -21,6 +21,7 @@ from ._grad_plan import (
     flat_range,
     flatten,
     memory_order,
+    stored,
     transposed,
     unflatten,
 )
@@ -78,6 +79,7 @@ def grad_gram(
         u = check_weights(weights, len(gradients), check_gradients(gradients).device)
         return GradGram(*_grad_gram_op(flatten(gradients), u, precise, backend))
     tensors = flatten(gradients)
+    gradients = stored(gradients, tensors)
     chosen = resolve(backend, tensors, native=True)
     if tensors and chosen == "triton":
         from ._grad_gram_launch import grad_gram_triton

@@ -159,6 +159,27 @@ def test_zero_coefficients_and_repeatability(backend):
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_an_output_may_be_a_parameter(backend, shape):
+    G, v = gradients(2, [(6, 4)]), coefficients(2)
+    out = torch.nn.Parameter(torch.zeros(shape) if shape == (6, 4) else torch.zeros(shape).T)
+    assert grad_combine(G, v, out=[out], backend=backend)[0] is out
+    assert torch.allclose(out.detach().double(), reference(G, v)[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_views_that_negate_their_memory(backend):
+    z = torch.complex(*torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)))
+    G = [[t, t[3]] for t in (z[0].conj().imag, z[1].imag, z[2].conj().imag)]
+    assert G[0][1].is_neg()
+    v = torch.arange(3.0)
+    for got, want in zip(grad_combine(G, v, backend=backend), reference(G, v), strict=True):
+        assert torch.allclose(got.double(), want, atol=1e-6)
+    with pytest.raises(ValueError, match=r"out\[0\]: a view that negates its memory"):
+        grad_combine(G, v, out=G[0], backend=backend)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_operations_are_registered(backend):
     G, v = gradients(2, [(5, 3), (4,)]), coefficients(2)
     flat = [t for g in G for t in g]
@@ -175,6 +196,13 @@ def test_operations_are_registered(backend):
     plus = compiled(G, v, out)
     assert all(torch.equal(a, e) for a, e in zip(out, expected, strict=True))
     assert all(torch.equal(a, e + 1) for a, e in zip(plus, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_lists_of_unlike_lengths_are_named(backend):
+    for G in ([[], [torch.ones(3)]], [[torch.ones(3)], []]):
+        with pytest.raises(ValueError, match=r"gradients\[1\]: expected"):
+            grad_combine(G, torch.ones(2), backend=backend)
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)

@@ -169,8 +169,8 @@ def test_any_strides(backend, garbage):
 def test_a_task_at_the_mean_is_at_no_negative_distance(backend, precise):
     """What is left of it is rounding, of either sign."""
     random = torch.Generator().manual_seed(0)
-    for K in (3, 16, 17, 33):
-        g, apart = torch.randn(700, generator=random), 10 * torch.randn((K - 1) // 2, 700, generator=random)
+    for K in (3, 16, 17):
+        g, apart = torch.randn(200, generator=random), 10 * torch.randn((K - 1) // 2, 200, generator=random)
         G = [[row] for row in (g, *(g + apart), *(g - apart))]
         concentrated = torch.full((len(G),), 1e-9)
         concentrated[0] = 1.0
@@ -178,6 +178,14 @@ def test_a_task_at_the_mean_is_at_no_negative_distance(backend, precise):
             got = grad_gram(G, u, precise=precise, backend=backend)
             assert bool((got.H.diagonal() >= 0).all())
             assert errors(got, G, u)[0] < PROMISE
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_views_that_negate_their_memory(backend):
+    z = torch.complex(*torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)))
+    G = [[t, t[3]] for t in (z[0].conj().imag, z[1].imag, z[2].conj().imag)]
+    assert G[0][1].is_neg()
+    assert max(errors(grad_gram(G, backend=backend), G)) < PROMISE
 
 
 def test_blocks_of_columns_join_small_tensors_and_cut_large_ones(monkeypatch):
