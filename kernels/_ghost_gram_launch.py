@@ -68,7 +68,7 @@ def ghost_gram_triton(
     plan = PLANS.get((place(inputs.device), offsets), lambda: GhostPlan(offsets, inputs.device))
     out = torch.zeros((plan.K, plan.K), dtype=torch.float64, device=inputs.device)
     partials = torch.empty(plan.slots, dtype=torch.float64, device=inputs.device)
-    inputs, output_grads = inputs.detach(), output_grads.detach()
+    inputs, output_grads = inputs.detach().resolve_neg(), output_grads.detach().resolve_neg()
     tokens = inputs.ndim == 1
     inputs = inputs.contiguous() if tokens else _unit_stride(inputs)
     output_grads = _unit_stride(output_grads)

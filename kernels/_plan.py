@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from operator import attrgetter
 from threading import Lock
@@ -22,7 +23,9 @@ from ._dispatch import interpreting, resolve
 WIDEST = 16  # bytes of the widest load of a GPU thread
 T = TypeVar("T")
 Key = tuple  # of a place and what else a plan depends on
-READ_BY_GRAPHS: list[Tensor] = []  # a few kilobytes for each call that was captured
+# What captured graphs read, kept for good, each once: kilobytes for a call, megabytes for one on 40,000 tensors.
+READ_BY_GRAPHS: dict[int, object] = {}
+NOTHING = nullcontext()
 _TYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
@@ -99,6 +102,19 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def kept_for_graphs(item: T) -> T:
+    """``item``, whose memory a graph will read at every replay, whatever else lets go of it."""
+    READ_BY_GRAPHS[id(item)] = item
+    return item
+
+
+def launching_on(device: torch.device) -> AbstractContextManager:
+    """Make a device the current one: Triton launches there, on its stream. Where it is that already nothing happens."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return NOTHING
+    return torch.cuda.device(device)
+
+
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """Copy a host array to the device without making the host wait for the work queued there."""
     return host_to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
@@ -113,7 +129,7 @@ def host_to_device(host: Tensor, device: torch.device) -> Tensor:
         return host
     host = host.contiguous().pin_memory()
     if capturing(device):
-        READ_BY_GRAPHS.append(host)
+        kept_for_graphs(host)
     return host.to(device, non_blocking=True)
 
 
@@ -134,11 +150,13 @@ class PlanCache(Generic[T]):
     def get(self, key: Key, build: Callable[[], T]) -> T:
         """The plan stored under ``key``, built where there is none.
 
-        Within a capture that of any stream serves (a capture begins when the device is idle), and none is stored.
+        Within a capture that of any stream serves (a capture begins when the device is idle), and is kept for the
+        graph; none is stored.
         """
         with self.lock:
             if capturing(key[0][0]):
-                return self._of_any_stream(key) or build()
+                found = self._of_any_stream(key)
+                return build() if found is None else kept_for_graphs(found)
             plan = self.plans.get(key)
             if plan is None:
                 plan = self.plans[key] = build()
@@ -169,4 +187,6 @@ class AddressTable:
             latest = (now, to_device(pointers[self.source] + self.offset, self.device))
             if not capturing(self.device):
                 self.latest = latest  # in one step: another thread finds either pair whole
+        elif capturing(self.device):
+            kept_for_graphs(latest[1])
         return latest[1]

@@ -28,7 +28,7 @@ from ._factor_inputs import (
 )
 from ._native_factors import factor_combine as combine_stacks
 from ._native_factors import spread_scalars
-from ._plan import PlanCache, addresses, check_one_device, describe, place
+from ._plan import PlanCache, addresses, check_one_device, describe, launching_on, place
 from ._prepared import first, inventory
 from ._stacks import Stacks
 
@@ -256,14 +256,15 @@ def _on_triton(
     coefficients = [c.contiguous() for c in flat(P, Q)]
     layout, pointers = inventory(B, A)
     key = (place(one[0].device), dtype, P is None, Q is None, layout, describe(coefficients))
-    plan = PLANS.get(key, lambda: _plan(B, A, P, Q, dtype, pointers))
-    if isinstance(plan, str):
-        if backend == "triton":
-            raise ValueError(plan)
-        return None
-    if isinstance(plan, ScalarPlan):
-        return plan.combine(pointers, addresses(coefficients))
-    return plan.split(factor_combine_triton(plan, pointers, addresses(coefficients)))
+    with launching_on(one[0].device):
+        plan = PLANS.get(key, lambda: _plan(B, A, P, Q, dtype, pointers))
+        if isinstance(plan, ScalarPlan):
+            return plan.combine(pointers, addresses(coefficients))
+        if not isinstance(plan, str):
+            return plan.split(factor_combine_triton(plan, pointers, addresses(coefficients)))
+    if backend == "triton":
+        raise ValueError(plan)
+    return None
 
 
 def _plan(

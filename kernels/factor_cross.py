@@ -12,7 +12,7 @@ from ._described import check_beside, stacks_of
 from ._dispatch import resolve
 from ._factor_inputs import FLOATS, Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
 from ._native_factors import factor_products
-from ._plan import PlanCache, check_one_device, place
+from ._plan import PlanCache, check_one_device, launching_on, place
 from ._prepared import first, inventory
 from ._stacks import Stacks
 
@@ -148,17 +148,18 @@ def _on_triton(
     from ._factor_gram_triton import factor_gram_triton
 
     layout, pointers = inventory(B, A, X_B, X_A)
-    plan = PLANS.get((place(one[0].device), precise, layout), lambda: _plan(B, A, X_B, X_A, precise))
-    if isinstance(plan, str):
-        if backend == "triton":
-            raise ValueError(plan)
-        return None
-    plan, turned = plan
-    xs, factors = flat(X_B, X_A), len(pointers) - len(flat(X_B, X_A))
-    copies = {i: _turned(xs[i - factors], transposed) for i, transposed in turned}
-    for i, copy in copies.items():
-        pointers[i] = copy.data_ptr()
-    return plan.split(factor_gram_triton(plan, pointers))
+    with launching_on(one[0].device):
+        found = PLANS.get((place(one[0].device), precise, layout), lambda: _plan(B, A, X_B, X_A, precise))
+        if not isinstance(found, str):
+            plan, turned = found
+            xs, factors = flat(X_B, X_A), len(pointers) - len(flat(X_B, X_A))
+            copies = {i: _turned(xs[i - factors], transposed) for i, transposed in turned}
+            for i, copy in copies.items():
+                pointers[i] = copy.data_ptr()
+            return plan.split(factor_gram_triton(plan, pointers))
+    if backend == "triton":
+        raise ValueError(found)
+    return None
 
 
 def _turned(x: Tensor, transposed: bool) -> Tensor:

@@ -11,7 +11,7 @@ from ._described import stacks_of
 from ._dispatch import resolve
 from ._factor_inputs import Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
 from ._native_factors import factor_products
-from ._plan import PlanCache, check_one_device, place
+from ._plan import PlanCache, check_one_device, launching_on, place
 from ._prepared import first, inventory
 
 if TYPE_CHECKING:
@@ -90,12 +90,13 @@ def _on_triton(B: Factors, A: Factors, precise: bool, backend: str) -> list[Tens
     from ._factor_gram_triton import factor_gram_triton
 
     layout, pointers = inventory(B, A)
-    plan = PLANS.get((place(one[0].device), precise, layout), lambda: _plan(B, A, precise))
-    if isinstance(plan, str):
-        if backend == "triton":
-            raise ValueError(plan)
-        return None
-    return plan.split(factor_gram_triton(plan, pointers))
+    with launching_on(one[0].device):
+        plan = PLANS.get((place(one[0].device), precise, layout), lambda: _plan(B, A, precise))
+        if not isinstance(plan, str):
+            return plan.split(factor_gram_triton(plan, pointers))
+    if backend == "triton":
+        raise ValueError(plan)
+    return None
 
 
 def _plan(B: Factors, A: Factors, precise: bool) -> GramPlan | str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._dispatch import resolve
 from ._grad_plan import FLOAT_TYPES, exact_product_type
+from ._plan import launching_on
 
 # Rows of one side of a tile; memory is a few tiles of this side in float64.
 TILE_ROWS = 512
@@ -63,7 +64,8 @@ def _ghost_gram(
     if resolve(backend, [inputs, output_grads]) == "triton":
         from ._ghost_gram_launch import ghost_gram_triton
 
-        return ghost_gram_triton(inputs, output_grads, offsets, bias, precise)
+        with launching_on(inputs.device):
+            return ghost_gram_triton(inputs, output_grads, offsets, bias, precise)
     return _ghost_gram_torch(inputs, output_grads, offsets, bias, precise)
 
 

@@ -22,6 +22,7 @@ from ._grad_plan import (
     unflatten,
 )
 from ._memory import overlaps_itself, span, storages
+from ._plan import launching_on
 
 # Columns summed at a time: the accumulator and one converted gradient stay in the cache.
 BLOCK_COLUMNS = 1 << 18
@@ -62,7 +63,8 @@ def grad_combine(
     if tensors and chosen == "triton":
         from ._grad_combine_launch import combine_triton
 
-        return combine_triton(gradients, coefficients, out)
+        with launching_on(tensors[0].device):
+            return combine_triton(gradients, coefficients, out)
     v = _checked(check_gradients(gradients), coefficients, out)
     targets = outputs(gradients, out)
     (_combine_native if chosen == "native" else _combine_torch)(gradients, v, targets)

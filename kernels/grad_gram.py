@@ -25,6 +25,7 @@ from ._grad_plan import (
     transposed,
     unflatten,
 )
+from ._plan import launching_on
 
 # A block of K rows of this many bytes stays in the last-level cache of a CPU while it is centred and multiplied.
 BLOCK_BYTES = {"cpu": 4 << 20}
@@ -84,7 +85,8 @@ def grad_gram(
     if tensors and chosen == "triton":
         from ._grad_gram_launch import grad_gram_triton
 
-        return GradGram(*grad_gram_triton(gradients, weights, precise))
+        with launching_on(tensors[0].device):
+            return GradGram(*grad_gram_triton(gradients, weights, precise))
     layout = check_gradients(gradients)
     u = check_weights(weights, layout.tasks, layout.device)
     if chosen == "native" and (backend == "native" or layout.tasks <= NATIVE_TASKS):

@@ -12,7 +12,7 @@ from . import _native_factors
 from ._dispatch import resolve
 from ._factor_inputs import FLOATS, check_factors, flat, one_dtype
 from ._memory import meets, overlaps_itself, span
-from ._plan import PlanCache, check_runnable, place, survey
+from ._plan import PlanCache, check_runnable, launching_on, place, survey
 
 if TYPE_CHECKING:
     from ._lowrank_sum_triton import SumPlan
@@ -229,8 +229,9 @@ def _on_triton(
         pieces = [Piece.of(i, t, transposed=i >= len(B)) for i, t in enumerate(tensors)]
         return SumPlan(pieces[: len(B)], pieces[len(B) :], out.dtype, out.device)
 
-    plan = PLANS.get((place(out.device), out.dtype, len(B), layout), build)
-    lowrank_sum_triton(plan, pointers, W, coefficients.contiguous(), beta, out)
+    with launching_on(out.device):
+        plan = PLANS.get((place(out.device), out.dtype, len(B), layout), build)
+        lowrank_sum_triton(plan, pointers, W, coefficients.contiguous(), beta, out)
     torch.autograd.graph.increment_version(out)  # as every write of torch does: autograd must see it
     return out
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._dispatch import resolve
 from ._grad_plan import FLOAT_TYPES
+from ._plan import launching_on
 from ._subset_swaps import MemberRows, Starts, descend, greedy
 
 # Classes of at most this many rows get their Gram matrix; larger ones compute its rows as they are needed.
@@ -157,7 +158,8 @@ def _select(
     if triton:
         from ._subset_select_triton import descend_triton
 
-        optimal = descend_triton(rows, starts)
+        with launching_on(X.device):
+            optimal = descend_triton(rows, starts)
     else:
         optimal = descend(rows, starts)
     return _best(centred, problems, starts, optimal)

@@ -1,6 +1,8 @@
 """What the host plans promise the kernels: addresses, alignment hints, and work lists that cover everything once."""
 
 import ctypes
+import gc
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -227,12 +229,33 @@ def test_nothing_made_within_a_capture_is_kept(monkeypatch):
     cache.get(((CPU, 1), "layout"), lambda: "warm")
     warm = table.of(np.array([100]))
     monkeypatch.setattr(_plan, "capturing", lambda device: True)
+    monkeypatch.setattr(_plan, "READ_BY_GRAPHS", {})
     assert cache.get(((CPU, 2), "layout"), lambda: "built within") == "warm"
     assert cache.get(((CPU, 2), "other"), lambda: "built within") == "built within"
     assert cache.get(((torch.device("meta"), 1), "layout"), lambda: "elsewhere") == "elsewhere"
     assert list(cache.plans) == [((CPU, 1), "layout")]
     assert table.of(np.array([200])).tolist() == [200]
     assert table.of(np.array([100])) is warm
+
+
+def test_graphs_keep_what_they_read(monkeypatch):
+    """Once each, when other tensors of the layout, or other layouts, have come after them."""
+    monkeypatch.setattr(_plan, "READ_BY_GRAPHS", {})
+    cache, key = PlanCache[AddressTable](size=1), ((CPU, None), "layout")
+    plan = cache.get(key, lambda: AddressTable(np.array([0]), np.array([0]), CPU))
+    plan.of(np.array([100]))
+    with monkeypatch.context() as capture:
+        capture.setattr(_plan, "capturing", lambda device: True)
+        for _ in range(3):
+            captured = cache.get(key, lambda: None).of(np.array([100]))
+        cache.get(key, lambda: None).of(np.array([300]))  # made within, where the memory is the graph's own
+    plan.of(np.array([200]))
+    cache.get(((CPU, None), "other"), lambda: None)
+    alive = weakref.ref(plan), weakref.ref(captured)
+    del plan, captured
+    gc.collect()
+    assert all(one() is not None for one in alive)
+    assert len(_plan.READ_BY_GRAPHS) == 2
 
 
 def test_addresses_are_copied_only_when_tensors_move():
