@@ -18,13 +18,14 @@ def check_factors(B: Factors | None, A: Factors | None) -> None:
     """Raise ValueError, naming the tensor, unless ``B[l][u]`` (m_l, r_lu) and ``A[l][u]`` (r_lu, n_l) fit together."""
     if B is None and A is None:
         raise ValueError("B and A are both None: nothing to do")
+    tracing = torch.compiler.is_compiling()
     for name, factors, shared in (("B", B, 0), ("A", A, 1)):
         for l, clients in enumerate(factors or ()):
             if isinstance(clients, Tensor) or not len(clients):
                 raise ValueError(f"{name}[{l}]: expected a sequence of at least one client's tensor")
             length = clients[0].shape[shared] if clients[0].ndim == 2 else None
             fits = [t.ndim == 2 and t.dtype in FLOATS and t.shape[shared] == length for t in clients]
-            if all(fits):
+            if all(fits) and (tracing or not any(map(Tensor.is_neg, clients))):
                 continue
             for u, t in enumerate(clients):
                 if t.ndim != 2 or t.dtype not in FLOATS:
@@ -33,6 +34,8 @@ def check_factors(B: Factors | None, A: Factors | None) -> None:
                     raise ValueError(
                         f"{name}[{l}][{u}]: dimension {shared} is {t.shape[shared]}, client 0 has {length}"
                     )
+                if t.is_neg():  # loops and kernels read memory
+                    raise ValueError(f"{name}[{l}][{u}]: a view that negates its memory; pass its resolve_neg()")
     if B is not None and A is not None:
         _check_pairs(B, A)
 

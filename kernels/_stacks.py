@@ -67,7 +67,7 @@ class Stacks(Sequence[Sequence[Tensor]]):
             return False
         first = clients[0]
         shape, steps, dtype, count = first.shape, first.stride(), first.dtype, len(clients)
-        if len(shape) != 2 or dtype not in FLOATS:
+        if len(shape) != 2 or dtype not in FLOATS or any(map(Tensor.is_neg, clients)):
             return False
         if count > 1:
             shapes, strides = list(map(_SHAPE, clients)), list(map(Tensor.stride, clients))

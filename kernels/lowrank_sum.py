@@ -101,6 +101,8 @@ def check_sum(
     for name, t in (("W", W), ("out", out)):
         if t is not None and (t.shape != shape or t.dtype not in FLOATS):
             raise ValueError(f"{name}: expected a float matrix {shape}, got {tuple(t.shape)} {t.dtype}")
+        if t is not None and not torch.compiler.is_compiling() and t.is_neg():
+            raise ValueError(f"{name}: a view that negates its memory; pass a tensor of its own")
     if out is not None and not torch.compiler.is_compiling():
         _check_memory(out, W, B, A)
 

@@ -153,6 +153,10 @@ BAD = {
     r"B\[0\]\[1\]: dimension 0 is 4, client 0 has 3": ([[t(3, 2), t(4, 2)]], [[t(2, 4), t(2, 4)]]),
     r"B\[0\]\[0\]: expected a float matrix, got \(3,\)": ([[t(3)]], [[t(2, 4)]]),
     r"A\[0\]\[0\]: expected a float matrix, got \(2, 4\) torch.int64": ([[t(3, 2)]], [[t(2, 4).long()]]),
+    r"B\[0\]\[1\]: a view that negates its memory": (
+        [[t(7, 2), t(7, 2, dtype=torch.cfloat).conj().imag]],
+        [[t(2, 9)] * 2],
+    ),
     r"tensors lie on several devices: cpu, meta": ([[t(3, 2)]], [[t(2, 4, device="meta")]]),
 }
 

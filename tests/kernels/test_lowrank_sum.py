@@ -218,6 +218,14 @@ BAD = {
         shared[1:13].view(3, 4),
     ),
     r"out: shares memory with A\[0\]": (None, [z(3, 2)], [shared[6:14].view(2, 4)], one, shared[13:25].view(3, 4)),
+    r"A\[0\]\[0\]: a view that negates its memory": (
+        None,
+        [z(7, 2)],
+        [z(2, 9, dtype=torch.cfloat).conj().imag],
+        one,
+        None,
+    ),
+    "W: a view that negates its memory": (z(3, 4, dtype=torch.cfloat).conj().imag, [z(3, 2)], [z(2, 4)], one, None),
     "out: its elements share memory": (None, [z(3, 2)], [z(2, 4)], one, z(1, 4).expand(3, 4)),
 }
 
