@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,11 +71,16 @@ def run_section(name: str, part: Path | None, deadline: float) -> list[dict[str,
 
 
 def start(name: str, folder: Path, seconds: float) -> tuple[subprocess.Popen[bytes], Path, Path]:
-    """Start a section as a process that knows how long it has."""
+    """Start a section as a process that knows how long it has, and leads a group of all that it starts itself."""
     part, log = (folder / f"{name.replace(' ', '-')}.{ending}" for ending in ("json", "log"))
     command = [sys.executable, "-P", str(SCRIPT), "--section", name, "--part", str(part), "--limit", str(seconds)]
     with log.open("wb") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT), part, log
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True), part, log
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a section and all that it has started."""
+    importlib.import_module("fedgram.bench.gpu_support").end_group(process)
 
 
 def finish(process: subprocess.Popen[bytes], part: Path, log: Path, seconds: float) -> dict[str, Any]:
@@ -83,8 +89,7 @@ def finish(process: subprocess.Popen[bytes], part: Path, log: Path, seconds: flo
     try:
         code: int | str = process.wait(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        end_group(process)
         code = "out of time"
     rows = json.loads(part.read_text()) if part.exists() else []
     left = {} if code == 0 else {"log": log.read_text(errors="replace")[-8000:]}
@@ -97,15 +102,22 @@ def run_all(out: Path, limit: float) -> dict[str, Any]:
     report = new_report(dry_run=False)
     with tempfile.TemporaryDirectory() as folder:
         seconds = limit * CHECK_SHARE
-        running = {name: start(name, Path(folder), seconds) for name in CHECKS}
-        for name, process in running.items():
-            report["sections"][name] = finish(*process, begin + seconds + 10 - time.monotonic())
-            write(report, out)
-        for i, name in enumerate(TIMINGS):
-            left = limit - (time.monotonic() - begin)
-            seconds = left / (len(TIMINGS) - i)
-            report["sections"][name] = finish(*start(name, Path(folder), seconds - 5), seconds)
-            write(report, out)
+        running: dict[str, tuple[subprocess.Popen[bytes], Path, Path]] = {}
+        try:
+            running |= {name: start(name, Path(folder), seconds) for name in CHECKS}
+            for name in CHECKS:
+                report["sections"][name] = finish(*running[name], begin + seconds + 10 - time.monotonic())
+                write(report, out)
+            for i, name in enumerate(TIMINGS):
+                left = limit - (time.monotonic() - begin)
+                seconds = left / (len(TIMINGS) - i)
+                running[name] = start(name, Path(folder), seconds - 5)
+                report["sections"][name] = finish(*running[name], seconds)
+                write(report, out)
+        finally:  # interrupted: what runs in groups of its own would go on
+            for process, _, _ in running.values():
+                if process.poll() is None:
+                    end_group(process)
     report["seconds"] = round(time.monotonic() - begin, 1)
     write(report, out)
     return report
@@ -159,9 +171,12 @@ def summary(report: Mapping[str, Any]) -> str:
         ended = "" if section["exit"] == 0 else f"; ended: {section['exit']}"
         lines.append(f"{name:22} {good} ok, {bad} failed, {len(rows) - good - bad} skipped{ended}")
         lines += [f"  FAILED {row['name']}: {failure(row)}" for row in rows if row.get("ok") is False]
-        lines += [
-            f"  skipped {reason}" for reason in dict.fromkeys(r["skipped"][:100] for r in rows if r.get("skipped"))
-        ]
+        reasons: dict[str, list[str]] = {}
+        for row in rows:
+            if row.get("skipped"):
+                reasons.setdefault(row["skipped"][:100], []).append(row["name"])
+        # what a timing lacks is told by name
+        lines += [f"  skipped {why}{': ' + ', '.join(n) if name in TIMINGS else ''}" for why, n in reasons.items()]
         if name in TIMINGS:
             lines += [line for row in rows if (line := timing_line(row))]
     return "\n".join(lines)
@@ -220,4 +235,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
     sys.exit(main())

@@ -200,7 +200,7 @@ def subset_cases(device: torch.device, classes: int, per_class: int, p: int, m: 
     yield OpCase(f"subset_select {classes} x {per_class} x {p}, m={m}", "subset_select", run, [truth.to(device)], 1e-6)
 
 
-SMALL_SHAPES = ((37, 11), (5,), (), (0,), (130,))
+SMALL_SHAPES = ((37, 11), (5,), (), (0,), (130,), (2, 1100))  # the last one: whole blocks without masks
 WIDE_SHAPES = ((512, 512), (512,), (100_003,))
 
 

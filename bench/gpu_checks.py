@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from fedgram import flora_na, kernels, stamp
 from .gpu_cases import OpCase, all_cases, small_cases, worst_error
 from .gpu_estimates import estimates, unequal_factors
 from .gpu_support import Journal, poisoned
-from .workloads import TINY, adapters, gradients
+from .workloads import TINY, adapters, gradients, name_of
 
 KERNELS = "triton"
 REPEATS = 20
+NOT_FINITE = (torch.bfloat16, torch.float32)  # types whose products are taken of two parts
 
 
 def correctness(journal: Journal, device: torch.device, part: str) -> None:
@@ -29,6 +31,11 @@ def correctness(journal: Journal, device: torch.device, part: str) -> None:
         return
     for case in all_cases(device, part):
         journal.guard(case.name, lambda case=case: _check(case))
+    dtype = next((t for t in NOT_FINITE if name_of(t) == part), None)
+    for value in (torch.nan, torch.inf) if dtype is not None else ():
+        for K in (5, 16, 70) if device.type == "cuda" else (5,):
+            work = partial(_not_finite, device, dtype, K, value)
+            journal.guard(f"grad_gram K={K} {part} with one {value}", work)
 
 
 def _check(case: OpCase) -> dict[str, Any]:
@@ -45,6 +52,14 @@ def _check(case: OpCase) -> dict[str, Any]:
         "tolerance": case.tolerance,
         "untouched": untouched,
     }
+
+
+def _not_finite(device: torch.device, dtype: torch.dtype, K: int, value: float) -> dict[str, Any]:
+    """NaN and Inf reach every entry: GPUs return a NaN of their own, which must not be rounded to a number."""
+    lists = gradients(K, 3000 if device.type == "cuda" else 200, device, dtype=dtype)
+    lists[1][0].view(-1)[0] = value
+    finite = sum(int(t.isfinite().sum()) for t in kernels.grad_gram(lists, backend=KERNELS))
+    return {"op": "grad_gram", "ok": finite == 0, "error": finite, "tolerance": 0}
 
 
 def repeats(journal: Journal, device: torch.device) -> None:
@@ -136,12 +151,36 @@ def _replay(
     for t in inputs:
         t.copy_(t.flatten().flip(0).view(t.shape) * 0.75)
     graph.replay()
+    taken = _displace(run, inputs)
+    graph.replay()
     torch.cuda.synchronize(device)
     replayed = [t.clone() for t in outputs]
+    del taken
     fresh = [t.to(r.device) for t, r in zip(run(), replayed, strict=True)]  # a plain call's dual is solved on the host
     error = max((_apart(a, b) for a, b in zip(fresh, replayed, strict=True)), default=0.0)
     right = error <= 1e-6 if required else _same(replayed, fresh)
     return {"ok": right, "error": error, "tolerance": 1e-6 if required else 0.0, "same_bits": _same(replayed, fresh)}
+
+
+def _displace(run: Callable[[], Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Run on other tensors of the layout, so that what the last call alone needs is let go of; what takes its place.
+
+    That is full of addresses that can be read: a graph that still reads there is wrong, and does not end the process.
+    """
+    own = [t.data for t in inputs]
+    for t in inputs:
+        t.data = _elsewhere(t)
+    run()
+    for t, data in zip(inputs, own, strict=True):
+        t.data = data
+    address, device = own[0].data_ptr(), own[0].device
+    return [torch.full((n,), address, device=device) for n in (64, 512, 8192, 1 << 17) for _ in range(32)]
+
+
+def _elsewhere(t: Tensor) -> Tensor:
+    """The same numbers in other memory, laid out and aligned alike."""
+    memory = t.untyped_storage().clone()
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(memory, t.storage_offset(), t.shape, t.stride())
 
 
 def compiled(journal: Journal, device: torch.device) -> None:

@@ -15,13 +15,13 @@ import torch
 
 from .gpu_cases import small_cases
 from .gpu_checks import KERNELS
-from .gpu_support import Journal
+from .gpu_support import Journal, end_group
 
 # torch's kernels are not ours to check, and slow. There is no initcheck: it does not see what kernels write that it is
 # not to check, and gram_reduce reads whole vectors with what nothing wrote among them, which it does not keep; memory
 # poisoned with NaN (correctness) shows what matters
 OURS = "regex=^(factor|gram|grad|slot|recentre|lowrank|ghost|descend|planted)_"
-LONGEST = 200.0  # seconds of one checker
+SHORTEST, LONGEST = 10.0, 200.0  # seconds of one checker
 
 
 def sanitizer(journal: Journal, device: torch.device, checker: str, script: Path) -> None:
@@ -45,22 +45,24 @@ def _run(tool: str, checker: str, script: Path, deadline: float) -> dict[str, An
     command = [tool, "--tool", what, "--error-exitcode", "99", "--print-limit", "20"]
     command += ["--kernel-name", OURS]
     command += [sys.executable, "-P", str(script), "--section", f"sanitized {'planted' if planted else 'all'}"]
-    limit = max(10.0, min(LONGEST, deadline - time.monotonic()))
+    limit = max(SHORTEST, min(LONGEST, deadline - time.monotonic()))
     # without torch's caching allocator every tensor is an allocation of its own, whose bounds the checker knows
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
-    except subprocess.TimeoutExpired as late:
-        return {"ok": None, "skipped": f"not done in {limit:.0f} s", "output": _text(late.stdout)[-2000:]}
-    summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
-    clean = done.returncode == 0 and bool(summary)
-    right = done.returncode == 99 and "planted_kernel" in done.stdout if planted else clean
-    output = "" if clean else (done.stdout + done.stderr)[-6000:]
-    return {"ok": bool(summary) and right, "summary": summary, "exit": done.returncode, "output": output}
-
-
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+        stdout, stderr = process.communicate(timeout=limit)
+    except BaseException as error:  # also when this section is ended: what the tool has started must not go on
+        end_group(process, grace=0.0)
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        return {"ok": None, "skipped": f"not done in {limit:.0f} s", "output": process.communicate()[0][-2000:]}
+    summary = [line for line in stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
+    clean = process.returncode == 0 and bool(summary)
+    right = process.returncode == 99 and "planted_kernel" in stdout if planted else clean
+    output = "" if clean else (stdout + stderr)[-6000:]
+    return {"ok": bool(summary) and right, "summary": summary, "exit": process.returncode, "output": output}
 
 
 def sanitized(journal: Journal, device: torch.device, what: str) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,15 @@ class Guarded:
         outside = torch.ones_like(self.room, dtype=torch.bool)
         outside[tuple(slice(MARGIN, MARGIN + n) for n in self.view.shape) if self.view.ndim else 0] = False
         return bool((self.room[outside] == SENTINEL).all())
+
+
+def end_group(process: subprocess.Popen[Any], grace: float = 5.0) -> None:
+    """End a process and its group: asked first, so that it can end the groups that it has made itself."""
+    for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, None)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
 
 
 def kernel_times(run: Callable[[], Any], device: torch.device, repeats: int = 20) -> dict[str, Any]:

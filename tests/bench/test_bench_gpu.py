@@ -8,16 +8,18 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fedgram.bench import gpu
+from fedgram.bench import gpu, gpu_checks, gpu_end_to_end, gpu_sanitizers
 from fedgram.bench.gpu_cases import TINY, factor_cases, small_cases
-from fedgram.bench.gpu_checks import _check, _repeat
+from fedgram.bench.gpu_checks import _check, _displace, _not_finite, _repeat
 from fedgram.bench.gpu_support import LAYOUTS, Guarded, Journal, laid, poisoned
 
 CPU = torch.device("cpu")
+LINUX = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
 INTERPRETED = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="needs Triton's interpreter"
 )
@@ -101,6 +103,58 @@ def test_bits_that_change_are_found():
     assert _repeat(drifting, 3, CPU)["different"] == 2
 
 
+@INTERPRETED
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_call_between_replays_is_on_other_tensors_of_the_layout(layout):
+    case = next(factor_cases(CPU, TINY, torch.float32, layout))
+    kinds = [(t.data_ptr(), t.stride(), t.storage_offset()) for t in case.inputs]
+    values = [t.clone() for t in case.inputs]
+    seen = []
+
+    def run():
+        seen.extend((t.data_ptr(), t.stride(), t.storage_offset()) for t in case.inputs)
+        return case.run("triton")
+
+    taken = _displace(run, case.inputs)
+    assert len(taken) == 128
+    assert all(int(t[0]) == kinds[0][0] for t in taken)
+    assert [kind[1:] for kind in seen] == [kind[1:] for kind in kinds]
+    assert not {kind[0] for kind in seen} & {kind[0] for kind in kinds}
+    assert [(t.data_ptr(), t.stride(), t.storage_offset()) for t in case.inputs] == kinds
+    assert all(torch.equal(t, v) for t, v in zip(case.inputs, values, strict=True))
+
+
+@INTERPRETED
+def test_what_is_not_finite_is_looked_for(monkeypatch):
+    assert _not_finite(CPU, torch.bfloat16, 5, float("nan"))["ok"]
+    swallowed = SimpleNamespace(grad_gram=lambda lists, backend: (torch.zeros(()), torch.zeros(5), torch.zeros(5, 5)))
+    monkeypatch.setattr(gpu_checks, "kernels", swallowed)
+    assert not _not_finite(CPU, torch.bfloat16, 5, float("nan"))["ok"]
+
+
+def test_what_takes_longest_comes_last_and_is_left_out_in_time(monkeypatch):
+    """Of W2: a section that is ended loses its exit code, and what would have come after."""
+    rows = []
+    bench = SimpleNamespace(
+        device=CPU, journal=Journal(None), row=lambda name, work, need_s: rows.append((name, need_s)), timed=len
+    )
+    monkeypatch.setattr(gpu_end_to_end, "LARGE", 0)
+    model = gpu_end_to_end.Model("W2", ((24, 20), (40, 20)), 4, 2, torch.bfloat16)
+    made = gpu_end_to_end.Pinned(model.shapes, model.clients, model.rank, model.dtype, CPU)
+    gpu_end_to_end._resident(bench, model, made)
+    assert rows[-3:] == [("W2 aggregate(fedavg)", 40), ("W2 aggregate(flora-na)", 125), ("W2 aggregate(als)", 150)]
+    before = {name for name, need_s in rows[:-3] if need_s <= 40}
+    assert {"W2 slab filled from the host", "W2 streamed from the host"} <= before
+    assert "W2 estimate_modules(fedavg, precise=False)" in before
+
+
+def test_timings_that_are_left_out_are_named():
+    rows = [{"name": f"W2 {n}", "ok": None, "skipped": "out of time"} for n in ("one", "two")]
+    where = {"device": "x", "versions": {"torch": "2"}}
+    report = {"environment": where, "sections": {"end_to_end": {"exit": 0, "rows": rows}}}
+    assert "skipped out of time: W2 one, W2 two" in gpu.summary(report)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(5, 4), (7,), (), (0,), (0, 3)])
 def test_layouts_keep_the_values(shape, layout):
@@ -163,6 +217,46 @@ def test_a_section_that_hangs_is_ended(tmp_path, monkeypatch):
     section = gpu.finish(*gpu.start("repeats", tmp_path, 1), 1)
     assert section["exit"] == "out of time"
     assert section["rows"] == []
+
+
+CHILD = """import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+"""
+
+
+def ended(pid, patience=5.0):
+    """Whether a process is gone, or dead and only not waited for."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@LINUX
+def test_what_a_section_has_started_is_ended_with_it(tmp_path, monkeypatch):
+    script = tmp_path / "hangs.py"
+    script.write_text(
+        CHILD + "import json\nopen(sys.argv[sys.argv.index('--part') + 1], 'w').write(json.dumps([child.pid]))\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(gpu, "SCRIPT", script)
+    section = gpu.finish(*gpu.start("repeats", tmp_path, 1), 1.5)
+    assert section["exit"] == "out of time"
+    assert ended(*section["rows"])
+
+
+@LINUX
+def test_what_a_checker_has_started_is_ended_with_it(tmp_path, monkeypatch):
+    tool = tmp_path / "tool"
+    tool.write_text(f"#!{sys.executable}\n{CHILD}print(child.pid, flush=True)\ntime.sleep(600)\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_sanitizers, "SHORTEST", 1.5)
+    row = gpu_sanitizers._run(str(tool), "memcheck", tmp_path / "script", time.monotonic())
+    assert row["skipped"] == "not done in 2 s"
+    assert ended(row["output"].strip())
 
 
 def test_failures_are_named_in_the_summary_and_json_stays_strict(tmp_path):
