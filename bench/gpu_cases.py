@@ -134,11 +134,16 @@ def _combinations(
 def gradient_cases(
     device: torch.device, K: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, layout: str
 ) -> Iterator[OpCase]:
-    """``grad_gram`` and ``grad_combine`` on K lists with a common part."""
+    """``grad_gram`` and ``grad_combine`` on K lists with a common part; ``mixed``: of two layouts in turn."""
+    layouts = ("misaligned", "transposed") if layout == "mixed" else (layout,)
     random = torch.Generator().manual_seed(3)
     common = [torch.randn(s, generator=random) for s in shapes]
     lists = [
-        [laid((c + torch.randn(c.shape, generator=random)).to(device, dtype), layout) for c in common] for _ in range(K)
+        [
+            laid((c + torch.randn(c.shape, generator=random)).to(device, dtype), layouts[k % len(layouts)])
+            for c in common
+        ]
+        for k in range(K)
     ]
     rows = torch.stack([torch.cat([t.double().flatten() for t in one]) for one in lists])
     mean = rows.mean(0)
@@ -233,7 +238,7 @@ def _cases(device: torch.device, part: str) -> Iterator[OpCase]:
     dtype = next(t for t in DTYPES if name_of(t) == part)
     for layout in LAYOUTS:
         yield from factor_cases(device, RAGGED, dtype, layout)
-    for layout in LAYOUTS[:3]:
+    for layout in (*LAYOUTS[:3], "mixed"):
         yield from gradient_cases(device, 7, SMALL_SHAPES, dtype, layout)
     yield from ghost_cases(device, 200, 77, 130, 5, dtype)
     if dtype in DTYPES[:2]:

@@ -65,7 +65,8 @@ def factor_combine(
     Returns:
         Two lists, of (m_l, r) and (r, n_l) contiguous tensors on the inputs' device; None for a skipped side. They may
         be views of one memory. Before the rounding, errors are 2e-6 of ``sum |c| |x|`` on Triton (a hundredth of the
-        rounding where the output has 16 bits), and those of float64 on torch or where a type is float64.
+        rounding where the output has 16 bits), and those of float64 on torch or where a type is float64. A number of
+        a factor that is not finite may, on Triton, spoil all of its row of B, or column of A, with scalars too.
 
     Raises:
         ValueError: shapes, types or devices do not fit together; the message names the tensor.

@@ -48,7 +48,8 @@ def grad_combine(
         ``out``, or P new tensors of the gradients' types, as a list.
 
     Raises:
-        ValueError: gradients, coefficients or outputs that do not fit together, or outputs that overlap.
+        ValueError: gradients, coefficients or outputs that do not fit together, or outputs that overlap, or
+            that are views which negate their memory.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     if torch.compiler.is_compiling():
