@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ def correctness(journal: Journal, device: torch.device, part: str) -> None:
         return
     for case in all_cases(device, part):
         journal.guard(case.name, lambda case=case: _check(case))
-    dtype = next((t for t in NOT_FINITE if name_of(t) == part), None)
-    for value in (torch.nan, torch.inf) if dtype is not None else ():
-        for K in (5, 16, 70) if device.type == "cuda" else (5,):
+    sizes = (5, 16, 70) if device.type == "cuda" else (5,)
+    for dtype, value, K in product(NOT_FINITE, (torch.nan, torch.inf), sizes):
+        if name_of(dtype) == part:
             work = partial(_not_finite, device, dtype, K, value)
             journal.guard(f"grad_gram K={K} {part} with one {value}", work)
 
