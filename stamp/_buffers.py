@@ -1,40 +1,84 @@
-"""A model's buffers as they were: the same tensors with the same values, none where there was none."""
+"""A model's state beside its parameters as it was: buffers and what they go with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TypeAlias
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .dual import looked_at
 
-Buffers: TypeAlias = list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor]]]
+_OWN = frozenset(nn.Module().__dict__)
+_PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None), Tensor)
 
 
-def remembered(model: nn.Module) -> Buffers:
-    """Per module its buffers and copies of their values."""
-    return [
-        (m, dict(m._buffers), {name: b.detach().clone() for name, b in m._buffers.items() if b is not None})
-        for m in model.modules()
-    ]
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What one module held: its buffers, copies of their values, and its attributes that are plain values or tensors.
+
+    A cache that grows notes its length in such an attribute: the one is of no use without the other.
+    """
+
+    module: nn.Module
+    buffers: dict[str, Tensor | None]
+    values: dict[str, Tensor]
+    plain: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Kept:
+        """What the module holds now."""
+        values = {name: b.detach().clone() for name, b in module._buffers.items() if b is not None}
+        return cls(module, dict(module._buffers), values, _plain(module))
+
+    def put_back(self, changed: set[int]) -> None:
+        """Have the module hold it again; ``changed`` are the identities of buffers whose values differ."""
+        for name, value in self.values.items():
+            if id(value) in changed:
+                self.buffers[name].copy_(value)
+        for store, before in ((self.module._buffers, self.buffers), (self.module.__dict__, self.plain)):
+            now = store if store is self.module._buffers else _plain(self.module)
+            for name in set(now) - set(before):
+                del store[name]
+            store.update(before)
+
+
+def remembered(model: nn.Module) -> list[Kept]:
+    """What every module holds."""
+    return [Kept.of(module) for module in model.modules()]
 
 
 @torch.no_grad()
-def put_back(buffers: Buffers) -> None:
-    """Have the modules hold what was remembered, also where a buffer was assigned anew, or was None, or new."""
-    for module, held, values in buffers:
-        for name, value in values.items():
-            # Only where it changed: a graph outside may have saved the buffer. Its version counter would not tell,
-            # batch normalisation writes past it.
-            if not (looked_at(value.device) and torch.equal(held[name], value)):
-                held[name].copy_(value)
-        for name in set(module._buffers.keys()) - set(held):
-            del module._buffers[name]
-        for name, buffer in held.items():
-            module._buffers[name] = buffer
+def put_back(kept: list[Kept]) -> None:
+    """Have the modules hold what was remembered, also where it was assigned anew, or was None, or is new."""
+    # Only what changed: a graph outside may have saved a buffer. Its version counter would not tell, batch
+    # normalisation writes past it.
+    pairs = [(one.buffers[name], value) for one in kept for name, value in one.values.items()]
+    changed = _differing(pairs)
+    for one in kept:
+        one.put_back(changed)
+
+
+def _differing(pairs: list[tuple[Tensor, Tensor]]) -> set[int]:
+    """Identities of the values from which the buffers beside them differ, with one wait for every device."""
+    same: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    changed = {id(value) for _, value in pairs}
+    for held, value in pairs:
+        if value.layout == torch.strided == held.layout and value.shape == held.shape and looked_at(value.device):
+            with suppress(RuntimeError):  # types that cannot be compared count as changed
+                alike = (held == value) | ((held != held) & (value != value))
+                same.setdefault(value.device, []).append((id(value), alike.all()))
+    for found in same.values():
+        flags = torch.stack([flag for _, flag in found]).tolist()
+        changed -= {value for (value, _), flag in zip(found, flags, strict=True) if flag}
+    return changed
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {n: x for n, x in module.__dict__.items() if n not in _OWN and isinstance(x, _PLAIN)}
 
 
 @contextmanager

@@ -183,7 +183,7 @@ class Trace:
         """
         leaves = {get_gradient_edge(g.weight).node: g for g in self.ghosts.values() if g.is_ghost}
         nodes = list(walk([loss.grad_fn, *(call.source for call in calls)], {call.out.node for call in calls}))
-        check_visible(nodes, self.parameters.values())
+        check_visible(nodes, self.parameters.values(), (p for call in calls for p in call.module.parameters()))
         return [leaves[node] for node in nodes if node in leaves]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+
+CHECKPOINT = "CheckpointFunctionBackward"
+"""The node of torch's reentrant checkpoint, and of the libraries that took it over; it holds a ``run_function``."""
 
 
 def walk(roots: Iterable[Node | None], without: Collection[Node] = ()) -> Iterator[Node]:
@@ -22,21 +24,26 @@ def walk(roots: Iterable[Node | None], without: Collection[Node] = ()) -> Iterat
         pending.extend(child for child, _ in node.next_functions)
 
 
-def check_visible(nodes: Iterable[Node], parameters: Collection[Tensor]) -> None:
-    """Refuse blocks under reentrant checkpointing, whose parameters are no part of the graph.
+def check_visible(nodes: Iterable[Node], parameters: Iterable[Tensor], reached: Iterable[Tensor | None] = ()) -> None:
+    """Refuse blocks under reentrant checkpointing that may hold parameters which are no part of the graph.
 
     Their nodes run a backward pass of their own, which ``torch.autograd.grad`` never starts: the parameters within
-    would count as unused. A checkpoint that takes its parameters as arguments is an ordinary node.
+    would count as unused. Where the graph has all parameters besides (of a frozen block, say) nothing is hidden.
+
+    Args:
+        nodes: of the graph.
+        parameters: those whose gradients are wanted.
+        reached: those that the loss is known to depend on.
 
     Raises:
-        ValueError: there is such a block.
+        ValueError: there is such a block, and a parameter that is not met otherwise.
     """
-    owned = {id(p) for p in parameters}
+    block, met = False, {id(p) for p in reached}
     for node in nodes:
-        if not isinstance(node, BackwardCFunction) or "checkpoint" not in node.name().lower():
-            continue
-        if not any(id(getattr(child, "variable", None)) in owned for child, _ in node.next_functions):
-            raise ValueError(
-                f"model: a block runs under reentrant activation checkpointing ({node.name()}), which hides its "
-                "parameters from torch.autograd.grad; use checkpoint(..., use_reentrant=False)"
-            )
+        block = block or (node.name() == CHECKPOINT and hasattr(node, "run_function"))
+        met.add(id(getattr(node, "variable", None)))
+    if block and any(id(p) not in met for p in parameters):
+        raise ValueError(
+            "model: a block runs under reentrant activation checkpointing, which hides its parameters from "
+            "torch.autograd.grad; use checkpoint(..., use_reentrant=False)"
+        )

@@ -34,9 +34,9 @@ def checked_strength(c: float) -> float:
 
 
 def checked_whole(number: object, argument: str) -> int:
-    """Return the number as an int. Raises ValueError where its type is not one of whole numbers."""
+    """Return the number as an int. Raises ValueError where it is not whole."""
     try:
-        return operator.index(number)  # type: ignore[arg-type]
+        return int(number) if isinstance(number, float) and number.is_integer() else operator.index(number)  # type: ignore[arg-type]
     except TypeError:
         raise ValueError(f"{argument}: expected a whole number, got {number!r}") from None
 
@@ -110,7 +110,8 @@ def check_centre(n0: float, h: Array, H: Array) -> None:
         raise ValueError(f"gramian: n0 is {n0:.3g}; a squared norm is not negative")
     unit = np.sqrt(np.maximum(diagonal, 0.0) + floor)
     bordered = np.empty((len(unit), len(unit)))
-    bordered[0, 0], bordered[0, 1:], bordered[1:, 0], bordered[1:, 1:] = n0, h, h, (H + H.T) / 2
+    # a mean near zero: what rounding has left of its square may well be below it
+    bordered[0, 0], bordered[0, 1:], bordered[1:, 0], bordered[1:, 1:] = max(n0, 0.0), h, h, (H + H.T) / 2
     bordered /= unit[:, None] * unit
     bordered.flat[:: len(unit) + 1] += 2 * FLOAT32 * math.sqrt(len(unit))
     if not is_positive_definite(bordered):

@@ -174,7 +174,8 @@ def fair_shares(total: int, available: Sequence[int]) -> list[int]:
 
 def _labels(classes: dict[int, _Held], device: torch.device) -> Tensor:
     """The label of every sample kept, class by class, int64."""
-    return torch.tensor([label for label, held in classes.items() for _ in held.samples], device=device)
+    labels = [label for label, held in classes.items() for _ in range(len(held.samples))]
+    return torch.tensor(labels, dtype=torch.int64, device=device)
 
 
 def _joined(old: _Held, new: _Held) -> _Held:

@@ -40,7 +40,7 @@ def refuse_launched(command: str) -> None:
     if launched() and not first_rank():
         raise SystemExit(0)
     if launched():
-        fail(f"{command}: runs in one process; only aggregate shares its work over the ranks of torchrun")
+        fail(f"{command}: for one process; under torchrun there is aggregate, which starts anew if it was interrupted")
 
 
 @contextlib.contextmanager

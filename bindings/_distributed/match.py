@@ -15,7 +15,7 @@ from fedgram.stamp import Gramian, Match
 from fedgram.stamp._inputs import checked_strength
 from fedgram.stamp.dual import rescaling
 from fedgram.stamp.gramian import WeightsLike, normalised_weights
-from fedgram.stamp.structure import STATISTICS, GradientLike, average, read
+from fedgram.stamp.structure import STATISTICS, GradientLike, average, finite, not_finite, read, unfit
 
 from .ranks import Ranks, check_alike
 from .watch import Watch
@@ -74,8 +74,14 @@ def match_sharded(
         raise ValueError("gradients: no rank has a tensor to match")
     gramian = _summed(ranks, local, u)
     dual = stamp.solve_dual(gramian, c, rescale=rescale)
-    averages = {name: average(tensors, u) for name, tensors in inputs.averaged.items()}
-    direction = inputs.assemble(grad_combine(inputs.tensors, dual.coefficients, backend=backend), averages)
+    with ranks.together():
+        averages = {name: average(tensors, u) for name, tensors in inputs.averaged.items()}
+        if not finite(averages.values()):
+            raise ValueError(not_finite(inputs))
+        parts = grad_combine(inputs.tensors, dual.coefficients, backend=backend)
+        if not finite(parts):
+            raise ValueError(unfit(inputs, dict(zip(inputs.names, parts, strict=True)), "the direction"))
+    direction = inputs.assemble(parts, averages)
     return Match(_without_nothing(direction) if nothing else direction, dual, gramian, inputs)
 
 

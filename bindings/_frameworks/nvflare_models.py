@@ -19,6 +19,8 @@ from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from torch import Tensor
 
+from fedgram.stamp.structure import finite
+
 from .arrays import from_numpy, to_numpy
 
 StateDict = Mapping[str, Tensor]
@@ -104,7 +106,7 @@ class Round:
         if not self.differences:
             return state
         base = self.base()
-        return {key: _cast(value, base[key].dtype) for key, value in state.items()}
+        return {key: _cast(key, value, base[key].dtype) for key, value in state.items()}
 
     def base(self) -> StateDict:
         """The global state as far as any of the clients sent it.
@@ -200,9 +202,12 @@ def _sum(start: Tensor, difference: Tensor, label: str) -> Tensor:
     return start + difference
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     whole = tensor.is_floating_point() and not dtype.is_floating_point
-    return (tensor.round() if whole else tensor).to(dtype)
+    result = (tensor.round() if whole else tensor).to(dtype)
+    if dtype.is_floating_point and not finite([result]) and finite([tensor]):
+        raise ValueError(f"{key}: the new value exceeds {torch.finfo(dtype).max:.5g}, the largest number of {dtype}")
+    return result
 
 
 def _weights(names: Sequence[str], metas: Sequence[Mapping[str, Any]], key: str | None) -> list[float] | None:

@@ -195,6 +195,8 @@ REFUSED = {
     "result": "result: expected one of root, all, sharded, got 'nowhere'",
     "module": "layers.2.proj: site 4 has no such module",
     "gradient": "task 0, '[0]' is not finite",
+    "statistics": "task 0, 'running_mean' is not finite",
+    "range": "the direction, '[0]' exceeds 65504",
     "strength": "rank 1 was called with other numbers of gradients, weights or options than rank 0",
     "number": "rank 1 was called with other numbers of gradients, weights or options than rank 0",
     "no strength": "c: expected a number in [0, 1), got nan",

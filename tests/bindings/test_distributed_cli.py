@@ -220,5 +220,6 @@ def test_what_runs_in_one_process_does_not_run_on_ranks(clients, monkeypatch, na
             monkeypatch.setenv(variable, env[variable])
         result = CliRunner().invoke(app, command(clients))
         told.append((result.exit_code, result.stdout, result.stderr))
-    line = f"fedgram: {name}: runs in one process; only aggregate shares its work over the ranks of torchrun\n"
+    reason = "for one process; under torchrun there is aggregate, which starts anew if it was interrupted"
+    line = f"fedgram: {name}: {reason}\n"
     assert told == [(1, "", line), (0, "", "")]

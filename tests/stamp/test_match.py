@@ -317,3 +317,11 @@ def test_a_task_whose_gradient_is_short_beside_the_mean_counts():
     assert torch.allclose(found.coefficients, exact.coefficients, rtol=1e-6)
     # float32 products must not be refused as an impossible Gram matrix, whatever they are worth
     stamp.match(rows, precise=False)
+
+
+def test_gradients_near_a_mean_of_zero_are_not_refused():
+    """What float32 products leave of the square of the mean is then below zero as often as above."""
+    for K, D in ((3, 1), (3, 1000), (4, 2)):
+        for seed in range(40):
+            rows = torch.randn(K, D, generator=torch.Generator().manual_seed(seed))
+            stamp.match(list(rows - rows.mean(0)), precise=False)

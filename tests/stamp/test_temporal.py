@@ -184,6 +184,9 @@ def test_reentrant_checkpointing_is_refused_and_ordinary_functions_are_not():
     assert all(p.grad is None for p in model.parameters())
     stamp.TemporalMatcher(model, loss(False), Memory(a=data(1))).step((X, y))
     assert all(float(p.grad.abs().max()) > 0 for p in model.parameters())
+    model[:2].requires_grad_(False)  # nothing is hidden in a block that is frozen
+    stamp.TemporalMatcher(model, loss(True), Memory(a=data(1))).step((X, y))
+    assert all(float(p.grad.abs().max()) > 0 for p in model[2].parameters())
 
 
 # --- several steps per task
@@ -278,6 +281,39 @@ class Counts(nn.Module):
 
 def counted(model):
     return {name: float(buffer) for name, buffer in model.named_buffers()}
+
+
+class Growing(nn.Module):
+    """A cache made anew for longer inputs, its length noted beside it; a sparse buffer, and one of NaN."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 3)
+        self.length = 0
+        self.register_buffer("adjacency", torch.eye(6).to_sparse())
+        self.register_buffer("unknown", torch.full((1,), torch.nan).expand(3))
+
+    def forward(self, x):
+        if len(x) > self.length:
+            self.register_buffer("positions", torch.arange(float(len(x))))
+            self.length = len(x)
+        return self.layer(torch.sparse.mm(self.adjacency, x.T).T) + self.positions[: len(x), None]
+
+
+def test_caches_that_grow_stay_of_one_piece():
+    short, long = data(3, n=4), data(2, n=7)
+    alone, model = Growing(), Growing()
+    alone(short[0])
+    matcher = stamp.TemporalMatcher(model, loss_fn, Memory(a=long))
+    matcher.step(short)
+    assert (model.length, len(model.positions)) == (alone.length, len(alone.positions))
+    assert torch.equal(model(long[0]), Growing()(long[0]))
+    model = Growing()
+    stamp.ghost_gramian(model, lambda m, b: loss_fn(m, b), [short, long])
+    assert model.length == 0
+    assert not hasattr(model, "positions")
+    assert torch.equal(model(long[0]), Growing()(long[0]))
 
 
 def test_buffers_of_every_kind_follow_the_current_task_only():

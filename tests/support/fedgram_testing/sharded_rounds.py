@@ -215,6 +215,12 @@ def refusals(rank, mine, local, whole, clients):
         "result": lambda: aggregate_sharded(clients, result="nowhere", group=group),
         "module": lambda: aggregate_sharded(without(clients, "layers.2.proj", 4), **whole),
         "gradient": lambda: match_sharded([[torch.full((3,), torch.inf if rank == 1 else 1.0)]], group=group),
+        "statistics": lambda: match_sharded(
+            [{"w": torch.ones(3), "running_mean": torch.full((2,), torch.nan if rank == 1 else 0.0)}] * 2, group=group
+        ),
+        "range": lambda: match_sharded(
+            [[torch.full((3,), 60000.0 if rank == 1 else 1.0).half()]] * 2, c=0.9, group=group
+        ),
         "strength": lambda: match_sharded([[torch.ones(3)]], c=0.5 if rank == 1 else 0.1, group=group),
         "number": lambda: match_sharded([[torch.ones(3)]] * (2 if rank == 1 else 1), group=group),
         "no strength": lambda: match_sharded([[torch.ones(3)]], c=float("nan"), group=group),
