@@ -16,6 +16,8 @@ from .members import Side
 CANCELLED = 2.0**-24
 """A combination of factors this small beside its terms is rounding: the square root of what float64 Grams resolve."""
 
+IMPLICIT_FLOOR = 1e-11
+"""Squared errors below this part of ``||dW||^2`` are lost in the orthonormalisations of the implicit regime."""
 TILT = 2.0**-7
 """How much of a sketch the rows have that sweeps start from."""
 RESOLVED = 2.0**-50
@@ -51,8 +53,12 @@ class AlternatingLeastSquares:
         limits = {"tolerance": self.tolerance, "max_sweeps": self.max_sweeps, "cancelled": CANCELLED}
         if (found := certified_blocks(group, Q, **limits)) is not None:
             return found
-        energy = group.gram_energy if group.gram is not None else None
-        zero = energies(group) == 0
+        energy, floor = energies(group), 1e-13
+        zero = energy == 0
+        if group.gram is not None:
+            energy = group.gram_energy
+        else:
+            floor = IMPLICIT_FLOOR
         P, captured = Q, torch.zeros(len(group.targets), dtype=torch.float64, device=group.device)
         status, sweep = "max-sweeps", 0
         for sweep in range(1, self.max_sweeps + 1):
@@ -63,7 +69,7 @@ class AlternatingLeastSquares:
                 filled = torch.where(lost, _sketch(group, rank), Q_hat)
                 P, Q_hat, _ = half_step(group, "A", torch.where(lost.any(-1, keepdim=True), filled, Q))
             Q, _, captured = half_step(group, "B", P)
-            left = (energy - captured).clamp_min(1e-13 * energy) if energy is not None else 1e-2 * captured
+            left = (energy - captured).clamp_min(floor * energy)
             enough = torch.maximum(self.tolerance * left, RESOLVED * captured)
             if bool(((captured - before <= enough) | zero).all()):
                 status = "converged"

@@ -140,8 +140,8 @@ def estimate_targets(
     averaged = method == "fedavg" and rank is None  # the coefficients are known before the Grams
     measured = averaged and any(shows(target.dtype) for target in targets)
     groups = make_groups(targets, backend, averaged=averaged, measured=measured)
-    if rank is None and not shared:
-        groups = doubtful_apart(groups, method)
+    if not isinstance(rank, str) and not shared:
+        groups = doubtful_apart(groups, method, rank)
     groups, ranks = split_by_rank(groups, rank)
     if method == "stack":
         pairs = [Pair(torch.empty(0), torch.empty(0), "exact") for _ in groups]

@@ -15,8 +15,13 @@ OVERSAMPLING = 8
 TOLERANCE = 1e-8
 """Stop once one more block lowers the squared error by less than this fraction of it."""
 MAX_BLOCKS = 64
-DEPENDENT = 1e-7
-"""A direction that loses all but this part of its length to the space already spanned is rounding."""
+DEPENDENT = 1e-5
+"""A direction that loses all but this part of its length to the space already spanned is left out: the squares of what
+is left are good to 1e-6 then."""
+HELD = 0.9
+"""A direction made to be of length 1 that is shorter than this when its products are taken again is rounding."""
+AMISS = 1e-2
+"""A pair that captures less than its space promised by this part of the squared error is given to sweeps."""
 
 
 def solve_krylov(group: Group, rank: int) -> Pair:
@@ -37,14 +42,18 @@ def solve_krylov(group: Group, rank: int) -> Pair:
             status = "converged"
             break
         before = captured
-        if space.size >= group.total_rank:
+        if space.size >= group.total_rank or not Y.shape[-1]:
             status = "converged"
             break
     vectors = torch.linalg.eigh(space.H).eigenvectors[:, :, -min(wide, space.size) :]
     # coefficients of ill-conditioned factors are orthonormal to rounding times their condition only: one sweep from
     # the block, which orthonormalises again, takes the error that this leaves to rounding
     pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(space.P @ vectors, space.V @ vectors, status))
-    return Pair(fit_rank(pair.P, rank), fit_rank(pair.Q, rank), status, blocks)
+    pair = Pair(fit_rank(pair.P, rank), fit_rank(pair.Q, rank), status, blocks)
+    lost = captured - (pair.P * group.apply("B", pair.P)).sum(-2).square().sum(-1)  # of a balanced pair
+    if bool((lost.abs() > AMISS * (energy - captured).abs() + 1e-12 * energy).any()):
+        return AlternatingLeastSquares().solve(group, pair, rank)
+    return pair
 
 
 class _Space:
@@ -62,22 +71,36 @@ class _Space:
         return self.V.shape[-1]
 
     def extend(self, Y: Tensor) -> Tensor:
-        """Add the span of ``Y^T As``; returns the coefficients of its image under ``dW^T dW``."""
+        """Add the span of ``Y^T As``; returns the coefficients of its image under ``dW^T dW``.
+
+        Of its singular directions one by one: beside the image of a large one, what is new in that of a small one
+        would be lost.
+        """
         group = self.group
-        Y = Y * inverse_or_zero(Y.abs().amax(-2, keepdim=True))  # so that no square leaves float64's range
-        C = group.apply("A", Y)
-        length = _norms(Y, C)
-        for _ in range(2):
-            inside = self.C.mT @ Y
-            Y, C = Y - self.V @ inside, C - self.C @ inside
-        T = orthonormaliser(Y.mT @ C, DEPENDENT * length)
-        Y, C = Y @ T, C @ T
+        Y, C = self._added(Y)
         P = group.D * C
         Z = group.apply("B", P)
         corner, side = P.mT @ Z, self.P.mT @ Z
-        self.H = torch.cat([torch.cat([self.H, side], -1), torch.cat([side.mT, 0.5 * (corner + corner.mT)], -1)], -2)
+        corner = 0.5 * (corner + corner.mT)
+        self.H = torch.cat([torch.cat([self.H, side], -1), torch.cat([side.mT, corner], -1)], -2)
         self.V, self.C, self.P = (torch.cat(pair, -1) for pair in ((self.V, Y), (self.C, C), (self.P, P)))
-        return group.D * Z
+        return group.D * (Z @ torch.linalg.eigh(corner).eigenvectors)
+
+    def _added(self, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """Orthonormal directions for what ``Y^T As`` adds, in coefficients, and their products with ``G_A``."""
+        Y = Y * inverse_or_zero(Y.abs().amax(-2, keepdim=True))  # so that no square leaves float64's range
+        C = self.group.apply("A", Y)
+        length = _norms(Y, C)
+        Y, C = self._outside(*self._outside(Y, C))
+        Y = Y @ orthonormaliser(Y.mT @ C, DEPENDENT * length)
+        Y, C = self._outside(Y, self.group.apply("A", Y))  # what has cancelled had left its rounding
+        T = orthonormaliser(Y.mT @ C, torch.full_like(length, HELD))
+        used = (T != 0).any(-2).any(0)
+        return Y @ T[..., used], C @ T[..., used]
+
+    def _outside(self, Y: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        inside = self.C.mT @ Y
+        return Y - self.V @ inside, C - self.C @ inside
 
 
 def _norms(Y: Tensor, C: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shar
     return pairs
 
 
-def doubtful_apart(groups: Sequence[tuple[Group, list[int]]], method: str) -> list[tuple[Group, list[int]]]:
+def doubtful_apart(
+    groups: Sequence[tuple[Group, list[int]]], method: str, rank: int | None
+) -> list[tuple[Group, list[int]]]:
     """The groups, each with its modules' positions, cut in two where some modules only need the general path.
 
     What the compiled solvers leave to it, because their Grams leave doubt (a module that is zero, clients
@@ -63,7 +65,7 @@ def doubtful_apart(groups: Sequence[tuple[Group, list[int]]], method: str) -> li
         return list(groups)
     parts: list[tuple[Group, list[int]]] = []
     for group, ids in groups:
-        doubtful = set(_doubtful(group, method)) if len(ids) > 1 else set()
+        doubtful = set(_doubtful(group, method, rank)) if len(ids) > 1 else set()
         both = [[i for i in range(len(ids)) if (i in doubtful) == side] for side in (False, True)]
         if all(both):
             parts += [(group.subset(own), [ids[i] for i in own]) for own in both]
@@ -72,9 +74,9 @@ def doubtful_apart(groups: Sequence[tuple[Group, list[int]]], method: str) -> li
     return parts
 
 
-def _doubtful(group: Group, method: str) -> list[int]:
+def _doubtful(group: Group, method: str, rank: int | None) -> list[int]:
     if method in ("als", "svd"):
-        return doubtful_optima(group)
+        return doubtful_optima(group, group.rank if rank is None else rank)
     return doubtful_modules(group) if method == "fedavg" else ScalarLeastSquares().doubtful(group)
 
 

@@ -33,11 +33,11 @@ def iter_aggregate(
 
     Portions come in the order of the modules, each as ``aggregate`` returns it for those modules alone, with reports
     whose yardsticks are numbers. On the CPU modules are put together up to 16 MiB of factors and Grams (``aggregate``
-    puts those that lie in memory together up to 64 MiB): all portions together have the bits that it returns, unless
-    Grams leave doubt. The iterations of the general path end for the doubtful modules of a portion together, so that
-    these may differ by its tolerance. Meanwhile a thread reads ahead: the factors held are at most 1.5 times the
-    largest portion (or 16 MiB), and up to 8 MiB more, not beyond two and a half portions. Full tensors beside the
-    factors (``Adapter.extras``) are left to the caller.
+    puts those that lie in memory together up to 64 MiB): all portions together have the bits that it returns, but
+    for modules that take the general path, whose iterations end together and so may differ by their tolerance: where
+    Grams leave doubt or are not formed, and ``flora-na`` with an anchor or a rank that is not the clients'. Meanwhile a
+    thread reads ahead: the factors held are at most 1.5 times the largest portion (or 16 MiB), and up to 8 MiB more,
+    not beyond two and a half portions. Full tensors beside the factors (``Adapter.extras``) are left to the caller.
 
     Args:
         adapters: as in ``aggregate``; their mappings should be lazy, and are read from another thread.

@@ -11,14 +11,12 @@ from fedgram import kernels
 
 from ._block_solver import MOST_COLUMNS, certified_blocks
 from ._spectrum_solver import CompiledSpectrum, compiled_spectrum
-from .als import CANCELLED, AlternatingLeastSquares
+from .als import CANCELLED, IMPLICIT_FLOOR, AlternatingLeastSquares
 from .coefficients import Pair, eigh_psd, fit_rank, inverse_or_zero
 from .divergence import MARGIN, ROUNDING, energies, mass_of_target, rounding
 from .group import Group
 from .krylov import solve_krylov
 
-IMPLICIT_FLOOR = 1e-11
-"""Squared errors below this part of ``||dW||^2`` are lost in the orthonormalisations of the implicit regime."""
 SPECTRUM_RANK = 512
 RESOLVED = 1e-15
 """Singular values below this part of the largest are rounding of the float64 QR."""
@@ -106,8 +104,8 @@ def square_root(G: Tensor) -> Tensor:
 def solve_svd(group: Group, rank: int) -> Pair:
     """The best pair of rank ``rank``, balanced; trailing columns are zero where dW has lower rank.
 
-    Modules whose remaining error is too small for their Grams to resolve are solved again from QR factors, which
-    resolve singular values down to 1e-16 of the largest. Without Grams, or where
+    Modules whose remaining error is too small for their Grams to resolve, or whose pair loses what they do resolve, are
+    solved again from QR factors, which resolve singular values down to 1e-16 of the largest. Without Grams, or where
     their decomposition would cost more than it, the pair comes from a block Krylov space.
     """
     if by_krylov(group):
@@ -115,9 +113,9 @@ def solve_svd(group: Group, rank: int) -> Pair:
     return certified_optimum(group, rank) or _general_optimum(group, rank)
 
 
-def doubtful_optima(group: Group) -> list[int]:
-    """The modules whose optimum of the group's rank the compiled solvers leave to the general path."""
-    if by_krylov(group) or (found := _best_rows(group, group.rank)) is None:
+def doubtful_optima(group: Group, rank: int) -> list[int]:
+    """The modules whose optimum of this rank the compiled solvers leave to the general path."""
+    if by_krylov(group) or (found := _best_rows(group, rank)) is None:
         return []
     return sorted({*found.left, *unresolved(group, found.tail).nonzero().flatten().tolist()})
 
@@ -158,7 +156,10 @@ def _general_optimum(group: Group, rank: int) -> Pair:
         Q = Q * inverse_or_zero(Q.abs().amax((-2, -1), keepdim=True))
     pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(Q, Q, ""), V.shape[-1])
     P, Q = fit_rank(pair.P, rank), fit_rank(pair.Q, rank)
-    again = unresolved(group, s.energies[:, rank:].sum(-1)).nonzero().flatten().tolist()
+    tail = s.energies[:, rank:].sum(-1)
+    captured = (P * group.apply("B", P)).sum(-2).square().sum(-1)  # of a balanced pair
+    short = s.energies[:, :rank].sum(-1) - captured > EXCESS * tail + 4 * rounding(group) * group.mass**2
+    again = (unresolved(group, tail) | short).nonzero().flatten().tolist()
     for i in again:
         P[i], Q[i] = _from_triangles(group, i, rank)
     known = None if again or pair.evidence is None else replace(pair.evidence, ended=None)

@@ -88,7 +88,7 @@ struct spectrum {
 };
 
 enum spectrum_figure { TAIL = 1, SPECTRUM_FIGURES };
-enum { BISECTIONS = 54, INVERSE_ROUNDS = 3 };
+enum { BISECTIONS = 64, INVERSE_ROUNDS = 3 };
 #define ROUNDING 1.1102230246251565e-16
 #define LEAST_BESIDE 1e-280 /* of the squares beside the diagonal: as good as none */
 

@@ -111,7 +111,7 @@ INLINE void FN(bisect)(int64_t n, const double *d, const double *squares, double
                 high[k] = (four)(((whole)high[k] & above) | ((whole)middle[k] & ~above));
             }
         }
-        for (int64_t i = 0; i < 16 && first + i < count; i++) values[first + i] = high[i / 4][i % 4];
+        for (int64_t i = 0; i < 16 && first + i < count; i++) values[first + i] = 0.5 * (low[i / 4][i % 4] + high[i / 4][i % 4]);
     }
 }
 
@@ -213,7 +213,8 @@ static void FN(find_spectrum)(const struct spectrum *m, double *work) {
     const int64_t R = m->R, width = padded(R);
     double *U = take_numbers(&work, width * width), *N = take_numbers(&work, width * width), *K = take_numbers(&work, R * width);
     double *d = take_numbers(&work, R), *e = take_numbers(&work, R), *squares = take_numbers(&work, R);
-    double largest = 0, bound = 0, sum = 0, beside = 0;
+    double largest = 0, bound = 0, beside = 0;
+    long double sum = 0; /* hundreds of small numbers beside one that leaves it again */
     m->found[STATUS] = DOUBTFUL;
     if (!FN(factor_rows)(R, width, m->G[1], U, d, m->safe_pivot)) return;
     memset(N, 0, width * width * sizeof(double));
@@ -239,7 +240,7 @@ static void FN(find_spectrum)(const struct spectrum *m, double *work) {
         sum -= m->values[i];
         m->values[i] *= largest;
     }
-    m->found[TAIL] = fmax(sum, 0) * largest;
+    m->found[TAIL] = fmax((double)sum, 0) * largest;
     if (m->rank) {
         FN(tridiagonal_vectors)(R, d, e, m->rank, m->values, largest, K, work);
         FN(reflect)(R, width, N, e, m->rank, K);

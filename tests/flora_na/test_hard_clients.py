@@ -129,3 +129,36 @@ def test_inner_products_where_the_first_client_has_nothing():
     found = flora_na.client_gramian([{}, {"a": flora_na.LoraLayer(A=A[0], B=B[0])}], missing="zero")
     assert found[0].tolist() == [0.0, 0.0]
     assert float(found[1, 1]) == pytest.approx(float((B[0].double() @ A[0].double()).square().sum()))
+
+
+@pytest.mark.parametrize(("rank", "total"), [(64, 128), (256, 320)])
+@pytest.mark.parametrize("method", ["svd", "als"])
+def test_many_singular_values_just_above_the_rounding_of_grams(rank, total, method, either_path):
+    g = torch.Generator().manual_seed(0)
+    n = total + 30
+    left, right = (torch.linalg.qr(torch.randn(n, total, generator=g, dtype=torch.float64)).Q for _ in range(2))
+    sizes = torch.full((total,), 1e-7, dtype=torch.float64)
+    sizes[0], sizes[rank:] = 1, 1.5e-6 * torch.ones(total - rank, dtype=torch.float64) / math.sqrt(total - rank)
+    sizes[1:rank] = sizes[1:rank].clamp_min(1.01 * float(sizes[rank]))
+    e = flora_na.estimate([left * sizes.sqrt()], [(right * sizes.sqrt()).T], method=method, rank=rank)
+    true = float(sizes[rank:].norm() / sizes.norm())
+    assert e.rho == pytest.approx(true, rel=1e-3)
+    assert e.rho_optimal == pytest.approx(true, rel=1e-3)
+
+
+@pytest.mark.skipif(SOLVER.missing is not None, reason="the sweeps of all modules end together")
+def test_a_module_in_doubt_leaves_the_others_bits_whatever_the_rank():
+    modules = {f"m{seed}": random_clients(4, seed) for seed in range(4)}
+    adapters = [
+        {n: flora_na.LoraLayer(A=A[u], B=0 * B[u] if n == "m1" else B[u]) for n, (B, A) in modules.items()}
+        for u in range(4)
+    ]
+    for method in ("als", "svd"):
+        for rank in (None, 3, 4, 6):
+            both = flora_na.aggregate(adapters, method=method, rank=rank).adapter.modules
+            for name in ("m0", "m2", "m3"):
+                [alone] = flora_na.aggregate(
+                    [{name: a[name]} for a in adapters], method=method, rank=rank
+                ).adapter.modules.values()
+                assert torch.equal(both[name].B, alone.B), (method, rank, name)
+                assert torch.equal(both[name].A, alone.A), (method, rank, name)

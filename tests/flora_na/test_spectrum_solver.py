@@ -237,7 +237,7 @@ def test_what_its_grams_do_not_resolve_is_left_out():
     """A product of the rank asked for: what is left is rounding, and comes from QR factors."""
     t = target([5] * 3)
     exact = make_target([t.B[0]] * 3, [t.A[0] + 1e-9 * a for a in t.A], t.weights)
-    assert svd.doubtful_optima(group_of(t, exact, target([5] * 3, seed=1))) == [1]
+    assert svd.doubtful_optima(group_of(t, exact, target([5] * 3, seed=1)), 5) == [1]
 
 
 def test_the_optimum_and_its_yardstick_take_one_spectrum(monkeypatch):
