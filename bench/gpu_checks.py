@@ -15,6 +15,7 @@ from fedgram import flora_na, kernels, stamp
 from .gpu_cases import OpCase, all_cases, small_cases, worst_error
 from .gpu_estimates import estimates, unequal_factors
 from .gpu_support import Journal, poisoned
+from .reference import worst
 from .workloads import TINY, adapters, gradients, name_of
 
 KERNELS = "triton"
@@ -158,7 +159,7 @@ def _replay(
     replayed = [t.clone() for t in outputs]
     del taken
     fresh = [t.to(r.device) for t, r in zip(run(), replayed, strict=True)]  # a plain call's dual is solved on the host
-    error = max((_apart(a, b) for a, b in zip(fresh, replayed, strict=True)), default=0.0)
+    error = worst(_apart(a, b) for a, b in zip(fresh, replayed, strict=True))
     right = error <= 1e-6 if required else _same(replayed, fresh)
     return {"ok": right, "error": error, "tolerance": 1e-6 if required else 0.0, "same_bits": _same(replayed, fresh)}
 
@@ -226,7 +227,7 @@ def _compile(call: Callable[[], Any], tolerance: float = 0.0) -> dict[str, Any]:
     traced = [t.to(p.device) for p, t in zip(plain, found, strict=True)]  # a dual is solved on the host in plain calls
     if not tolerance:
         return {"ok": _same(plain, traced)}
-    error = max((_apart(a, b) for a, b in zip(plain, traced, strict=True)), default=0.0)
+    error = worst(_apart(a, b) for a, b in zip(plain, traced, strict=True))
     return {"ok": error <= tolerance, "error": error, "tolerance": tolerance}
 
 

@@ -14,6 +14,7 @@ from fedgram import flora_na, stamp
 from fedgram.flora_na import Adapter, LoraLayer
 
 from .gpu_support import Journal, poisoned
+from .reference import worst
 from .workloads import gradients, name_of
 
 PAIR = 2e-5  # of the products of float32 factors, whose rounding and tf32x3 products are 1e-6 each, through a solve
@@ -75,13 +76,14 @@ def _estimated(method: str, device: torch.device) -> dict[str, Any]:
     weights = torch.tensor([8.0, 1.0, 1.0], dtype=torch.float64, device=device)
     with poisoned():
         found = flora_na.estimate_modules(B, A, weights, method=method, sweeps=60, backend="triton")
-    error, behind = 0.0, 0.0
+    errors, lags = [], []
     for l, (bs, as_) in enumerate(zip(B, A, strict=True)):
         w = weights / weights.sum()
         dense = sum(x * b.double() @ a.double() for x, b, a in zip(w, bs, as_, strict=True))
         true = float((dense - found.B[l].double() @ found.A[l].double()).norm() / dense.norm())
-        error = max(error, abs(float(found.rho[l]) / true - 1))
-        behind = max(behind, true / flora_na.estimate(bs, as_, weights.cpu(), method=method).rho - 1)
+        errors.append(abs(float(found.rho[l]) / true - 1))
+        lags.append(true / flora_na.estimate(bs, as_, weights.cpu(), method=method).rho - 1)
+    error, behind = worst(errors), worst(lags)
     certain = bool(found.certain.all())
     right = error <= RHO and behind <= RHO and certain
     row = {"ok": right, "error": error, "tolerance": RHO, "behind_estimate": behind, "certain": certain}
@@ -148,12 +150,13 @@ def _compared(
 ) -> dict[str, Any]:  # fmt: skip
     expected = call(clients, torch.device("cpu"))
     found = call([_on(c, device) for c in clients], device)
-    pair, rho = 0.0, 0.0
+    pairs, rhos = [], []
     for name, value in expected.items():
         if isinstance(value, Tensor):
-            pair = max(pair, float((found[name] - value).norm() / value.norm()))
+            pairs.append(float((found[name] - value).norm() / value.norm()))
         else:
-            rho = max(rho, abs(float(found[name]) - value) / max(value, 1e-6))
+            rhos.append(abs(float(found[name]) - value) / max(value, 1e-6))
+    pair, rho = worst(pairs), worst(rhos)
     # where a bfloat16 factor lies between two numbers the last bit decides which it becomes
     tolerance = PAIR if dtype == torch.float32 else 4e-3
     right = pair <= tolerance and rho <= RHO
@@ -168,6 +171,6 @@ def _matched(call: Callable[[list[list[Tensor]]], stamp.Match], device: torch.de
     lists = gradients(5, 20_000, torch.device("cpu"))
     expected, found = call(lists), call([[t.to(device) for t in one] for one in lists])
     pairs = zip(expected.direction, found.direction, strict=True)
-    error = max(float((x.double() - y.double().cpu()).norm() / x.double().norm()) for x, y in pairs)
+    error = worst(float((x.double() - y.double().cpu()).norm() / x.double().norm()) for x, y in pairs)
     right = error <= PAIR and found.status == "optimal"
     return {"op": "match", "ok": right, "error": error, "tolerance": PAIR, "relative_gap": found.relative_gap}

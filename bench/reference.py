@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,12 @@ def dense_update(B: Sequence[Tensor], A: Sequence[Tensor], weights: Tensor) -> T
     return left @ torch.cat([a.double() for a in A], 0)
 
 
+def worst(errors: Iterable[float]) -> float:
+    """The largest of some errors, 0 of none; NaN where one is not finite, which Python's ``max`` may pass over."""
+    found = list(errors)
+    return max(found, default=0.0) if all(map(math.isfinite, found)) else math.nan
+
+
 def relative_error(result: Tensor, truth: Tensor) -> float:
     """``||result - truth|| / ||truth||`` in float64; Inf where the shapes differ."""
     if result.shape != truth.shape:
@@ -23,8 +29,8 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
 
 
 def list_error(results: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
-    """The largest relative error over a list of tensors."""
-    return max(relative_error(r, t) for r, t in zip(results, truths, strict=True))
+    """The largest relative error over a list of tensors; NaN where one is not finite or the shapes differ."""
+    return worst(relative_error(r, t) for r, t in zip(results, truths, strict=True))
 
 
 def rho(pair: tuple[Tensor, Tensor], update: Tensor) -> float:

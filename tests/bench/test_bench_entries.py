@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from rich.console import Console
 from fedgram import flora_na, stamp
 from fedgram.bench import plots, table
 from fedgram.bench.peers import adamw, dense, herding, optional, softmax_sgd
-from fedgram.bench.reference import dense_update, dual_objective, matching_excess, optimal_rho, rho, scalar_rho
+from fedgram.bench.reference import dense_update, dual_objective, matching_excess, optimal_rho, rho, scalar_rho, worst
 from fedgram.bench.registry import GROUPS, MissingPeerError, entries
 from fedgram.bench.run import run_benchmarks
 from fedgram.bench.run_case import check
@@ -35,6 +36,44 @@ def test_every_contender_passes_its_check(entry):
         checked = check(case, contender, CPU)
         assert not checked.failure
         assert checked.right == ((entry.name, contender.name) not in WRONG), (contender.name, checked.error)
+
+
+def spoiled(name, change):
+    """The check of ours in an entry's tiny case, after ``change`` of its result."""
+    case = next(e for e in entries([name]) if e.name == name).build("tiny", CPU)
+    return check(case, replace(case.ours, run=lambda: change(case.ours.run())), CPU)
+
+
+def holes(result):
+    """NaN in every tensor of a list, or pair of lists, but the first."""
+    flat = [t for side in result for t in side] if isinstance(result, tuple) else result
+    for t in flat[1:]:
+        t.fill_(math.nan)
+    return result
+
+
+def empty_layers(result):
+    for layer in list(result.adapter.modules.values())[1:]:
+        layer.B.fill_(math.nan)
+    return result
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, holes) for name in ("factor_gram", "factor_cross", "factor_combine-blocks", "grad_combine")]
+    + [(f"aggregate-{method}", empty_layers) for method in ("als", "flora-na", "fedavg")]
+    + [("estimate-flora-na", lambda e: replace(e, B=e.B * math.nan))],
+)
+def test_nan_is_wrong_wherever_it_stands(name, change):
+    assert not spoiled(name, change).right
+
+
+def test_the_worst_of_some_errors_is_nan_where_one_is_not_finite():
+    assert worst([]) == 0
+    assert worst([1.0, 3.0, 2.0]) == 3
+    for value in (math.nan, math.inf):
+        assert all(math.isnan(worst(errors)) for errors in ([value, 1.0], [1.0, value], [1.0, value, 2.0]))
 
 
 def test_entries_are_chosen_by_name_and_group():

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedgram.bench import gpu, gpu_checks, gpu_end_to_end, gpu_sanitizers
+from fedgram import stamp
+from fedgram.bench import gpu, gpu_checks, gpu_end_to_end, gpu_estimates, gpu_sanitizers
 from fedgram.bench.gpu_cases import TINY, factor_cases, small_cases
 from fedgram.bench.gpu_checks import _check, _displace, _not_finite, _repeat
 from fedgram.bench.gpu_support import LAYOUTS, Guarded, Journal, laid, poisoned
@@ -130,6 +131,28 @@ def test_what_is_not_finite_is_looked_for(monkeypatch):
     swallowed = SimpleNamespace(grad_gram=lambda lists, backend: (torch.zeros(()), torch.zeros(5), torch.zeros(5, 5)))
     monkeypatch.setattr(gpu_checks, "kernels", swallowed)
     assert not _not_finite(CPU, torch.bfloat16, 5, float("nan"))["ok"]
+
+
+@pytest.mark.parametrize("hole", ["pair last", "rho last"])
+def test_nan_from_the_device_is_no_agreement_with_the_cpu(hole):
+    right = {"pair first": torch.ones(2, 2), "pair last": torch.ones(2, 2), "rho first": 0.5, "rho last": 0.5}
+    for found, ok in ((right, True), (right | {hole: right[hole] * torch.nan}, False)):
+        answers = iter((right, found))
+        assert gpu_estimates._compared(lambda *_: next(answers), [], CPU, torch.float32)["ok"] is ok  # noqa: B023
+
+
+def test_a_direction_with_nan_is_no_match():
+    calls = []
+
+    def call(lists):
+        found = stamp.match(lists, c=0.4)
+        calls.append(found)
+        if len(calls) == 2:
+            for t in found.direction[1:]:
+                t.fill_(torch.nan)
+        return found
+
+    assert not gpu_estimates._matched(call, CPU)["ok"]
 
 
 def test_what_takes_longest_comes_last_and_is_left_out_in_time(monkeypatch):
