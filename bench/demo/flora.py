@@ -34,7 +34,7 @@ from .newsgroups import Messages, load_split
 
 SCENES = {SHARED: shared_start, APART: independent_starts}
 PICTURE, FIGURES = "flora-na.png", "results.json"
-OWNED = frozenset({SHARED, APART, PICTURE, FIGURES})
+OWNED = frozenset({f"{SHARED}/", f"{APART}/", PICTURE, FIGURES})
 SUBSET_SEED = 20
 
 

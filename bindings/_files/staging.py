@@ -30,7 +30,8 @@ def staged_directory(path: str | os.PathLike[str], owned: frozenset[str]) -> Ite
 
     Args:
         path: the directory to make or to replace; missing parents are made, and go again where nothing comes into them.
-        owned: names of the files that may be replaced. A directory that holds anything else is refused.
+        owned: names of the files that may be replaced, and with a slash behind them of the directories, which go with
+            all that they hold. A directory that holds anything else is refused.
 
     Raises:
         ValueError: ``path`` is not a directory, is a mount point, or holds files of other names.
@@ -128,7 +129,8 @@ def _writing(path: str | os.PathLike[str], owned: frozenset[str], hold: Hold = l
 
 def _others(target: Path, owned: frozenset[str]) -> list[str]:
     with os.scandir(target) as entries:
-        return [entry.name for entry in entries if entry.name not in owned or entry.is_dir(follow_symlinks=False)]
+        names = ((entry.name, "/" if entry.is_dir(follow_symlinks=False) else "") for entry in entries)
+        return [name for name, slash in names if name + slash not in owned]
 
 
 def _make_stage(target: Path) -> Path:

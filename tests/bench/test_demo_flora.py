@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fedgram.bench.data import FetchError
 from fedgram.bench.demo import clients, minilm, newsgroups
-from fedgram.bench.demo.flora import FIGURES, PICTURE, run
+from fedgram.bench.demo.flora import FIGURES, OWNED, PICTURE, run
 from fedgram.bench.demo.flora_options import METHODS, Options
 from fedgram.bench.demo.flora_plot import draw
 from fedgram.bench.demo.flora_report import findings, scene_table
@@ -21,6 +21,7 @@ from fedgram.bench.demo.flora_results import Outcome, summarise
 from fedgram.bench.demo.flora_scenes import APART, SHARED, WEIGHTS_NAME
 from fedgram.bench.demo.newsgroups import dirichlet_partition, draw_like, parse_tab
 from fedgram.bindings import peft as fpeft
+from fedgram.bindings._files.staging import check_writable, staged_directory
 from fedgram.bindings.cli import app
 from fedgram_testing.streaming import tensors_of
 
@@ -286,6 +287,17 @@ def test_the_same_seed_gives_the_same_figures_and_files(played, tmp_path):
     assert again["summary"] == figures["summary"]
     for path in sorted(options.out.rglob(WEIGHTS_NAME)):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(options.out)).read_bytes(), path
+
+
+def test_a_second_run_replaces_the_first(tmp_path):
+    for text in ("1", "2"):
+        check_writable(tmp_path / "out", OWNED)
+        with staged_directory(tmp_path / "out", OWNED) as folder:
+            for scene in (SHARED, APART):
+                (folder / scene / "seed-0").mkdir(parents=True)
+            for name in (PICTURE, FIGURES):
+                (folder / name).write_text(text)
+    assert (tmp_path / "out" / FIGURES).read_text() == "2"
 
 
 def test_foreign_files_in_the_output_are_left_alone(tmp_path):

@@ -55,6 +55,21 @@ def test_an_earlier_output_and_an_empty_directory_are_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_owned_directories_are_replaced_with_what_they_hold_and_no_others(tmp_path):
+    owned = frozenset({"a", "deep/"})
+    for text in ("1", "2"):
+        with staged_directory(tmp_path / "out", owned) as stage:
+            (stage / "a").write_text(text)
+            (stage / "deep" / "er").mkdir(parents=True)
+            (stage / "deep" / "er" / text).write_text(text)
+    assert [path.name for path in (tmp_path / "out" / "deep" / "er").iterdir()] == ["2"]
+    for name, make in (("a", os.mkdir), ("deep", lambda path: path.write_text("3"))):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / name)  # the kind that this name has not
+        with pytest.raises(ValueError, match=f"holds '{name}', which would be lost"):
+            check_writable(tmp_path / name, owned)
+
+
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
 def test_an_exception_leaves_the_previous_output(tmp_path, exchange, monkeypatch):
     if not exchange:
