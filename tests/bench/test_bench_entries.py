@@ -9,8 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedgram import flora_na, stamp
+from fedgram import flora_na, kernels, stamp
 from fedgram.bench import plots, table
+from fedgram.bench.entries_flora_na import spread
 from fedgram.bench.peers import adamw, dense, herding, optional, softmax_sgd
 from fedgram.bench.reference import dense_update, dual_objective, matching_excess, optimal_rho, rho, scalar_rho, worst
 from fedgram.bench.registry import GROUPS, MissingPeerError, entries
@@ -67,6 +68,31 @@ def empty_layers(result):
 )
 def test_nan_is_wrong_wherever_it_stands(name, change):
     assert not spoiled(name, change).right
+
+
+@pytest.mark.parametrize("method", ["als", "flora-na"])
+def test_an_aggregate_that_is_off_in_the_last_module_is_wrong(method):
+    def off(result):
+        name = list(result.adapter.modules)[-1]
+        result.adapter.modules[name].B.mul_(1.01)  # raises rho by less than what a claim is held to
+        return result
+
+    assert not spoiled(f"aggregate-{method}", off).right
+
+
+def test_modules_are_chosen_over_the_whole_range():
+    assert spread(48, 3) == [0, 24, 47]
+    assert spread(2, 3) == [0, 1]
+    assert spread(1, 3) == [0]
+
+
+def test_a_direction_is_checked_apart_from_our_own_sums(monkeypatch):
+    def stretched(*arguments, **options):
+        return [1.01 * t for t in combine(*arguments, **options)]
+
+    combine = kernels.grad_combine
+    monkeypatch.setattr(kernels, "grad_combine", stretched)
+    assert not spoiled("match", lambda m: replace(m, direction=[1.01 * t for t in m.direction])).right
 
 
 def test_the_worst_of_some_errors_is_nan_where_one_is_not_finite():
