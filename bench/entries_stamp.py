@@ -36,6 +36,12 @@ def centred(G: Tensor) -> Tensor:
     return G - G.mean(0) - G.mean(1, keepdim=True) + G.mean()
 
 
+def combined(lists: operations.Lists, v: Tensor) -> list[Tensor]:
+    """``sum_k v_k g_k`` in float64, tensor by tensor."""
+    values = v.double().tolist()
+    return [operations.weighted_sum(values, (t.double() for t in part)) for part in zip(*lists, strict=True)]
+
+
 @entry("grad_gram", "stamp", gpu=True)
 def grad_gram(size: Size, device: torch.device) -> Case:
     """The centred Gram of K lists of tensors."""
@@ -93,7 +99,7 @@ def grad_combine(size: Size, device: torch.device) -> Case:
     lists = gradients(K, d, device)
     v = torch.linspace(0.5, 1.5, K, dtype=torch.float64, device=device) / K
     out = [torch.empty_like(t) for t in lists[0]]
-    truth = [operations.weighted_sum(v.tolist(), (t.double() for t in p)) for p in zip(*lists, strict=True)]
+    truth = combined(lists, v)
     narrow = v.float()
     contenders = [
         Contender("grad_combine", lambda: kernels.grad_combine(lists, v, out=out), "ours", 1e-7),
@@ -114,8 +120,7 @@ def match(size: Size, device: torch.device) -> Case:
 
     def excess(result: Any) -> float:
         v, direction = (result.coefficients, result.direction) if isinstance(result, stamp.Match) else result
-        exact = kernels.grad_combine(lists, v.double())
-        away = list_error(direction, exact)
+        away = list_error(direction, combined(lists, v))
         return matching_excess(v, G, upper, C) if away < 1e-5 else away
 
     loop, authors = "stack, Gram, 100 softmax-SGD steps", "the same, Gram kept in the graph"
