@@ -17,7 +17,7 @@ from .registry import Case, Contender, Size, Target
 Memory = Callable[[str], int]
 
 
-COMPILING = 15.0  # seconds of a first run on a GPU up to which a second one tells what a run takes
+COLD = 15.0  # seconds of a first run up to which a second one tells what a run takes
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ BUDGETS: Mapping[Size, Budget] = {"full": Budget(1.5, 2, 25), "quick": Budget(0.
 
 
 def check(case: Case, contender: Contender, device: torch.device) -> Checked:
-    """Run once and compare with float64."""
+    """Run once and compare with float64; where that was quick enough, run once more to see how long it takes."""
     results: list[Any] = []
     try:
         first = seconds_of(lambda: results.append(contender.run()), device)
-        if device.type == "cuda" and first < COMPILING:  # the first run may have compiled kernels
+        if first < COLD:  # the first run may have imported or compiled
             first = seconds_of(contender.run, device)
         error = float(case.error(contender.output(results[0])))
     except Exception as failure:  # a contender that fails is a row of the table, not the end of it

@@ -10,7 +10,7 @@ from fedgram.bench.ceilings import Ceilings, Cost, measure_ceilings
 from fedgram.bench.measure import SHORTEST, Quartiles, Timing, interleave, plan
 from fedgram.bench.memory import RESET, peak_bytes
 from fedgram.bench.registry import Case, Contender, Target
-from fedgram.bench.run_case import run_case
+from fedgram.bench.run_case import Budget, run_case
 
 CPU = torch.device("cpu")
 
@@ -100,6 +100,15 @@ def test_no_speed_up_over_a_better_result():
     assert rows["peer"]["speed_up"] is not None  # a tolerance without end says that any result will do
     rows, _ = run_tiny(Contender("ours", lambda: 2e-6, "ours", 1e-6), Contender("peer", lambda: 1e-6, "peer", math.inf))
     assert rows["peer"]["speed_up"] is None
+
+
+def test_what_a_first_run_imports_or_compiles_is_not_its_time():
+    calls = []
+    cold = lambda: calls.append(1) or (time.sleep(0.2) if len(calls) == 1 else None) or 0.0  # noqa: E731
+    budget = Budget(0.01, 1, 2)  # a run of 0.2 s counts alone
+    contenders = (Contender("ours", lambda: 0.0, "ours", 0.0), Contender("cold", cold, "peer", 0.0))
+    result = run_case(case(*contenders), "tiny", CPU, CEILINGS, budget=budget)
+    assert result["contenders"][1]["median_s"] < 0.1
 
 
 def test_a_failing_peer_is_a_row_and_our_failure_is_an_error():
