@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from .flora_options import Options
-from .flora_results import BASELINE, Outcome, Summary, last_round, summarise
+from .flora_results import BASELINE, Outcome, Summary, summarise
 from .flora_scenes import APART, SHARED
 
 TITLES = {
@@ -62,10 +62,9 @@ def findings(scenes: dict[str, list[Outcome]], options: Options) -> list[str]:
 
 
 def _finding(scene: str, outcomes: Sequence[Outcome]) -> str:
-    rows = [row for row in summarise(outcomes) if row.method != BASELINE]
-    accuracies = [row.accuracy for row in summarise(outcomes)]
-    rho = {o.method: o.rho for o in last_round(outcomes)}
-    apart = [f"{row.method} by {_gain(row)}" for row in rows if row.differs]
+    rows = summarise(outcomes)
+    rhos, accuracies = [row.rho for row in rows], [row.accuracy for row in rows]
+    apart = [f"{row.method} by {_gain(row)}" for row in rows if row.method != BASELINE and row.differs]
     verdict = (
         f"{', '.join(apart)} from fedavg by more than two standard errors"
         if apart
@@ -73,7 +72,7 @@ def _finding(scene: str, outcomes: Sequence[Outcome]) -> str:
     )
     number = "Scene 1" if scene == SHARED else "Scene 2"
     return (
-        f"{number}: rho from {min(rho.values()):.3f} to {max(rho.values()):.3f}, accuracy from "
+        f"{number}: rho from {min(rhos):.3f} to {max(rhos):.3f}, accuracy from "
         f"{min(accuracies):.3f} to {max(accuracies):.3f}; {'different: ' if apart else ''}{verdict}."
     )
 

@@ -155,6 +155,16 @@ def test_findings_claim_a_difference_only_where_there_is_one():
     assert "It is not accuracy" in " ".join(texts)
 
 
+def test_findings_tell_the_means_over_the_seeds_that_the_table_shows():
+    seeds = [
+        replace(outcome(m, [True, False], seed), rho=rho)
+        for m, rhos in (("fedavg", (0.9, 0.1)), ("als", (0.3, 0.1)))
+        for seed, rho in enumerate(rhos)
+    ]
+    text = findings({SHARED: seeds}, replace(TINY, seeds=2))[0]
+    assert "rho from 0.200 to 0.500" in text
+
+
 def test_pictures_are_drawn_for_one_and_for_several_seeds(tmp_path):
     for seeds in (1, 2):
         shared = [outcome(m, [True, False], s, r) for s in range(seeds) for r in (1, 2) for m in METHODS]
