@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -168,20 +170,35 @@ def _finished(images: Images, plan: list[tuple[Method, int]], setting: Setting, 
     spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in an unknown state
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_keep, initargs=(images,)) as pool:
         # The longest runs, which are the last methods, first.
-        runs = [pool.submit(_run_kept, method, setting, seed) for method, seed in reversed(plan)]
+        others = multiprocessing.active_children()
         try:
+            runs = [pool.submit(_run_kept, method, setting, seed) for method, seed in reversed(plan)]
             for done in as_completed(runs):
                 yield done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # nobody waits for the runs that have begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                if worker not in others:
+                    worker.terminate()
+            raise
 
 
 _kept: list[Images] = []
 
 
 def _keep(images: Images) -> None:
-    """Hold the images in a worker, so that they are sent to it once."""
+    """Hold the images in a worker, so that they are sent to it once; it ends when, and only when, its parent says so
+    or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _kept[:] = [images]
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_kept(method: Method, setting: Setting, seed: int) -> Run:

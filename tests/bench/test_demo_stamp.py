@@ -1,13 +1,17 @@
 """The STAMP demo on scikit-learn's digits: same terms for all methods, repeatable, and read from real packages."""
 
+import contextlib
 import gzip
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,6 +255,55 @@ def test_the_whole_demo_does_not_depend_on_the_number_of_processes(digits, monke
     assert [tick[:2] for tick in ticks] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     with pytest.raises(ValueError, match="distinct seeds"):
         stamp.run(seeds=(0, 0))
+
+
+ENDLESS = """import os, sys, time
+from pathlib import Path
+from fedgram.bench.demo import stamp
+
+def run_one(*arguments):
+    Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(300)
+
+stamp.run_one = run_one  # in the workers too, which read this file first
+if __name__ == "__main__":
+    list(stamp._finished(None, [(stamp.METHODS[0], seed) for seed in range(4)], None, 2))
+"""
+
+
+def processes_of(session):
+    """The processes of a session that are not yet gone."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, rest = stat.parent.name, stat.read_text().rsplit(")", 1)[1].split()
+            if int(rest[3]) == session and rest[0] != "Z":
+                found.append(int(pid))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_the_demo(tmp_path, number):
+    (tmp_path / "demo.py").write_text(ENDLESS)
+    (begun := tmp_path / "begun").mkdir()
+    command = [sys.executable, "-P", str(tmp_path / "demo.py"), str(begun)]
+    demo = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        until = time.monotonic() + 60
+        while len(os.listdir(begun)) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        (os.killpg if number == signal.SIGINT else os.kill)(demo.pid, number)
+        demo.wait(10)
+        until = time.monotonic() + 10
+        while processes_of(demo.pid) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert processes_of(demo.pid) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(demo.pid, signal.SIGKILL)
+        demo.wait()
 
 
 # Figures, table, pictures, command
