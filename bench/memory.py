@@ -51,7 +51,8 @@ def measure_apart(entry: str, contender: str, size: str, threads: int) -> int:
     command = [sys.executable, "-P", "-m", "fedgram.bench.memory", entry, contender, size, str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
-        raise RuntimeError(f"memory of {contender}: {done.stderr.strip().splitlines()[-1:]}")
+        said = done.stderr.strip().splitlines()
+        raise RuntimeError(said[-1] if said else f"the process ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
 
 

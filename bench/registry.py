@@ -152,4 +152,6 @@ def with_peers(ours: Sequence[Contender], *peers: Callable[[], Contender]) -> tu
             found.append(make())
         except MissingPeerError as error:
             missing[error.name] = error.reason
+        except Exception as error:  # whatever another package raises: the table tells it
+            missing[make.__name__] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return found, missing

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,13 +15,15 @@ import torch
 import typer
 from rich.console import Console
 
+from fedgram.bindings._cli.support import describe, fail, is_input_error
+
 from .ceilings import Ceilings, measure_ceilings
 from .environment import environment
 from .memory import RESET, measure_apart
 from .registry import Entry, Size, entries
-from .run_case import run_case
+from .run_case import reason, run_case
 from .sweeps import SWEEPS
-from .table import duration, print_tables, write_files
+from .table import check_folder, duration, print_tables, write_files
 
 SCHEMA = 1
 SLOW_UNTIL, SWEEPS_UNTIL = (
@@ -44,7 +46,7 @@ def run_benchmarks(
     memory: bool = True,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
-    """Run entries and sweeps; returns what ``bench.json`` holds."""
+    """Run entries and sweeps; returns what ``bench.json`` holds, with the reason for each that ``failed``."""
     start = time.perf_counter()
     torch.set_num_threads(threads)
     progress("ceilings")
@@ -56,17 +58,30 @@ def run_benchmarks(
         "ceilings": ceilings.to_dict(),
         "cases": [],
         "sweeps": [],
+        "failed": {},
     }
     for entry in chosen:
         progress(entry.name)
         no_slow = "--quick" if size == "quick" else "out of time" if time.perf_counter() - start > SLOW_UNTIL else ""
-        results["cases"].append(_run_entry(entry, size, device, ceilings, threads, memory, no_slow))
+        with _told(results["failed"], entry.name):
+            results["cases"].append(_run_entry(entry, size, device, ceilings, threads, memory, no_slow))
     for sweep in SWEEPS if sweeps else ():
-        progress(sweep.__name__.replace("_", " "))
+        name = sweep.__name__.replace("_", " ")
+        progress(name)
         if time.perf_counter() - start < SWEEPS_UNTIL:
-            results["sweeps"].append(sweep(size, device).to_dict())
+            with _told(results["failed"], name):
+                results["sweeps"].append(sweep(size, device).to_dict())
     results["seconds"] = time.perf_counter() - start
     return results
+
+
+@contextmanager
+def _told(failed: dict[str, str], name: str) -> Iterator[None]:
+    """What fails is told under its name; what was measured before, and comes after, is not lost."""
+    try:
+        yield
+    except Exception as error:
+        failed[name] = reason(error)
 
 
 def _run_entry(
@@ -106,30 +121,36 @@ def bench_command(
         where = _device(device)
         chosen = entries(only or (), gpu=where.type == "cuda")
     except ValueError as error:
-        print(f"fedgram: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        fail(str(error))
     if list_entries:
         for entry in chosen:
             print(f"{entry.group}  {entry.name}")
         return
+    try:
+        check_folder(out)
+    except OSError as error:
+        fail(describe(error))
     size: Size = "quick" if quick else "full"
     with notes.status("") as status:
         results = run_benchmarks(
             chosen, size, where, threads=threads or torch.get_num_threads(), sweeps=sweeps and not only,
             progress=lambda name: status.update(f"measuring {name}"),
         )  # fmt: skip
+    if as_json:
+        print(json.dumps(results, indent=1), flush=True)
+    else:
+        _show(results, console)
     try:
         paths = write_files(results, out)
         if plots:
             paths += _draw(results, out, notes)
-    except OSError as error:
-        print(f"fedgram: {error.filename}: {error.strerror}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    if as_json:
-        print(json.dumps(results, indent=1))
-    else:
-        _show(results, console)
+    except Exception as error:
+        if not is_input_error(error):
+            raise
+        fail(describe(error))
     notes.print(f"wrote {', '.join(str(p) for p in paths)}")
+    if results["failed"]:
+        fail(f"failed: {', '.join(results['failed'])}")
 
 
 def _device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,14 @@ def check(case: Case, contender: Contender, device: torch.device) -> Checked:
     except Exception as failure:  # a contender that fails is a row of the table, not the end of it
         if contender.kind == "ours":
             raise
-        return Checked(math.nan, False, math.nan, f"{type(failure).__name__}: {str(failure)[:200]}")
+        return Checked(math.nan, False, math.nan, reason(failure))
     synchronise(device)
     return Checked(error, math.isfinite(error) and error <= contender.tolerance, first)
+
+
+def reason(failure: Exception) -> str:
+    """An error on one line, with its type."""
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
 
 
 def refusal(case: Case, contender: Contender, checks: Mapping[str, Checked]) -> str:
@@ -92,7 +97,7 @@ def run_case(
     runs = {c.name: c.run for c in contenders if not checks[c.name].failure}
     known = {name: checks[name].first_seconds for name in runs}
     timings = interleave(runs, device, budget=budget.seconds, least=budget.least, most=budget.most, known=known)
-    peaks = {c.name: memory(c.name) for c in contenders if memory and c.memory and not checks[c.name].failure}
+    peaks, unknown = _peaks([c.name for c in contenders if c.memory and c.name in runs], memory)
     rows = [_row(case, c, checks, timings, peaks, ceilings) for c in contenders]
     figures = {r["name"]: r for r in rows}
     return {
@@ -102,9 +107,20 @@ def run_case(
         "floor_s": None if case.cost is None or ceilings is None else ceilings.floor(case.cost),
         "bound": None if case.cost is None or ceilings is None else ceilings.bound(case.cost),
         "contenders": rows,
-        "missing": {**case.missing, **left_out},
+        "missing": {**case.missing, **left_out, **unknown},
         "targets": [_judge(t, case.ours.name, figures) for t in case.targets] if size == "full" else [],
     }
+
+
+def _peaks(names: Iterable[str], memory: Memory | None) -> tuple[dict[str, int], dict[str, str]]:
+    """Peaks by contender, and why those that could not be measured are not there."""
+    peaks, unknown = {}, {}
+    for name in names if memory else ():
+        try:
+            peaks[name] = memory(name)
+        except Exception as failure:  # a figure that is missing, no more
+            unknown[f"memory of {name}"] = f"not measured: {reason(failure)}"
+    return peaks, unknown
 
 
 def _row(

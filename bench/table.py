@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ def print_tables(results: Mapping[str, Any], console: Console) -> None:
         for target in case["targets"]:
             style = {True: "green", False: "red", None: "yellow"}[target["met"]]
             console.print(f"  target: {escape(sentence(target))}", style=style, highlight=False)
+    for name, why in results["failed"].items():
+        console.print(escape(f"{name} failed: {why}"), style="red", highlight=False)
 
 
 def heading(case: Mapping[str, Any], name: str) -> str:
@@ -129,11 +133,28 @@ def markdown(results: Mapping[str, Any]) -> str:
             out.write(f"\n{line}\n")
         for target in case["targets"]:
             out.write(f"\nTarget: {sentence(target)}\n")
+    for name, why in results["failed"].items():
+        out.write(f"\n**{name}** failed: {why}\n")
     return out.getvalue()
 
 
+def check_folder(folder: Path) -> None:
+    """Make the folder of the files, where it is missing, and see that a file can be written into it.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def write_files(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write ``bench.json``, ``bench.csv`` and ``bench.md``; returns their paths."""
+    """Write ``bench.json``, ``bench.csv`` and ``bench.md``, each whole or not at all; returns their paths.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "bench.json": json.dumps(results, indent=1, allow_nan=False) + "\n",
@@ -141,7 +162,12 @@ def write_files(results: Mapping[str, Any], folder: Path) -> list[Path]:
         "bench.md": markdown(results),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        unfinished = folder / f".unfinished-{os.getpid()}-{name}"
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            unfinished.replace(folder / name)
+        finally:
+            unfinished.unlink(missing_ok=True)
     return [folder / name for name in texts]
 
 

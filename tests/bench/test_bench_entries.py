@@ -123,7 +123,8 @@ def test_results_are_strict_json_with_what_a_reader_needs(results, tmp_path):
     table.write_files(results, tmp_path)
     read = json.loads((tmp_path / "bench.json").read_text(), parse_constant=pytest.fail)
     assert read["schema"] == 1
-    assert set(read) == {"schema", "size", "environment", "ceilings", "cases", "sweeps", "seconds"}
+    assert set(read) == {"schema", "size", "environment", "ceilings", "cases", "sweeps", "failed", "seconds"}
+    assert read["failed"] == {}
     where = read["environment"]
     assert where["threads"] == 1
     assert where["versions"]["torch"]
