@@ -80,6 +80,20 @@ def test_an_aggregate_that_is_off_in_the_last_module_is_wrong(method):
     assert not spoiled(f"aggregate-{method}", off).right
 
 
+@pytest.mark.parametrize("name", ["grad_combine", "lowrank_sum"])
+def test_no_contender_writes_into_what_is_there_already(name):
+    case = next(e for e in entries([name]) if e.name == name).build("tiny", CPU)
+    for contender in case.contenders:
+        first, second = contender.run(), contender.run()
+        pairs = [(first, second)] if isinstance(first, torch.Tensor) else zip(first, second, strict=True)
+        assert all(a.data_ptr() != b.data_ptr() for a, b in pairs), contender.name
+
+
+def test_scalars_cost_two_operations_for_every_element_of_the_factors():
+    cost = next(e for e in entries(["factor_combine-scalars"])).build("tiny", CPU).cost
+    assert cost.flops == 2 * cost.data / torch.float32.itemsize
+
+
 def test_modules_are_chosen_over_the_whole_range():
     assert spread(48, 3) == [0, 24, 47]
     assert spread(2, 3) == [0, 1]
