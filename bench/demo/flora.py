@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -35,6 +36,7 @@ from .newsgroups import Messages, load_split
 SCENES = {SHARED: shared_start, APART: independent_starts}
 PICTURE, FIGURES = "flora-na.png", "results.json"
 OWNED = frozenset({f"{SHARED}/", f"{APART}/", PICTURE, FIGURES})
+PACKAGES = ("transformers", "peft", "matplotlib")
 SUBSET_SEED = 20
 
 
@@ -43,7 +45,7 @@ def flora_na_command(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the first scene.")] = 3,
     clients: Annotated[int, typer.Option(min=2, max=50, help="How many clients.")] = 4,
     out: Annotated[Path, typer.Option(help="Directory for adapters, picture and figures.")] = Options.out,
-    quick: Annotated[bool, typer.Option("--quick", help="A few seconds; too small to judge the methods by.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller; too small to judge the methods by.")] = False,
 ) -> None:
     """Clients fine-tune MiniLM on 20 Newsgroups; fedavg, flora-na, als and svd aggregate their adapters."""
     options = Options(out=out, seeds=seeds, rounds=rounds, clients=clients)
@@ -62,11 +64,13 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         What ``results.json`` holds: settings, environment, every outcome, a summary of each scene, seconds.
 
     Raises:
+        ImportError: a package is missing; the message says how to install it.
         FetchError: model or messages cannot be fetched.
         ValueError: the sizes do not fit the data, or ``options.out`` holds other files.
         OSError: ``options.out`` cannot be written.
     """
     check_writable(options.out, OWNED)
+    _check_packages()
     began = time.perf_counter()
     _fetch(console)
     with staged_directory(options.out, OWNED) as folder:
@@ -76,6 +80,16 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     _tell(scenes, options, seconds, console)
     return figures
+
+
+def _check_packages() -> None:
+    """Import what is imported late, before anything is fetched or computed."""
+    try:
+        with minilm.quiet():
+            for name in PACKAGES:
+                importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{error}; the demos need: pip install 'fedgram[demo]'") from error
 
 
 def _fetch(console: Console) -> None:

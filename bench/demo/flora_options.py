@@ -50,7 +50,7 @@ class Options:
     local_messages: int = 100
 
     def quick(self) -> Options:
-        """The same in a few seconds: too small to judge the methods by."""
+        """The same, smaller: too small to judge the methods by."""
         return replace(
             self,
             rounds=min(self.rounds, 2),

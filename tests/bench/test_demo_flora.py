@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fedgram.bench.data import FetchError
-from fedgram.bench.demo import clients, minilm, newsgroups
+from fedgram.bench.demo import clients, flora, minilm, newsgroups
 from fedgram.bench.demo.flora import FIGURES, OWNED, PICTURE, run
 from fedgram.bench.demo.flora_options import METHODS, Options
 from fedgram.bench.demo.flora_plot import draw
@@ -308,6 +309,15 @@ def test_a_second_run_replaces_the_first(tmp_path):
             for name in (PICTURE, FIGURES):
                 (folder / name).write_text(text)
     assert (tmp_path / "out" / FIGURES).read_text() == "2"
+
+
+@pytest.mark.parametrize("name", ["transformers", "peft", "matplotlib"])
+def test_a_missing_package_is_named_before_anything_is_fetched(name, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(flora, "_fetch", lambda console: pytest.fail("fetched"))
+    with pytest.raises(ImportError, match=rf"{name}.*pip install 'fedgram\[demo\]'"):
+        run(replace(TINY, out=tmp_path / "out"), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_foreign_files_in_the_output_are_left_alone(tmp_path):
