@@ -65,11 +65,9 @@ def _finding(scene: str, outcomes: Sequence[Outcome]) -> str:
     rows = summarise(outcomes)
     rhos, accuracies = [row.rho for row in rows], [row.accuracy for row in rows]
     apart = [f"{row.method} by {_gain(row)}" for row in rows if row.method != BASELINE and row.differs]
-    verdict = (
-        f"{', '.join(apart)} from fedavg by more than two standard errors"
-        if apart
-        else "no method differs from fedavg by more than two standard errors"
-    )
+    least = rows[0].least_errors
+    errors = f"by more than {'two' if least == 2 else f'{least:.1f}'} standard errors"
+    verdict = f"{', '.join(apart)} from fedavg {errors}" if apart else f"no method differs from fedavg {errors}"
     number = "Scene 1" if scene == SHARED else "Scene 2"
     return (
         f"{number}: rho from {min(rhos):.3f} to {max(rhos):.3f}, accuracy from "

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 BASELINE = "fedavg"
+# Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom: of two seeds a standard error says little.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Summary:
         gain_error: standard error of ``gain``. From one seed: of the test messages, paired message by message.
             From several: of the seeds, which includes that of messages and training.
         sent_bytes, received_bytes: a client's, mean.
+        least_errors: how many standard errors from zero a gain counts as a difference: two over the test messages;
+            over seeds Student's 95 % quantile (for more than eleven that of eleven).
     """
 
     method: str
@@ -82,11 +86,12 @@ class Summary:
     gain_error: float
     sent_bytes: float
     received_bytes: float
+    least_errors: float
 
     @property
     def differs(self) -> bool:
-        """Whether the gain is more than two standard errors from zero."""
-        return abs(self.gain) > 2 * self.gain_error
+        """Whether the gain is more than ``least_errors`` standard errors from zero."""
+        return abs(self.gain) > self.least_errors * self.gain_error
 
 
 def last_round(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -124,6 +129,7 @@ def _summary(method: str, own: Sequence[Outcome], base: Sequence[Outcome]) -> Su
         gain_error=float(samples.std(ddof=1) / np.sqrt(len(samples))) if len(samples) > 1 else 0.0,
         sent_bytes=_mean(np.mean(o.sent_bytes) for o in own),
         received_bytes=_mean(o.received_bytes for o in own),
+        least_errors=2.0 if len(pairs) == 1 else STUDENT[min(len(pairs) - 1, len(STUDENT)) - 1],
     )
 
 

@@ -139,7 +139,18 @@ def test_the_gain_is_paired_over_seeds_for_several():
     row = summarise(outcomes)[1]
     assert math.isclose(row.gain, 0.5)
     assert math.isclose(row.gain_error, 0.25 / math.sqrt(3))
-    assert row.differs
+    assert not row.differs  # 3.5 standard errors; of three seeds Student's t asks for 4.3
+
+
+def test_few_seeds_need_more_standard_errors():
+    for seeds, quantile in ((1, 2.0), (2, 12.706), (3, 4.303), (11, 2.228), (30, 2.228)):
+        [row] = summarise([outcome("fedavg", [True, False], seed) for seed in range(seeds)])
+        assert row.least_errors == quantile
+    two = [outcome("fedavg", [False] * 4, seed) for seed in (0, 1)]
+    two += [outcome("als", [True, seed > 0, False, False], seed) for seed in (0, 1)]
+    assert math.isclose(summarise(two)[1].gain, 3 * summarise(two)[1].gain_error)  # 1/4 and 2/4
+    text = findings({SHARED: two}, replace(TINY, seeds=2))[0]
+    assert "no method differs from fedavg by more than 12.7 standard errors" in text
 
 
 def test_only_the_last_round_is_summarised():
