@@ -32,6 +32,7 @@ from fedgram.bindings._cli.support import one_line_errors, progress_bar
 from .stamp_plot import save_curves, save_matrices
 from .stamp_table import effects_lines, notes, table
 
+WIDTH = 130  # of a line of the table; narrower would cut what tells its columns apart
 Progress = Callable[[int, int, str], None]
 Dataset = Enum("Dataset", {name: name for name in ("auto", "fashion-mnist", "mnist")}, type=str)
 
@@ -156,6 +157,7 @@ def save(result: StampDemo, folder: Path) -> list[Path]:
 
 def _print(result: StampDemo, paths: Sequence[Path]) -> None:
     console = Console()
+    console.width = max(console.width, WIDTH)
     console.print(table(result.runs, result.data))
     for line in [*effects_lines(result.runs), *notes(result.runs), f"wrote {', '.join(map(str, paths))}"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -355,8 +355,10 @@ def test_the_command_writes_figures_and_pictures(digits, monkeypatch, tmp_path):
     app = typer.Typer()
     app.command()(stamp.stamp_command)
     arguments = ["--seeds", "1", "--rounds", "1", "--clients", "2", "--jobs", "1", "-o", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "150"})
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
     assert done.exit_code == 0, done.output
+    for heading in ("class-inc.", "task-inc."):  # of accuracy and of forgetting
+        assert done.output.count(heading) == 2
     assert "STAMP, random samples" in done.output
     assert "selected instead of random samples" in done.output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
