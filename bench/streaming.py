@@ -7,6 +7,7 @@ process's whole resident set (interpreter and torch included); its anonymous and
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -25,10 +26,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedgram.bindings._cli.support import describe, fail, one_line_errors
 from fedgram.bindings._files.tensor_file import write_tensors
 from fedgram.bindings._files.tensor_header import TensorSpec
+from fedgram.flora_na import METHODS
 
 from .environment import environment
+from .table import check_folder
 
 SCHEMA = 1
 MODELS = {
@@ -253,28 +257,32 @@ def streaming_command(
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
     """Aggregate adapters larger than a budget of memory from disk; needs Linux. The adapters are removed at the end."""
-    for option, given, known in (("--model", model, MODELS), ("--dtype", dtype, DTYPES)):
+    chosen = [("--methods", method, METHODS) for method in methods.split(",")]
+    for option, given, known in (("--model", model, MODELS), ("--dtype", dtype, DTYPES), *chosen):
         if given not in known:
-            print(f"fedgram: {option}: expected one of {', '.join(known)}, got {given!r}", file=sys.stderr)
-            raise typer.Exit(1)
+            fail(f"{option}: expected one of {', '.join(known)}, got {given!r}")
     written = Written.of_size(gigabytes, clients, rank, MODELS[model], dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    root = Path(tempfile.mkdtemp(prefix="streaming-", dir=folder))
+    with one_line_errors():
+        if out is not None:
+            check_folder(out.parent)
+            if out.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(out))
+        check_folder(folder)
+        root = Path(tempfile.mkdtemp(prefix="streaming-", dir=folder))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the adapters are removed then too
     try:
         results = run(root, written, methods.split(","))
     except (OSError, RuntimeError) as error:
-        print(f"fedgram: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        fail(describe(error))
     finally:
         shutil.rmtree(root, ignore_errors=True)
         signal.signal(signal.SIGTERM, before)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
     console = Console()
     console.width = max(console.width, 110)
     show(results, console)
+    if out is not None:
+        with one_line_errors():
+            out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def show(results: dict[str, Any], console: Console) -> None:

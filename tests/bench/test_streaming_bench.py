@@ -71,14 +71,28 @@ def test_the_table_says_what_is_met_and_the_adapters_are_gone(figures):
 @pytest.mark.parametrize(
     ("options", "known"),
     [(["--model", "1t"], "--model: expected one of 7b, 405b, got '1t'"),
-     (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16, got 'int8'")],
+     (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16, got 'int8'"),
+     (["--methods", "svd,qr"], "--methods: expected one of fedavg, flora-na, als, svd, stack, got 'qr'")],
 )  # fmt: skip
-def test_an_unknown_model_or_dtype_is_told(options, known):
+def test_an_unknown_model_dtype_or_method_is_told(options, known):
     app = typer.Typer()
     app.command()(streaming.streaming_command)
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 1
     assert result.stderr == f"fedgram: {known}\n"
+
+
+@pytest.mark.parametrize(("option", "name"), [("--out", "taken/x.json"), ("--out", "."), ("--folder", "taken/x")])
+def test_a_place_that_cannot_be_written_is_found_first(option, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "run", lambda *_: pytest.fail("ran"))
+    (tmp_path / "taken").write_text("")
+    app = typer.Typer()
+    app.command()(streaming.streaming_command)
+    result = CliRunner().invoke(app, ["--folder", str(tmp_path), option, str(tmp_path / name)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"fedgram: {tmp_path}")
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_a_task_that_fails_is_told(tmp_path):
