@@ -123,7 +123,7 @@ def matching_error_against_time(size: Size, device: torch.device) -> Sweep:
 
     def add(name: str, run: Callable[[], torch.Tensor]) -> None:
         took = measure_one(run, torch.device("cpu"), budget=2 * BUDGETS[size]).median
-        sweep.curves.setdefault(name, []).append((took, max(matching_excess(run(), G, upper, C), 1e-16)))
+        _add_error(sweep, name, took, matching_excess(run(), G, upper, C), 1e-16)
 
     add("solve_dual", lambda: stamp.solve_dual(G, C).coefficients)
     for n in steps:
@@ -147,7 +147,7 @@ def estimate_error_against_time(size: Size, device: torch.device) -> Sweep:
     def add(name: str, run: Callable[[], Any], took: float) -> None:
         result = run()
         pair = (result.B, result.A) if isinstance(result, flora_na.Estimate) else result
-        sweep.curves.setdefault(name, []).append((took, max(rho(pair, dW) / truth - 1, 1e-12)))
+        _add_error(sweep, name, took, rho(pair, dW) / truth - 1, 1e-12)
 
     ours = partial(flora_na.estimate, B, A, w, method="flora-na")
     add("estimate(flora-na)", ours, measure_one(ours, device, budget=2 * BUDGETS[size]).median)
@@ -164,6 +164,14 @@ SWEEPS: tuple[Callable[[Size, torch.device], Sweep], ...] = (
     matching_error_against_time,
     estimate_error_against_time,
 )
+
+
+def _add_error(sweep: Sweep, name: str, took: float, error: float, least: float) -> None:
+    """A point of error against time; the axes are logarithmic, so that an error is drawn as ``least`` at the least."""
+    if math.isfinite(error):
+        sweep.curves.setdefault(name, []).append((took, max(error, least)))
+    else:
+        sweep.missing[name] = "a result is not finite"
 
 
 def _add(sweep: Sweep, name: str, x: float, run: Callable[[], Any], device: torch.device, size: Size) -> None:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from fedgram import flora_na, kernels, stamp
-from fedgram.bench import plots, table
+from fedgram.bench import plots, sweeps, table
 from fedgram.bench.entries_flora_na import spread
 from fedgram.bench.peers import adamw, dense, herding, optional, softmax_sgd
 from fedgram.bench.reference import dense_update, dual_objective, matching_excess, optimal_rho, rho, scalar_rho, worst
@@ -240,3 +240,10 @@ def test_parameter_shapes_add_up():
 
 def test_slopes_are_exponents():
     assert slope([(x, 3 * x**2) for x in (1, 2, 4, 8)]) == pytest.approx(2)
+
+
+def test_a_result_that_is_not_finite_is_no_point_of_a_curve(monkeypatch):
+    monkeypatch.setattr(sweeps, "matching_excess", lambda *_: math.nan)
+    found = sweeps.matching_error_against_time("tiny", CPU).to_dict()
+    assert found["curves"] == {}
+    assert found["missing"]["solve_dual"] == "a result is not finite"
