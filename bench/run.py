@@ -15,7 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
-from fedgram.bindings._cli.support import describe, fail, is_input_error
+from fedgram.bindings._cli.support import fail, one_line_errors
 
 from .ceilings import Ceilings, measure_ceilings
 from .environment import environment
@@ -117,19 +117,15 @@ def bench_command(
     """Check and time every operation against its peers on this machine."""
     console, notes = Console(), Console(stderr=True)
     console.width = max(console.width, WIDTH)
-    try:
+    with one_line_errors():
         where = _device(device)
         chosen = entries(only or (), gpu=where.type == "cuda")
-    except ValueError as error:
-        fail(str(error))
     if list_entries:
         for entry in chosen:
             print(f"{entry.group}  {entry.name}")
         return
-    try:
+    with one_line_errors():
         check_folder(out)
-    except OSError as error:
-        fail(describe(error))
     size: Size = "quick" if quick else "full"
     with notes.status("") as status:
         results = run_benchmarks(
@@ -140,14 +136,10 @@ def bench_command(
         print(json.dumps(results, indent=1), flush=True)
     else:
         _show(results, console)
-    try:
+    with one_line_errors():
         paths = write_files(results, out)
         if plots:
             paths += _draw(results, out, notes)
-    except Exception as error:
-        if not is_input_error(error):
-            raise
-        fail(describe(error))
     notes.print(f"wrote {', '.join(str(p) for p in paths)}")
     if results["failed"]:
         fail(f"failed: {', '.join(results['failed'])}")

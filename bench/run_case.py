@@ -115,7 +115,9 @@ def run_case(
 def _peaks(names: Iterable[str], memory: Memory | None) -> tuple[dict[str, int], dict[str, str]]:
     """Peaks by contender, and why those that could not be measured are not there."""
     peaks, unknown = {}, {}
-    for name in names if memory else ():
+    if memory is None:
+        return peaks, unknown
+    for name in names:
         try:
             peaks[name] = memory(name)
         except Exception as failure:  # a figure that is missing, no more

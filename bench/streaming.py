@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedgram.bindings._cli.support import describe, fail, one_line_errors
+from fedgram.bindings._cli.support import describe, fail, one_line, one_line_errors
 from fedgram.bindings._files.tensor_file import write_tensors
 from fedgram.bindings._files.tensor_header import TensorSpec
 from fedgram.flora_na import METHODS
@@ -273,7 +273,8 @@ def streaming_command(
     try:
         results = run(root, written, methods.split(","))
     except (OSError, RuntimeError) as error:
-        fail(describe(error))
+        print(f"fedgram: {one_line(describe(error))}", file=sys.stderr)
+        raise typer.Exit(1) from None
     finally:
         shutil.rmtree(root, ignore_errors=True)
         signal.signal(signal.SIGTERM, before)
