@@ -51,7 +51,7 @@ def test_a_reply_that_cannot_be_used_is_refused_by_node_and_reason(strategy, thi
         (lambda: FloraNA(method="best"), "method: expected one of .*'best'"),
         (lambda: FloraNA(method="fedavg", align_previous=True), "align_previous"),
         (lambda: FloraNA(reply_order="time"), "reply_order: expected content or node, got 'time'"),
-        (lambda: FloraNA(rank=-1), "rank: expected a positive integer"),
+        (lambda: FloraNA(rank=-1), "rank: expected an integer from 1 to 16384"),
         (lambda: FloraNA(rank="auto:2"), "rank: .*'auto:2'"),
         (lambda: FloraNA(rank=4, method="stack"), "rank: method 'stack'"),
         (lambda: FloraNA(shared=True, method="als"), "shared: "),
