@@ -53,12 +53,9 @@ class AlternatingLeastSquares:
         limits = {"tolerance": self.tolerance, "max_sweeps": self.max_sweeps, "cancelled": CANCELLED}
         if (found := certified_blocks(group, Q, **limits)) is not None:
             return found
-        energy, floor = energies(group), 1e-13
-        zero = energy == 0
-        if group.gram is not None:
-            energy = group.gram_energy
-        else:
-            floor = IMPLICIT_FLOOR
+        zero = energies(group) == 0
+        formed = group.gram is not None
+        energy, floor = (group.gram_energy, 1e-13) if formed else (energies(group), IMPLICIT_FLOOR)
         P, captured = Q, torch.zeros(len(group.targets), dtype=torch.float64, device=group.device)
         status, sweep = "max-sweeps", 0
         for sweep in range(1, self.max_sweeps + 1):

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fedgram import kernels
+from fedgram.kernels._factor_inputs import FLOATS
 
 from .coefficients import Pair
 from .finite import is_finite
 from .group import Group
-from .target import DTYPES_NAMED, FACTOR_DTYPES, Target
+from .target import DTYPES_NAMED, Target
 
 
 def align(group: Group, pair: Pair, previous: Sequence[tuple[Tensor, Tensor]], backend: str = "auto") -> Pair:
@@ -47,7 +48,7 @@ def _check(target: Target, B: Tensor, A: Tensor, rank: int) -> None:
     if B.shape[1] > rank:
         raise ValueError(f"align_to: {target.name}: rank {B.shape[1]} is above the result's rank {rank}")
     for name, factor in (("lora_B", B), ("lora_A", A)):
-        if factor.dtype not in FACTOR_DTYPES:
+        if factor.dtype not in FLOATS:
             raise ValueError(f"align_to: {target.name}: {name} is {factor.dtype}: expected {DTYPES_NAMED}")
         if not is_finite(factor):
             raise ValueError(f"align_to: {target.name}: {name} contains NaN or Inf")

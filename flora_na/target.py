@@ -10,7 +10,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-FACTOR_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+from fedgram.kernels._factor_inputs import FLOATS
+
 DTYPES_NAMED = "floating point (float64, float32, bfloat16 or float16)"
 _FACTS = attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
 
@@ -156,14 +157,14 @@ def _check_factors(B: Sequence[Tensor], A: Sequence[Tensor], name: str, labels: 
     for b, a, label in zip(B, A, labels, strict=False):
         fits = b.ndim == a.ndim == 2 and b.shape == (m, a.shape[0]) and a.shape[1] == n
         dense = b.layout == a.layout == torch.strided
-        if fits and dense and {b.dtype, a.dtype} <= FACTOR_DTYPES and b.device == a.device == device:
+        if fits and dense and {b.dtype, a.dtype} <= FLOATS and b.device == a.device == device:
             continue
         shapes = f"{name}: {label} has B {tuple(b.shape)} and A {tuple(a.shape)}"
         if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
             raise ValueError(f"{shapes}: expected (m, r) and (r, n)")
         if (b.shape[0], a.shape[1]) != (m, n):
             raise ValueError(f"{shapes}: an update of {b.shape[0]} x {a.shape[1]} where {labels[0]} has {m} x {n}")
-        if b.dtype not in FACTOR_DTYPES or a.dtype not in FACTOR_DTYPES:
+        if b.dtype not in FLOATS or a.dtype not in FLOATS:
             raise ValueError(f"{name}: {label} has dtypes {b.dtype} and {a.dtype}: expected {DTYPES_NAMED}")
         if not dense:
             raise ValueError(f"{name}: {label} has factors of layout {b.layout} and {a.layout}: expected dense ones")

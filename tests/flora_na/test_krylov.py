@@ -59,6 +59,7 @@ def test_small_singular_values_beside_large_ones(rank):
     e, true = flora_na.estimate(B, A, method="svd", rank=rank), optimum(B, A, rank)
     assert 1e-6 < true < 1e-3
     assert e.rho == pytest.approx(true, rel=1e-3)
+    assert e.sweeps < 15  # else the sweeps that a pair is given to have done the work
 
 
 def test_a_space_that_promised_more_than_its_pair_has_is_not_believed(monkeypatch):

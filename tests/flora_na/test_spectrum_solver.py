@@ -78,6 +78,17 @@ def test_the_largest_and_what_the_others_add_up_to(count):
         assert float(found.tail[l]) == pytest.approx(float(left), rel=1e-10, abs=1e-14 * float(values[l, 0]))
 
 
+def test_what_many_small_ones_add_up_to_beside_a_large_one():
+    """1 and 249 of 1e-12 are taken away from a sum that leaves 2e-12: float64 would lose a hundredth of it."""
+    g = torch.Generator().manual_seed(0)
+    q, p = (torch.linalg.qr(torch.randn(330, 300, generator=g, dtype=torch.float64)).Q for _ in range(2))
+    sizes = torch.full((300,), 1e-6, dtype=torch.float64)
+    sizes[0], sizes[250:] = 1, 2e-7
+    t = make_target([q * sizes.sqrt()], [(p * sizes.sqrt()).T], torch.ones(1, dtype=torch.float64))
+    found = compiled_spectrum(group_of(t), 250)
+    assert float(found.tail) == pytest.approx(float(sizes[250:].square().sum()), rel=1e-3, abs=0)
+
+
 @pytest.mark.parametrize("R", range(1, 14))
 def test_every_small_total_rank(R):
     """Vectors of four, and what is left of them."""
