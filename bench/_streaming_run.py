@@ -41,7 +41,7 @@ def read_plainly(dirs: Sequence[Path], _: str) -> Work:
 
 def read_tensors(dirs: Sequence[Path], _: str) -> Work:
     """Every tensor as the aggregation reads it, module by module over all clients, and dropped."""
-    from fedgram.bindings._files.read_behind import reading_once
+    from fedgram.bindings.files.read_behind import reading_once
     from fedgram.bindings.peft import load_adapters
 
     def work() -> dict[str, Any]:

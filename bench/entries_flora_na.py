@@ -22,7 +22,7 @@ from .registry import Case, Contender, Size, Target, entry, with_peers
 from .workloads import TINY, W1, Lora, adapters, factors, sample_weights
 
 CLAIM = 1e-3  # relative, of a claimed rho: three digits
-# The bound on svd: rho within 1e-6 (relative) of the optimum. als and flora-na are solved to more digits than
+# svd is held to a rho within 1e-6 (relative) of the optimum. als and flora-na are solved to more digits than
 # that on Gram matrices in float64, and float32 output adds less.
 OPTIMUM = 1e-6
 ITERATED = math.inf  # a gradient loop ends where it ends: its error is shown, and ours must not be larger

@@ -19,7 +19,7 @@ from .reference import dense_update, list_error, relative_error
 from .registry import Case, Contender, Size, entry, with_peers
 from .workloads import TINY, W1, W2_MODULE, Lora, factors, sample_weights
 
-# KERNELS.md's promise relative to ||G||, for 16-bit inputs and for float32 ones without precise=True.
+# What grad_gram and factor_gram promise relative to ||G||, for 16-bit inputs and for float32 without precise=True.
 GRAM = 2e-6
 COMPILED = "torch.compile of that"
 

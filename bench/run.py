@@ -15,7 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
-from fedgram.bindings._cli.support import fail, one_line_errors
+from fedgram.bindings.console import fail, one_line_errors
 
 from .ceilings import Ceilings, measure_ceilings
 from .environment import environment

@@ -26,9 +26,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedgram.bindings._cli.support import describe, fail, one_line, one_line_errors
-from fedgram.bindings._files.tensor_file import write_tensors
-from fedgram.bindings._files.tensor_header import TensorSpec
+from fedgram.bindings.console import describe, fail, one_line, one_line_errors
+from fedgram.bindings.files.tensor_file import write_tensors
+from fedgram.bindings.files.tensor_header import TensorSpec
 from fedgram.flora_na import METHODS
 
 from .environment import environment

@@ -20,9 +20,11 @@ except ModuleNotFoundError as error:
 
 from fedgram import flora_na
 from fedgram.flora_na import Adapter, Aggregation
+from fedgram.flora_na.cohort import MISSING
+from fedgram.kernels import BACKENDS
 
 from ._cli import inspect_plot as picture
-from ._cli import tables as tables
+from ._cli import tables
 from ._cli.clients import (
     AdapterNameOption,
     AllowDoraOption,
@@ -36,8 +38,9 @@ from ._cli.clients import (
     open_global,
 )
 from ._cli.options import ClipOption, MinCosineOption, RankOption, parse_rank
-from ._cli.support import one_line_errors, print_always, progress_bar, read_weights
+from ._cli.weights_file import read_weights
 from ._distributed.launch import alone_or_on_ranks, refuse_launched
+from .console import one_line_errors, print_always, progress_bar
 from .distributed import aggregate_sharded
 from .peft import merge_configs, save_adapter
 from .streaming import aggregate_to_directory
@@ -51,8 +54,8 @@ app = typer.Typer(
 )
 
 Method = Enum("Method", {name: name for name in flora_na.METHODS}, type=str)
-Backend = Enum("Backend", {name: name for name in ("auto", "triton", "torch")}, type=str)
-Missing = Enum("Missing", {name: name for name in ("error", "renormalize", "zero")}, type=str)
+Backend = Enum("Backend", {name: name for name in BACKENDS}, type=str)
+Missing = Enum("Missing", {name: name for name in MISSING}, type=str)
 
 Directories = Annotated[list[Path], typer.Argument(metavar="DIRS", help="The clients' adapter directories.")]
 WeightsFile = Annotated[

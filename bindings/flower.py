@@ -50,7 +50,7 @@ class FloraNA(GramStrategy):
         anchor_previous: estimate the clients' steps from the global factors that they started from (``anchor``).
         align_previous: rotate the result towards those (``align_to``, als and svd only), so that the clients'
             optimizer state stays meaningful.
-        backend: ``auto``, ``triton`` or ``torch``.
+        backend: ``auto``, ``triton``, ``native`` or ``torch``.
         reply_order: ``content`` gives the same bits whenever the same was sent, from whichever nodes; ``node`` orders
             by node id.
         **fedavg: every argument of Flower's ``FedAvg``: fraction_train, min_train_nodes, weighted_by_key,

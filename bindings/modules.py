@@ -31,7 +31,7 @@ class LoraAggregator(nn.Module):
         anchor_previous: estimate the step from the last round's result (``anchor``), from the second round on.
         align_previous: rotate the result to the last round's (``align_to``, als and svd only), from the second round
             on, so that the clients' optimizer state stays meaningful.
-        backend: ``auto``, ``triton`` or ``torch``.
+        backend: ``auto``, ``triton``, ``native`` or ``torch``.
 
     Attributes:
         report: of the last round, or None.

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from fedgram.flora_na import Adapter, LoraLayer
 
-from ._files.staging import check_writable, staged_directory
-from ._files.tensor_file import TensorFile, TensorSpec, spec_of, write_tensors
 from ._peft.config import IN_FILES, PREFIX, read_config, refuse_other_kinds
 from ._peft.contents import contents_of
 from ._peft.initial import check_same_start, since
@@ -31,6 +29,8 @@ from ._peft.lazy_tensors import LazyMapping, LazyTensors
 from ._peft.output import BASE, check_shared, merge_configs, output_config
 from ._peft.shards import ShardedTensors, TensorSource
 from ._peft.stored_layers import StoredLayers
+from .files.staging import check_writable, staged_directory
+from .files.tensor_file import TensorFile, TensorSpec, spec_of, write_tensors
 
 __all__ = [
     "check_compatible",

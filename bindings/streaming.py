@@ -22,15 +22,15 @@ from fedgram.flora_na.layer import AdapterLike
 from fedgram.flora_na.streamed import Stream, stream
 from fedgram.flora_na.weights import Weights
 
-from ._files.buffers import Trimmer
-from ._files.linked_file import header_room
-from ._files.read_behind import reading_once
-from ._files.staging import reserved_output
 from ._peft.files import check_kept, check_separate, size_of
 from ._streaming.extras import extra_pieces, extra_shapes
 from ._streaming.identity import run_identity
 from ._streaming.journal import Journal, open_journal
 from ._streaming.results import EXTRA, LAYER, RESIDUAL, JournalLayers, layer_result, report_of
+from .files.buffers import Trimmer
+from .files.linked_file import header_room
+from .files.read_behind import reading_once
+from .files.staging import reserved_output
 from .peft import OUTPUT_FILES, LazyMapping, PathLike, load_adapters, load_global, merge_configs, save_adapter
 
 Progress = Callable[[int, int, str], None]

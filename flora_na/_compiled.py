@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedgram.kernels._native import Extension
+from fedgram.kernels.native_calls import Extension
 
 SOLVER = Extension(
     "fedgram.flora_na._fedgram_solver",

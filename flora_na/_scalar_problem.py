@@ -134,7 +134,7 @@ def even_norms(b: Tensor, a: Tensor) -> Tensor:
 
 
 class _Normal:
-    """Normal equations of one side of one group: ``H p = h`` of MATH.md 1.3."""
+    """Normal equations of one side of one group: ``H p = h`` of docs/math.md 1.3."""
 
     def __init__(self, group: Group, side: Side, other: Side, q: Tensor) -> None:
         self.group, self.side = group, side

@@ -8,7 +8,7 @@ from array import array
 import torch
 from torch import Tensor
 
-from fedgram.kernels._native import bits, run_jobs, table
+from fedgram.kernels.native_calls import bits, run_jobs, table
 
 from ._compiled import DOUBTFUL, SOLVER, STATUS
 from .coefficients import SAFE_PIVOT, Evidence, ScalarPair

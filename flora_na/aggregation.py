@@ -73,7 +73,7 @@ def aggregate(
             (``"2x"``); ``flora_na.screening`` defines it. The adapters are then read twice.
         min_cosine: leave out clients whose (clipped) update has a smaller cosine to the mean of those that remain.
         residual: also return ``dW - BA`` as an adapter of rank R + r (float32 or wider).
-        backend: ``auto``, ``triton`` or ``torch``.
+        backend: ``auto``, ``triton``, ``native`` or ``torch``.
         progress: called with (modules done, modules in all, module name).
         names: the clients' labels in errors and reports.
 

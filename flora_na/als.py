@@ -26,7 +26,7 @@ RESOLVED = 2.0**-50
 
 @dataclass(frozen=True)
 class AlternatingLeastSquares:
-    """``B = sum B_u P_u``, ``A = sum Q_u A_u`` with free blocks (MATH.md 1.3).
+    """``B = sum B_u P_u``, ``A = sum Q_u A_u`` with free blocks (docs/math.md 1.3).
 
     Fix A, orthonormalise its rows: the best B is ``dW A^T``, in coefficients ``P = D G_A Q``. Then the mirror image.
     The squared error never rises and converges to the rank-r optimum at rate (sigma_{r+1} / sigma_r)^2, from a start

@@ -88,7 +88,7 @@ def estimate_modules(
         tolerance: a module has converged once a sweep lowers its squared error by less than this fraction of it.
         precise: take Grams and the evidence from float64 products. False is faster where arithmetic counts (some
             hundred clients), and leaves rho certain only where little cancels.
-        backend: ``auto``, ``triton`` or ``torch``.
+        backend: ``auto``, ``triton``, ``native`` or ``torch``.
 
     Raises:
         ValueError: shapes, types, method, rank or sweeps are wrong; the message names the argument.

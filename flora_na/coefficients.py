@@ -141,7 +141,7 @@ def trace_product(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def balance(group: Group, pair: AnyPair, rank: int) -> Pair:
-    """The best rank-``rank`` pair within the product, with ``B^T B = A A^T`` diagonal (MATH.md 1.5).
+    """The best rank-``rank`` pair within the product, with ``B^T B = A A^T`` diagonal (docs/math.md 1.5).
 
     Where the product has lower rank, trailing columns are zero.
     """

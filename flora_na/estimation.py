@@ -94,7 +94,7 @@ def estimate(
         anchor: last round's global factors ``(B_g, A_g)``: ``flora-na`` then estimates
             ``A_g + sum q_u (A_u - A_g)``, and likewise B; for ``als`` and ``svd`` they are only more to combine from.
         align_to: factors of an earlier round; the result is rotated to come nearest to them (als and svd only).
-        backend: ``auto``, ``triton`` or ``torch``, for the operations on the factors.
+        backend: ``auto``, ``triton``, ``native`` or ``torch``, for the operations on the factors.
 
     Returns:
         The pair, with rho, the two yardsticks, status and sweeps.

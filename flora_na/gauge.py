@@ -1,4 +1,4 @@
-"""The freedom in a pair: ``(B R, R^-1 A)`` is the same update (MATH.md 1.5)."""
+"""The freedom in a pair: ``(B R, R^-1 A)`` is the same update (docs/math.md 1.5)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedgram import kernels
-from fedgram.kernels._factor_inputs import FLOATS
+from fedgram.kernels import FLOATS
 
 from .coefficients import Pair
 from .finite import is_finite

@@ -29,14 +29,14 @@ def client_gramian(
 ) -> Tensor:
     """Inner products of the clients' whole updates: ``G_uv = sum over modules of <s_u B_u A_u, s_v B_v A_v>``.
 
-    Per module it is ``s_u s_v tr(G_B[u,v] G_A[v,u])`` (MATH.md 1.3): norms, cosines and spatial matching in weight
+    Per module it is ``s_u s_v tr(G_B[u,v] G_A[v,u])`` (docs/math.md 1.3): norms, cosines and spatial matching in weight
     space, without a dense update.
 
     Args:
         adapters: one per client.
         weights: with them, every update is multiplied by its normalised weight first; by default none is.
         missing: as in ``aggregate``; ``renormalize`` and ``zero`` both count a missing module as a zero update here.
-        backend: ``auto``, ``triton`` or ``torch``.
+        backend: ``auto``, ``triton``, ``native`` or ``torch``.
         names: the clients' labels in errors.
 
     Returns:

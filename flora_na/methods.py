@@ -1,4 +1,4 @@
-"""The ladder of estimators (MATH.md 1.2), each starting from the one below."""
+"""The ladder of estimators (docs/math.md 1.2), each starting from the one below."""
 
 from __future__ import annotations
 

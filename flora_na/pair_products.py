@@ -17,7 +17,7 @@ on small tensors. Above, sweeps work on the Grams (``_scalar_problem``)."""
 
 
 class PairProducts:
-    """The normal equations ``H p = h`` of MATH.md 1.3 from ``T[ik, jl] = <B_i A_j, B_k A_l>``, (L, U^2, U^2) float64.
+    """``H p = h`` of docs/math.md 1.3 from ``T[ik, jl] = <B_i A_j, B_k A_l>``, (L, U^2, U^2) float64.
 
     ``H_ik = sum_jl T[ik, jl] q_j q_l`` and ``h_i = sum_j E_ij q_j`` with ``E_ij = <B_i A_j, dW>``; for the other side
     the same with T and E transposed.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from .estimation import Estimate
@@ -48,8 +49,7 @@ class ModuleReport:
 
     def settled(self) -> ModuleReport:
         """The same with its yardsticks computed, so that nothing of the module's Grams is kept."""
-        fedavg, optimal = self.rho_fedavg, self.rho_optimal
-        return ModuleReport(self.rho, self.norm, self.rank, self.status, self.sweeps, lambda: fedavg, lambda: optimal)
+        return replace(self, _fedavg=partial(float, self.rho_fedavg), _optimal=partial(float, self.rho_optimal))
 
     @property
     def rho_fedavg(self) -> float:
@@ -105,6 +105,10 @@ class Report:
     def rho_optimal(self) -> float:
         """Of the best pairs of the same ranks."""
         return total((m.rho_optimal, m.norm) for m in self.modules.values())
+
+    def settled(self) -> Report:
+        """The same with all yardsticks computed."""
+        return replace(self, modules={name: module.settled() for name, module in self.modules.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, by the schema of version 1; NaN becomes None.

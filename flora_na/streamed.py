@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -85,8 +84,7 @@ class Stream:
 
     def _settled(self, done: Aggregation) -> Aggregation:
         """The aggregation with all yardsticks computed: its reports then hold no factors."""
-        modules = {name: _settled(report) for name, report in done.report.modules.items()}
-        return replace(done, report=replace(done.report, modules=modules, screening=self.screening))
+        return replace(done, report=replace(done.report.settled(), screening=self.screening))
 
 
 @torch.no_grad()
@@ -108,7 +106,3 @@ def stream(
     cohort = make_cohort(adapters, weights, names=names, missing=missing)
     cohort, screening = screen_cohort(cohort, clip, min_cosine, backend)
     return Stream(cohort, screening, {"backend": backend, **options})
-
-
-def _settled(report: ModuleReport) -> ModuleReport:
-    return replace(report, _fedavg=partial(float, report.rho_fedavg), _optimal=partial(float, report.rho_optimal))

@@ -10,7 +10,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from fedgram.kernels._factor_inputs import FLOATS
+from fedgram.kernels import FLOATS
 
 DTYPES_NAMED = "floating point (float64, float32, bfloat16 or float16)"
 _FACTS = attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
@@ -18,7 +18,7 @@ _FACTS = attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), attrget
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """``dW = sum_u w_u s_u B_u A_u`` of one module (MATH: eq. of 1.1), with an optional anchor pair.
+    """``dW = sum_u w_u s_u B_u A_u`` of one module (docs/math.md 1.1), with an optional anchor pair.
 
     The members are the clients and, last, the anchor with weight zero. A scaling ``s_u`` is split evenly over the
     two factors (``sqrt|s_u|`` each, the sign to B), so that every later formula reads as if all scalings were 1.

@@ -1,8 +1,9 @@
 """Operations on the big tensors: each a public function with a torch twin and, where it pays, a Triton kernel."""
 
 from ._described import Described, described
+from ._dispatch import BACKENDS
+from ._factor_inputs import FLOATS
 from ._grad_plan import moved
-from ._native import spread_over_jobs
 from ._prepared import FactorSlab, PreparedFactors, PreparedSide, prepare
 from .combine_products import combine_products
 from .factor_combine import factor_combine
@@ -16,9 +17,12 @@ from .grad_gram import GradGram, grad_gram
 from .gram_combine import gram_combine
 from .lowrank_norm import lowrank_norm
 from .lowrank_sum import lowrank_sum
+from .native_calls import spread_over_jobs
 from .subset_select import SubsetSelection, subset_select
 
 __all__ = [
+    "BACKENDS",
+    "FLOATS",
     "Described",
     "FactorSlab",
     "GradGram",

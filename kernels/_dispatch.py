@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from . import _native
+from . import native_calls
 
 Backend = Literal["auto", "triton", "native", "torch"]
 Chosen = Literal["triton", "native", "torch"]
@@ -51,7 +51,7 @@ def resolve(backend: str, tensors: Iterable[Tensor], *, native: bool = False) ->
     if backend == "auto":
         if device == "cuda" and triton_missing() is None:
             return "triton"
-        return "native" if native and device == "cpu" and _native.missing() is None else "torch"
+        return "native" if native and device == "cpu" and native_calls.missing() is None else "torch"
     if (reason := _unable(backend, device, native)) is not None:
         raise RuntimeError(f"backend={backend!r}: {reason}")
     return backend  # type: ignore[return-value]
@@ -67,5 +67,7 @@ def _unable(backend: str, device: str, native: bool) -> str | None:
     if backend == "native":
         if not native:
             return "this operation has no compiled CPU loops"
-        return _native.missing() or (None if device == "cpu" else f"tensors are on {device}; the loops run on a CPU")
+        return native_calls.missing() or (
+            None if device == "cpu" else f"tensors are on {device}; the loops run on a CPU"
+        )
     return None

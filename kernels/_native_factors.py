@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._native import LOOPS, TYPES, at, bits, constant, run_jobs, table, tile
 from ._stacks import Stacks
+from .native_calls import LOOPS, TYPES, at, bits, constant, run_jobs, table, tile
 
 CACHE_BYTES = 3 << 17  # of one block of factors: most of a small L2 cache
 JOB_WORK = 1 << 20  # work (vector operations) below which a range of rows is not worth a job of its own

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._native import LOOPS, TYPES, at, constant, run_jobs, table
+from .native_calls import LOOPS, TYPES, at, constant, run_jobs, table
 
 RANGES = 32
 RANGE_WORK = 1 << 18  # work below which a range of columns is not worth a thread of its own

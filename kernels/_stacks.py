@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._factor_inputs import FLOATS, Factors, check_factors
-from ._native import TYPES
+from .native_calls import TYPES
 
 WIDTH = 5  # numbers of a row of the table
 _SHAPE, _TYPE, _ON_CPU = attrgetter("shape"), attrgetter("dtype"), attrgetter("is_cpu")

@@ -50,7 +50,7 @@ def factor_cross(
 
     Raises:
         ValueError: shapes, types or devices do not fit together; the message names the tensor.
-        RuntimeError: ``backend="triton"`` cannot run here.
+        RuntimeError: ``backend="triton"`` or ``"native"`` cannot run here.
     """
     chosen, crosses = "torch", None
     if torch.compiler.is_compiling():

@@ -45,7 +45,7 @@ def factor_gram(
 
     Raises:
         ValueError: shapes, types or devices do not fit together; the message names the tensor.
-        RuntimeError: ``backend="triton"`` cannot run here.
+        RuntimeError: ``backend="triton"`` or ``"native"`` cannot run here.
     """
     if torch.compiler.is_compiling():
         check_factors(B, A)

@@ -17,11 +17,11 @@ def factor_traces(
 ) -> tuple[Traces, Traces]:
     """``H_ik = tr(B_i^T B_k S_B)`` and ``H_ik = tr(A_i A_k^T S_A)`` of every pair of clients, module by module.
 
-    This is the matrix of the least squares for one scalar per client (FLoRA-NA, arXiv:2509.26399; MATH.md 1.3): with
-    ``S = C C^T`` it is the Gram matrix of the vectors ``B_u C``, r times fewer operations than that of the stacked
-    factors. Factors of lower rank than S count as padded by zeros. Work in float64 matrix products, block by block;
-    BLAS and cuBLAS are at the floor for it, so there is no Triton variant. A side is skipped by passing both of its
-    arguments as None.
+    This is the matrix of the least squares for one scalar per client (FLoRA-NA, arXiv:2509.26399; docs/math.md 1.3).
+    With ``S = C C^T`` it is the Gram matrix of the vectors ``B_u C``, r times fewer operations than that of the
+    stacked factors. Factors of lower rank than S count as padded by zeros. Work in float64 matrix products, block by
+    block; BLAS and cuBLAS are at the floor for it, so there is no Triton variant. A side is skipped by passing both of
+    its arguments as None.
 
     Args:
         B: ``B[l][u]`` (m_l, r_lu) of module ``l`` and client ``u``, any float type; or None.

@@ -50,7 +50,7 @@ def grad_combine(
     Raises:
         ValueError: gradients, coefficients or outputs that do not fit together, or outputs that overlap, or
             that are views which negate their memory.
-        RuntimeError: ``backend="triton"`` where Triton cannot run.
+        RuntimeError: ``backend="triton"`` or ``"native"`` cannot run here.
     """
     if torch.compiler.is_compiling():
         v = _checked(check_gradients(gradients), coefficients, out)

@@ -38,7 +38,7 @@ NATIVE_TASKS = 256
 
 
 class GradGram(NamedTuple):
-    """The centred triple of MATH 2.2: ``G_kl = <g_k, g_l> = n0 + h_k + h_l + H_kl``, all float64.
+    """The centred triple of docs/math.md 2.2: ``G_kl = <g_k, g_l> = n0 + h_k + h_l + H_kl``, all float64.
 
     Attributes:
         n0: (), squared norm of the weighted mean ``g0 = sum_k u_k g_k``.
@@ -74,7 +74,7 @@ def grad_gram(
 
     Raises:
         ValueError: no gradients; shapes, types or devices that differ; bad weights.
-        RuntimeError: ``backend="triton"`` where Triton cannot run.
+        RuntimeError: ``backend="triton"`` or ``"native"`` cannot run here.
     """
     if torch.compiler.is_compiling():
         u = check_weights(weights, len(gradients), check_gradients(gradients).device)

@@ -56,7 +56,7 @@ def lowrank_sum(
 
     Raises:
         ValueError: shapes, types or devices do not fit together; the message names the tensor.
-        RuntimeError: ``backend="triton"`` cannot run here.
+        RuntimeError: ``backend="triton"`` or ``"native"`` cannot run here.
     """
     if torch.compiler.is_compiling():
         check_sum(W, B, A, coefficients, out)

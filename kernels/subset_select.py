@@ -60,7 +60,7 @@ def subset_select(
     seed: int = 0,
     backend: str = "auto",
 ) -> SubsetSelection:
-    """Choose m rows per class, ``min over |S| = m of ||mean_S - mean_class||`` (MATH 2.4).
+    """Choose m rows per class, ``min over |S| = m of ||mean_S - mean_class||`` (docs/math.md 2.4).
 
     Greedy selection and ``restarts`` random subsets are each improved by the best exchange of one row for another,
     from the centred class Gram in float64, until no exchange helps; the best of them is returned.

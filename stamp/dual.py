@@ -196,7 +196,8 @@ def _check_host(matrix: Gramian | Tensor, accuracy: float) -> None:
 
 
 def rescaling(rescale: bool | str, c: float) -> float:
-    """The factor that ``rescale`` stands for."""
+    """The factor that ``rescale`` stands for at strength ``c``. Raises ValueError if either is out of range."""
+    c = checked_strength(c)
     if rescale is True or rescale == "authors":
         return 1 / (1 + c * c)
     if rescale == "mean":

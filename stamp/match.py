@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fedgram.kernels import grad_combine, grad_gram, moved
 
-from ._inputs import checked_strength
 from ._targets import Target, attach, targets_of, written
 from .dual import Dual, looked_at, rescaling, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights
@@ -126,7 +125,7 @@ def match(
         precise: form the Gram matrix with float64 products (default); see ``fedgram.kernels.grad_gram``. False is up
             to twice as fast, and right only for gradients of similar length that differ by far more than 1e-4 of it:
             a task whose gradient is short beside the mean is lost in the rounding of float32 products.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton", "native" or "torch".
 
     Returns:
         A Match. With all gradients zero, or a mean of zero, its status is "stationary" and the direction zero.
@@ -181,7 +180,7 @@ def match_inputs(
     backend: str,
 ) -> Match:
     """What ``match`` and ``match_`` do once their inputs are read; ``targets`` as ``match_`` takes them, by name."""
-    rescaling(rescale, checked_strength(c))  # refuse a bad option before the data is read
+    rescaling(rescale, c)  # refuse a bad option before the data is read
     gram = _gramian(inputs, u, precise, backend)
     if gram.H.device.type != "cpu" and looked_at(gram.H.device):
         gram = _finite(gram.cpu(), inputs)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fedgram.kernels import grad_combine, grad_gram, moved
 
-from ._inputs import checked_strength
 from .dual import Dual, looked_at, rescaling, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights
 from .structure import Inputs, average, finite, not_finite, read, unfit
@@ -72,7 +71,7 @@ class SpatialMatcher:
         """
         if not np.isfinite(lr):
             raise ValueError(f"lr: expected a finite number, got {lr}")
-        rescaling(rescale, checked_strength(c))
+        rescaling(rescale, c)
         self.c, self.lr, self.rescale, self.precise, self.backend = c, float(lr), rescale, precise, backend
         self.state = copied(state)
 

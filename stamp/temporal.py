@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._buffers import buffers_kept, put_back, remembered
 from ._graph import check_visible, walk
-from ._inputs import checked_strength, checked_whole
+from ._inputs import checked_whole
 from .dual import rescaling
 from .gramian import normalised_weights
 from .match import Match, match_inputs
@@ -93,7 +93,7 @@ class TemporalMatcher:
         """
         if current_weight is not None and not 0 <= current_weight <= 1:
             raise ValueError(f"current_weight: expected a number in [0, 1], got {current_weight}")
-        rescaling(rescale, checked_strength(c))
+        rescaling(rescale, c)
         self.model, self.loss_fn, self.memory = model, loss_fn, memory
         self.current_weight = current_weight
         self._options = {"c": c, "rescale": rescale, "precise": precise, "backend": backend}

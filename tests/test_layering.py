@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+COUNTS_LAUNCHES = "bench/host_overhead.py"
+"""It puts a counter in the place of every kernel, so it has to know where each is launched from."""
 ALLOWED = {
     "kernels": {"kernels"},
     "flora_na": {"kernels", "flora_na"},
@@ -35,12 +37,34 @@ def rooms_imported(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imported_modules(path, package) if name.startswith("fedgram.")}
 
 
+def private_parts_of_other_rooms(path: Path) -> set[str]:
+    """Names below another room's ``_module`` that a source file imports."""
+    room = path.relative_to(ROOT).parts[0]
+    package = "fedgram." + ".".join(path.relative_to(ROOT).parent.parts)
+    names = imported_modules(path, package)
+    return {
+        name
+        for name in names
+        if name.startswith("fedgram.")
+        and name.split(".")[1] != room
+        and any(part.startswith("_") for part in name.split(".")[2:])
+    }
+
+
 @pytest.mark.parametrize("room", ALLOWED)
 def test_imports_never_run_backwards(room):
     sources = sorted((ROOT / room).rglob("*.py"))
     assert sources
     for path in sources:
         assert rooms_imported(path) <= ALLOWED[room], f"{path.relative_to(ROOT)} imports {rooms_imported(path)}"
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_no_room_reaches_into_the_private_modules_of_another(room):
+    reached = {str(path.relative_to(ROOT)): private_parts_of_other_rooms(path) for path in (ROOT / room).rglob("*.py")}
+    assert {path: names for path, names in reached.items() if names and path != COUNTS_LAUNCHES} == {}
+    if room == "bench":
+        assert reached[COUNTS_LAUNCHES], "no exception is needed any more"
 
 
 def test_the_reader_of_imports_sees_relative_and_nested_imports(tmp_path):

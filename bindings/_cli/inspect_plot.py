@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fedgram.flora_na import Inspection
 from fedgram.flora_na.weight_space import JUDGES, OUTLIER, cosines
 
-from .support import one_line
+from ..console import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

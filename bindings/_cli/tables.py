@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fedgram.flora_na import Inspection, Report, Screening
 
-from .support import one_line
+from ..console import one_line
 
 SHOWN = 24
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fedgram import flora_na
-from fedgram.flora_na import Adapter, AdapterLike, Aggregation, ModuleReport, Report
+from fedgram.flora_na import Adapter, AdapterLike, Aggregation, Report
 from fedgram.flora_na.layer import as_adapter
 from fedgram.flora_na.rank_choice import Rank
 
@@ -118,12 +118,7 @@ def aggregate_sharded(
 def _solve(clients: Clients, settings: Mapping[str, Any], unit: Unit, slices: Sequence[Adapter]) -> Aggregation:
     """One unit, ready to travel: its yardsticks are numbers."""
     done = flora_na.aggregate(slices, clients.weights, names=clients.names, **settings)
-    reports = {name: _plain(report) for name, report in done.report.modules.items()}
-    return replace(done, report=replace(done.report, modules=reports))
-
-
-def _plain(report: ModuleReport) -> ModuleReport:
-    return replace(report, _fedavg=partial(float, report.rho_fedavg), _optimal=partial(float, report.rho_optimal))
+    return replace(done, report=done.report.settled())
 
 
 def _collect(ranks: Ranks, result: str, parts: list[Aggregation]) -> list[Aggregation]:

@@ -14,7 +14,7 @@ from types import FrameType
 
 from torch import distributed as dist
 
-from .._cli.support import describe, fail, is_input_error, one_line, one_line_errors
+from ..console import describe, fail, is_input_error, one_line, one_line_errors
 from .watch import RankError, Watch
 
 JOINING = 10.0

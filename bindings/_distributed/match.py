@@ -12,7 +12,6 @@ from torch import distributed as dist
 from fedgram import stamp
 from fedgram.kernels import grad_combine
 from fedgram.stamp import Gramian, Match
-from fedgram.stamp._inputs import checked_strength
 from fedgram.stamp.dual import rescaling
 from fedgram.stamp.gramian import WeightsLike, normalised_weights
 from fedgram.stamp.structure import STATISTICS, GradientLike, average, finite, not_finite, read, unfit
@@ -62,7 +61,7 @@ def match_sharded(
     ranks, how = Ranks(group, watch), {"precise": precise, "backend": backend}
     with ranks.together():
         given = list(gradients)
-        rescaling(rescale, checked_strength(c))  # refuse a bad option before the data is read
+        rescaling(rescale, c)  # refuse a bad option before the data is read
         u = torch.from_numpy(normalised_weights(weights, len(given)))
         _refuse_dtensors(given)
         nothing = all(map(_has_nothing, given))

@@ -12,7 +12,7 @@ from fedgram import stamp
 from fedgram.flora_na.cohort import MISSING
 from fedgram.flora_na.methods import check_method
 from fedgram.flora_na.screening import Clip, check_screening
-from fedgram.kernels._dispatch import BACKENDS
+from fedgram.kernels import BACKENDS
 
 from ..modules import ALIGNED
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .._files.documents import read_json
+from ..files.documents import read_json
 from .patterns import PatternTable
 
 PREFIX = "base_model.model."

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from .._files.tensor_header import Header
+from ..files.tensor_header import Header
 from .config import LoraSettings
 from .extras import extra_roles
 from .keys import sort_keys

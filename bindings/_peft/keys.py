@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .._files.tensor_file import TensorSpec
+from ..files.tensor_file import TensorSpec
 from .config import PREFIX
 from .names import RESERVED
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedgram.flora_na.finite import is_finite
 
-from .._files.tensor_file import TensorSpec
+from ..files.tensor_file import TensorSpec
 from .names import LayerName, factor_key
 
 FactorOf = Callable[[str, str], tuple[Tensor, float]]

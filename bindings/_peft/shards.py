@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .._files.documents import read_json
-from .._files.tensor_file import TensorFile, TensorSpec
+from ..files.documents import read_json
+from ..files.tensor_file import TensorFile, TensorSpec
 
 MAX_SHARDS = 10_000
 

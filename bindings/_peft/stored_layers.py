@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedgram.flora_na import LoraLayer
 
-from .._files.tensor_header import TensorSpec
+from ..files.tensor_header import TensorSpec
 from .layout import LayerShape
 from .lazy_tensors import LazyMapping
 

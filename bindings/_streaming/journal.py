@@ -16,11 +16,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .._files.documents import filed_errors
-from .._files.output_lock import beside
-from .._files.tensor_file import DTYPE_CODES
-from .._files.tensor_header import DTYPES
-from .._files.write_behind import WriteBehind
+from ..files.documents import filed_errors
+from ..files.output_lock import beside
+from ..files.tensor_file import DTYPE_CODES
+from ..files.tensor_header import DTYPES
+from ..files.write_behind import WriteBehind
 
 RUN, LINES, DATA = "run.json", "done.jsonl", "results.bin"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fedgram.flora_na import LoraLayer, ModuleReport
 
-from .._files.linked_file import link_tensors
-from .._files.tensor_header import TensorSpec
 from .._peft.layout import LayerShape
 from .._peft.stored_layers import StoredLayers
+from ..files.linked_file import link_tensors
+from ..files.tensor_header import TensorSpec
 from .journal import Journal, StoredTensor
 
 LAYER, RESIDUAL, EXTRA = "layer ", "residual ", "extra "

@@ -22,8 +22,8 @@ from fedgram.bench.demo.flora_results import Outcome, summarise
 from fedgram.bench.demo.flora_scenes import APART, SHARED, WEIGHTS_NAME
 from fedgram.bench.demo.newsgroups import dirichlet_partition, draw_like, parse_tab
 from fedgram.bindings import peft as fpeft
-from fedgram.bindings._files.staging import check_writable, staged_directory
 from fedgram.bindings.cli import app
+from fedgram.bindings.files.staging import check_writable, staged_directory
 from fedgram_testing.streaming import tensors_of
 
 TINY = Options(

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from fedgram.bindings._files import tensor_header
-from fedgram.bindings._files.tensor_file import TensorFile, write_tensors
-from fedgram.bindings._files.tensor_header import TensorSpec
 from fedgram.bindings._peft import contents as peft_contents
+from fedgram.bindings.files import tensor_header
+from fedgram.bindings.files.tensor_file import TensorFile, write_tensors
+from fedgram.bindings.files.tensor_header import TensorSpec
 from fedgram.bindings.peft import load_adapter, load_adapters
 
 KEYS = [f"base_model.model.m{i}.lora_{side}.weight" for i in range(3) for side in "AB"]

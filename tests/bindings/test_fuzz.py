@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedgram.bindings._cli.support import read_weights
-from fedgram.bindings._files.documents import MAX_BYTES, read_json
-from fedgram.bindings._files.tensor_file import TensorFile
-from fedgram.bindings._files.tensor_header import MAX_HEADER
+from fedgram.bindings._cli.weights_file import read_weights
+from fedgram.bindings.files.documents import MAX_BYTES, read_json
+from fedgram.bindings.files.tensor_file import TensorFile
+from fedgram.bindings.files.tensor_header import MAX_HEADER
 from fedgram.bindings.peft import load_adapter
 from fedgram_testing import fuzzing
 from fedgram_testing.fuzzing import BrokenPromiseError, Fuzzer, Hang

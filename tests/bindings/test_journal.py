@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedgram.bindings._files.buffers import empty_buffer, tensor_in
-from fedgram.bindings._files.tensor_header import DTYPES
 from fedgram.bindings._streaming.journal import LINES, Journal, Record, Records, StoredTensor
+from fedgram.bindings.files.buffers import empty_buffer, tensor_in
+from fedgram.bindings.files.tensor_header import DTYPES
 
 NAMES = ["layer model.q_proj", 'extra "quoted" \\ name', "residual ünïcode", ""]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fedgram.bindings import peft
-from fedgram.bindings._files import linked_file, write_behind
-from fedgram.bindings._files.linked_file import PAGE, header_room, link_tensors
-from fedgram.bindings._files.tensor_file import TensorFile
-from fedgram.bindings._files.tensor_header import MAX_HEADER, TensorSpec
 from fedgram.bindings._streaming import journal, results
+from fedgram.bindings.files import linked_file, write_behind
+from fedgram.bindings.files.linked_file import PAGE, header_room, link_tensors
+from fedgram.bindings.files.tensor_file import TensorFile
+from fedgram.bindings.files.tensor_header import MAX_HEADER, TensorSpec
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
 from fedgram.bindings.streaming import aggregate_directories
 from fedgram.flora_na import aggregate, portions

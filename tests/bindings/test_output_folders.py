@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedgram.bindings._files import output_folders, output_lock
-from fedgram.bindings._files.staging import check_writable, reserved_output, staged_directory
+from fedgram.bindings.files import output_folders, output_lock
+from fedgram.bindings.files.staging import check_writable, reserved_output, staged_directory
 from fedgram_testing.cli_clients import refused
 from fedgram_testing.streaming import write_adapter
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedgram.bindings._files import read_behind
-from fedgram.bindings._files.read_behind import mostly_cached, reading_once
-from fedgram.bindings._files.tensor_file import TensorFile, spec_of, write_tensors
+from fedgram.bindings.files import read_behind
+from fedgram.bindings.files.read_behind import mostly_cached, reading_once
+from fedgram.bindings.files.tensor_file import TensorFile, spec_of, write_tensors
 from fedgram.bindings.peft import save_adapter
 from fedgram.bindings.streaming import aggregate_directories
 from fedgram.flora_na import Adapter, LoraLayer

@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 
-from fedgram.bindings._files import staging
-from fedgram.bindings._files.staging import check_writable, reserved_output, staged_directory
+from fedgram.bindings.files import staging
+from fedgram.bindings.files.staging import check_writable, reserved_output, staged_directory
 from fedgram.bindings.peft import load_adapter, save_adapter
 from fedgram.flora_na import Adapter, LoraLayer
 

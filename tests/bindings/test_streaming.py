@@ -12,9 +12,9 @@ import torch
 
 from fedgram import flora_na
 from fedgram.bindings import streaming
-from fedgram.bindings._files.linked_file import PAGE
-from fedgram.bindings._files.tensor_file import TensorFile
 from fedgram.bindings._streaming import extras
+from fedgram.bindings.files.linked_file import PAGE
+from fedgram.bindings.files.tensor_file import TensorFile
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
 from fedgram.bindings.streaming import aggregate_directories
 from fedgram.flora_na import portions

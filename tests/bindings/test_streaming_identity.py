@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from fedgram.bindings._files.tensor_file import TensorFile
+from fedgram.bindings.files.tensor_file import TensorFile
 from fedgram.bindings.peft import load_adapter, load_adapters
 from fedgram.bindings.streaming import aggregate_directories, aggregate_to_directory
 from fedgram.flora_na import Adapter, portions

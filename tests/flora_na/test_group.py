@@ -7,7 +7,7 @@ from fedgram import kernels
 from fedgram.flora_na.estimation import estimate_targets
 from fedgram.flora_na.group import make_groups, stacked
 from fedgram.flora_na.target import make_target
-from fedgram.kernels import _native
+from fedgram.kernels import native_calls
 
 
 def memory(*shape):
@@ -75,7 +75,7 @@ def test_averages_are_measured_as_they_are_returned(dtype, scalings):
         assert e.rho == pytest.approx(true_rho(target, e), rel=1e-9 if dtype != torch.float32 else 5e-4)
 
 
-@pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
+@pytest.mark.skipif(native_calls.missing() is not None, reason=str(native_calls.missing()))
 def test_the_factors_are_read_once(monkeypatch):
     """16-bit averages too, whose rounding shows in rho."""
 

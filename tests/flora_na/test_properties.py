@@ -1,4 +1,4 @@
-"""What holds always (MATH.md 1.2), over shapes, ranks, weights, scales, dtypes and degenerate factors."""
+"""What holds always (docs/math.md 1.2), over shapes, ranks, weights, scales, dtypes and degenerate factors."""
 
 import math
 from itertools import pairwise

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from fedgram.kernels import _native, combine_products, described, factor_combine, factor_cross, prepare
+from fedgram.kernels import combine_products, described, factor_combine, factor_cross, native_calls, prepare
 from fedgram_testing.factor_ops import ALL_BACKENDS, LAYOUTS, SHAPES, TYPES, draw, garbage
 from fedgram_testing.gradients import threads
 
 __all__ = ["garbage"]
 EPS64 = 2.0**-52
 PROMISE = 2e-6
-built = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
+built = pytest.mark.skipif(native_calls.missing() is not None, reason=str(native_calls.missing()))
 
 
 def blocks(B, rank, seed=3):
@@ -100,9 +100,9 @@ def test_the_same_bits_for_any_number_of_threads_and_for_described_factors(kind,
 @built
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_every_instruction_set(level, monkeypatch, garbage):
-    if level > _native.level():
+    if level > native_calls.level():
         pytest.skip("not on this processor")
-    monkeypatch.setattr(_native, "level", lambda: level)
+    monkeypatch.setattr(native_calls, "level", lambda: level)
     B, A = draw([8, 8, 8], [(600, 77)], torch.bfloat16)
     check(B, A, *scalars(B), backend="native")
     check(B, A, *blocks(B, 9), backend="native")

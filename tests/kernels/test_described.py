@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from fedgram.kernels import Described, _native, described, factor_combine, factor_cross, factor_gram, prepare
+from fedgram.kernels import Described, described, factor_combine, factor_cross, factor_gram, native_calls, prepare
 from fedgram.kernels._stacks import Stacks
 from fedgram_testing.factor_ops import BACKENDS, SHAPES, draw, garbage
 
 __all__ = ["garbage"]
-built = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
+built = pytest.mark.skipif(native_calls.missing() is not None, reason=str(native_calls.missing()))
 
 
 def equal(found, wanted):

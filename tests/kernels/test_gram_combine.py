@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from fedgram.kernels import _native, described, factor_combine, factor_gram, gram_combine, prepare
+from fedgram.kernels import described, factor_combine, factor_gram, gram_combine, native_calls, prepare
 from fedgram_testing.factor_ops import ALL_BACKENDS, LAYOUTS, SHAPES, TYPES, draw, garbage
 from fedgram_testing.gradients import threads
 
 __all__ = ["garbage"]
-built = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
+built = pytest.mark.skipif(native_calls.missing() is not None, reason=str(native_calls.missing()))
 
 
 def coefficients(B, rank=None, seed=3):
@@ -82,9 +82,9 @@ def test_scalars_of_members_that_fill_panels_or_do_not(ranks, garbage):
 @built
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_every_instruction_set(level, monkeypatch, garbage):
-    if level > _native.level():
+    if level > native_calls.level():
         pytest.skip("not on this processor")
-    monkeypatch.setattr(_native, "level", lambda: level)
+    monkeypatch.setattr(native_calls, "level", lambda: level)
     B, A = draw([8, 8, 8], [(600, 77)], torch.bfloat16)
     check(B, A, *coefficients(B), backend="native")
     check(B, A, *coefficients(B, 9), backend="native")

@@ -3,7 +3,7 @@ import importlib
 import pytest
 import torch
 
-from fedgram.kernels import _native, lowrank_sum
+from fedgram.kernels import lowrank_sum, native_calls
 from fedgram_testing.factor_ops import ALL_BACKENDS, LAYOUTS, TYPES, draw, garbage, lay
 
 __all__ = ["garbage"]
@@ -147,8 +147,8 @@ def test_many_ranks_are_packed_in_chunks(monkeypatch, garbage):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_loops_cut_ranks_and_tiles(dtype, garbage):
     """Runs of 64 ranks cut through clients, tiles of 96 x 256 through W; float64 beyond a run."""
-    if _native.missing() is not None:
-        pytest.skip(_native.missing())
+    if native_calls.missing() is not None:
+        pytest.skip(native_calls.missing())
     W, B, A, c = case([60, 3, 66, 0, 7, 130], 200, 530, dtype)
     got = lowrank_sum(W, B, A, c, beta=0.5, backend="native")
     check(got, W, B, A, c, 0.5, sum_type=sum_type("native", dtype, dtype))

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from fedgram.kernels import (
-    _native,
     factor_combine,
     factor_cross,
     factor_gram,
     ghost_gram,
     grad_combine,
     grad_gram,
+    native_calls,
     spread_over_jobs,
 )
 from fedgram.kernels._dispatch import resolve
@@ -26,14 +26,14 @@ from fedgram.kernels._stacks import Stacks
 from fedgram_testing.factor_ops import draw
 from fedgram_testing.gradients import TYPES, errors, gradients, threads
 
-built = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
+built = pytest.mark.skipif(native_calls.missing() is not None, reason=str(native_calls.missing()))
 SWITCHED_OFF = os.environ.get("FEDGRAM_NATIVE") == "0"
 
 
 def test_it_is_built_where_there_is_a_compiler():
     if SWITCHED_OFF or shutil.which("cc") is None:
         pytest.skip("switched off, or no compiler here")
-    assert _native.missing() is None
+    assert native_calls.missing() is None
 
 
 @built
@@ -54,8 +54,8 @@ def test_an_order_that_cannot_be_followed():
 
 def test_switched_off_it_is_not_used():
     code = (
-        "import torch; from fedgram.kernels import grad_gram, _native; g = [[torch.ones(3)]]\n"
-        "assert float(grad_gram(g).n0) == 3 and 'FEDGRAM_NATIVE' in _native.missing()\n"
+        "import torch; from fedgram.kernels import grad_gram, native_calls; g = [[torch.ones(3)]]\n"
+        "assert float(grad_gram(g).n0) == 3 and 'FEDGRAM_NATIVE' in native_calls.missing()\n"
         "try: grad_gram(g, backend='native')\n"
         "except RuntimeError as e: print(e)"
     )
@@ -70,9 +70,9 @@ def test_switched_off_it_is_not_used():
 @pytest.mark.parametrize("level", range(3))
 @pytest.mark.parametrize("dtype", TYPES)
 def test_every_instruction_set_gives_the_same_products(level, dtype, monkeypatch):
-    if level > _native.level():
+    if level > native_calls.level():
         pytest.skip("this CPU has no such instructions")
-    monkeypatch.setattr(_native, "level", lambda: level)
+    monkeypatch.setattr(native_calls, "level", lambda: level)
     G = gradients(7, dtype=dtype)
     assert max(errors(grad_gram(G, precise=True, backend="native"), G)) < 1e-12
     assert max(errors(grad_gram(G, backend="native"), G)) < 2e-6
@@ -129,23 +129,27 @@ def test_bits_do_not_follow_the_number_of_threads():
 
 @built
 def test_loops_keep_their_threads_while_torch_has_one():
-    enough, alone = _native.THREADED_WORK, _native.SPREAD_WORK
+    enough, alone = native_calls.THREADED_WORK, native_calls.SPREAD_WORK
     assert alone < enough
     with threads(3):
         with spread_over_jobs():
             assert torch.get_num_threads() == 1
-            assert _native.threads_for(8, enough) == 3
+            assert native_calls.threads_for(8, enough) == 3
             # no thread of torch can be in the way, so less work is worth one
-            assert [_native.threads_for(8, alone), _native.threads_for(8, alone - 1)] == [3, 1]
+            assert [native_calls.threads_for(8, alone), native_calls.threads_for(8, alone - 1)] == [3, 1]
             with spread_over_jobs():
-                assert _native.threads_for(8, enough) == 3
+                assert native_calls.threads_for(8, enough) == 3
         assert torch.get_num_threads() == 3
-        assert _native.threads_for(8, alone) == 1
-        assert [_native.threads_for(8, enough), _native.threads_for(2, enough), _native.threads_for(8, 9)] == [3, 2, 1]
+        assert native_calls.threads_for(8, alone) == 1
+        assert [
+            native_calls.threads_for(8, enough),
+            native_calls.threads_for(2, enough),
+            native_calls.threads_for(8, 9),
+        ] == [3, 2, 1]
     with pytest.raises(ValueError, match="inside"), threads(2), spread_over_jobs():
         raise ValueError("inside")
     with threads(5):
-        assert _native.threads_for(8, enough) == 5
+        assert native_calls.threads_for(8, enough) == 5
 
 
 @built
@@ -170,8 +174,10 @@ def test_every_job_is_done_once_in_a_thread_with_its_own_scratch(count):
 
     address = ctypes.cast(entry, ctypes.c_void_p).value
     with threads(count):
-        _native.run_jobs(address, _native.table([[i] for i in range(100)]), 100, 10, _native.THREADED_WORK, wide=False)
-    assert sorted(seen) == [(_native.level(), 0, i) for i in range(100)]
+        native_calls.run_jobs(
+            address, native_calls.table([[i] for i in range(100)]), 100, 10, native_calls.THREADED_WORK, wide=False
+        )
+    assert sorted(seen) == [(native_calls.level(), 0, i) for i in range(100)]
     starts = sorted(scratches.values())
     assert len(starts) == count
     assert all(b - a >= 8 * 10 for a, b in itertools.pairwise(starts))
@@ -222,8 +228,8 @@ def _norm(G):
 
 @built
 def test_an_extension_of_other_sources_is_not_called(monkeypatch):
-    ours = _native.LOOPS
-    other = _native.Extension(ours.module, ours.calls, ours.counts, abi=-1)
-    monkeypatch.setattr(_native, "LOOPS", other)
-    assert "expected -1: install fedgram again" in _native.missing()
+    ours = native_calls.LOOPS
+    other = native_calls.Extension(ours.module, ours.calls, ours.counts, abi=-1)
+    monkeypatch.setattr(native_calls, "LOOPS", other)
+    assert "expected -1: install fedgram again" in native_calls.missing()
     assert resolve("auto", [torch.ones(2)], native=True) == "torch"

@@ -21,8 +21,8 @@ import typer
 from safetensors import SafetensorError, safe_open
 
 from fedgram.bench._commands import app
-from fedgram.bindings._cli.support import describe, one_line
-from fedgram.bindings._files.tensor_file import TensorFile
+from fedgram.bindings.console import describe, one_line
+from fedgram.bindings.files.tensor_file import TensorFile
 from fedgram.bindings.peft import load_adapter
 
 from .hostile import LOADABLE, build, write

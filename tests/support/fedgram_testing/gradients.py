@@ -5,12 +5,12 @@ import contextlib
 import pytest
 import torch
 
-from fedgram.kernels import _native
+from fedgram.kernels import native_calls
 
 SHAPES = [(9, 33), (64,), (17, 3), (0,), (1,), ()]
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("torch", "triton")
-CPU_BACKENDS = ("native", "torch") if _native.missing() is None else ("torch",)
+CPU_BACKENDS = ("native", "torch") if native_calls.missing() is None else ("torch",)
 ALL_BACKENDS = (*CPU_BACKENDS, "triton")  # of the operations with compiled CPU loops
 
 

@@ -7,7 +7,7 @@ import safetensors
 import torch
 from safetensors import safe_open
 
-from fedgram.bindings._files.tensor_file import spec_of, write_tensors
+from fedgram.bindings.files.tensor_file import spec_of, write_tensors
 from fedgram.bindings.streaming import aggregate_directories
 
 PREFIX = "base_model.model."
