@@ -209,7 +209,7 @@ class Group:
 def make_groups(
     targets: Sequence[Target], backend: str = "auto", *, averaged: bool = False, measured: bool = False
 ) -> list[tuple[Group, list[int]]]:
-    """Batch the modules by member ranks and take their Grams in one launch; with each group, its modules' positions.
+    """Batch the modules by member ranks and dtype, take their Grams in one launch; with each group its modules' places.
 
     Args:
         targets: the modules.
@@ -220,9 +220,9 @@ def make_groups(
     Raises:
         ValueError: a factor holds NaN or Inf (names the module, the client and the factor).
     """
-    order: dict[tuple[int, ...], list[int]] = {}
+    order: dict[tuple[tuple[int, ...], torch.dtype], list[int]] = {}
     for i, target in enumerate(targets):
-        order.setdefault(target.ranks, []).append(i)
+        order.setdefault((target.ranks, target.dtype), []).append(i)
     parts = [_members(tuple([targets[i] for i in ids])) for ids in order.values()]
     factors = [kernels.described([t.B for t in part.targets], [t.A for t in part.targets]) for part in parts]
     formed = [at for at, part in enumerate(parts) if _forms_grams(part.targets)]
@@ -239,7 +239,7 @@ def make_groups(
 
 
 def _members(targets: tuple[Target, ...]) -> Members:
-    """The members of modules of equal ranks, and where they are solved: near their Grams, small ones on the host."""
+    """The members of modules of equal ranks and dtype; small ones are solved on the host, others by their Grams."""
     device = targets[0].device
     on_host = _forms_grams(targets) and sum(targets[0].ranks) <= HOST_RANK
     return Members(targets, torch.device("cpu") if on_host and device.type == "cuda" else device)
