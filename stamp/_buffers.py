@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dual import looked_at
+from ._look import may_look
 
 _OWN = frozenset(nn.Module().__dict__)
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None), Tensor)
@@ -67,7 +67,7 @@ def _differing(pairs: list[tuple[Tensor, Tensor]]) -> set[int]:
     same: dict[torch.device, list[tuple[int, Tensor]]] = {}
     changed = {id(value) for _, value in pairs}
     for held, value in pairs:
-        if value.layout == torch.strided == held.layout and value.shape == held.shape and looked_at(value.device):
+        if value.layout == torch.strided == held.layout and value.shape == held.shape and may_look(value.device):
             with suppress(RuntimeError):  # types that cannot be compared count as changed
                 alike = (held == value) | ((held != held) & (value != value))
                 same.setdefault(value.device, []).append((id(value), alike.all()))

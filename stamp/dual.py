@@ -20,6 +20,7 @@ from ._inputs import (
     checked_strength,
     problem_of,
 )
+from ._look import may_look
 from ._range import batch_in_range, in_range
 from .gramian import Gramian, WeightsLike, normalised_weights
 
@@ -158,8 +159,8 @@ def solve_dual(
         (matrix.h.shape, matrix.h.device) if isinstance(matrix, Gramian) else (matrix.shape[:-1], matrix.device)
     )
     if method == "auto":
-        method = "exact" if looked_at(device) and shape[:-1].numel() < CROWD else "batched"
-    looked = method == "exact" or (device.type == "cpu" and looked_at(device))
+        method = "exact" if may_look(device) and shape[:-1].numel() < CROWD else "batched"
+    looked = method == "exact" or (device.type == "cpu" and may_look(device))
     if looked:
         matrix = matrix.cpu()
         _check_host(matrix, accuracy)
@@ -171,13 +172,6 @@ def solve_dual(
         return _stacked(duals, matrix, c, u, factor)
     dual = _batch(matrix, c, u, factor)
     return dual.refine() if looked else dual
-
-
-def looked_at(device: torch.device) -> bool:
-    """Whether values may be looked at: except while a graph is traced or captured, which holds for any values."""
-    if torch.compiler.is_compiling():
-        return False
-    return device.type == "cpu" or (device.type == "cuda" and not torch.cuda.is_current_stream_capturing())
 
 
 def _check_host(matrix: Gramian | Tensor, accuracy: float) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fedgram.kernels import grad_combine, grad_gram, moved
 
+from ._look import may_look
 from ._targets import Target, attach, targets_of, written
-from .dual import Dual, looked_at, rescaling, solve_dual
+from .dual import Dual, rescaling, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights
 from .structure import GradientLike, Inputs, average, finite, not_finite, read, unfit
 
@@ -182,11 +183,11 @@ def match_inputs(
     """What ``match`` and ``match_`` do once their inputs are read; ``targets`` as ``match_`` takes them, by name."""
     rescaling(rescale, c)  # refuse a bad option before the data is read
     gram = _gramian(inputs, u, precise, backend)
-    if gram.H.device.type != "cpu" and looked_at(gram.H.device):
+    if gram.H.device.type != "cpu" and may_look(gram.H.device):
         gram = _finite(gram.cpu(), inputs)
     dual = solve_dual(gram, c, rescale=rescale)
     averages = {name: average(tensors, u) for name, tensors in inputs.averaged.items()}
-    looked = looked_at(gram.H.device)
+    looked = may_look(gram.H.device)
     if looked and not finite(averages.values()):
         raise ValueError(not_finite(inputs))
     out = None if targets is None else [written(targets[name]) for name in inputs.names]
@@ -222,7 +223,7 @@ def _checked_direction(inputs: Inputs, dual: Dual, out: Sequence[Tensor] | None,
 def _gramian(inputs: Inputs, u: Tensor, precise: bool, backend: str) -> Gramian:
     n0, h, H = grad_gram(inputs.tensors, u, precise=precise, backend=backend)
     gram = Gramian(n0, h, H, moved(u, H.device))
-    return _finite(gram, inputs) if H.device.type == "cpu" and looked_at(H.device) else gram
+    return _finite(gram, inputs) if H.device.type == "cpu" and may_look(H.device) else gram
 
 
 def _finite(gram: Gramian, inputs: Inputs) -> Gramian:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedgram.kernels import grad_combine, grad_gram, moved
 
-from .dual import Dual, looked_at, rescaling, solve_dual
+from ._look import may_look
+from .dual import Dual, rescaling, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights
 from .structure import Inputs, average, finite, not_finite, read, unfit
 
@@ -96,7 +97,7 @@ class SpatialMatcher:
         K = len(u)
         gramian = Gramian(H[K, K], -H[K, :K], H[:K, :K], moved(u, H.device))
         means = {name: average(column[:-1], u) for name, column in inputs.averaged.items()}
-        return self._moved(inputs, gramian, u, clients, 1 - self.lr, means)
+        return self._advanced(inputs, gramian, u, clients, 1 - self.lr, means)
 
     def step_deltas(self, deltas: Sequence[State], counts: WeightsLike | None = None) -> SpatialStep:
         """The same for clients that send ``new state - global state`` (of integers and statistics, too; not bools)."""
@@ -104,7 +105,7 @@ class SpatialMatcher:
         inputs = self._read(deltas, clients, "deltas")
         gram = self._gram(inputs, inputs.tensors[:-1], u)
         means = {name: column[-1] + average(column[:-1], u) for name, column in inputs.averaged.items()}
-        return self._moved(inputs, gram, u, clients, 1.0, means)
+        return self._advanced(inputs, gram, u, clients, 1.0, means)
 
     def _read(self, sent: Sequence[State], clients: Sequence[int], argument: str) -> Inputs:
         """What the clients sent, followed by the global state, all of one structure."""
@@ -120,14 +121,14 @@ class SpatialMatcher:
         """On the CPU, where the dual is solved."""
         gram = grad_gram(tensors, weights, precise=self.precise, backend=self.backend)
         gramian = Gramian(*gram, moved(weights, gram.H.device))
-        if looked_at(gram.H.device):
+        if may_look(gram.H.device):
             gramian = gramian.cpu()
             if not bool(gramian.H.isfinite().all() & gramian.n0.isfinite()):
                 raise ValueError(not_finite(inputs))
         return gramian
 
     @torch.no_grad()
-    def _moved(
+    def _advanced(
         self,
         inputs: Inputs,
         gramian: Gramian,
@@ -141,9 +142,9 @@ class SpatialMatcher:
         v = self.lr * dual.coefficients
         # For agreeing clients v = lr u and nothing is left over: the old state counts 1 - lr to the last bit.
         rest = torch.full_like(v[:1], old) - (0.0 if old == 1.0 else (v - self.lr * u.to(v.device)).sum())
-        moved = grad_combine(inputs.tensors, torch.cat([v, rest]), backend=self.backend)
-        state = inputs.assemble(moved, means)
-        if looked_at(gramian.H.device) and not finite(state.values()):
+        tensors = grad_combine(inputs.tensors, torch.cat([v, rest]), backend=self.backend)
+        state = inputs.assemble(tensors, means)
+        if may_look(gramian.H.device) and not finite(state.values()):
             raise ValueError(unfit(inputs, state, "the new global state"))
         self.state = state
         return SpatialStep(dict(self.state), dual, gramian, clients)

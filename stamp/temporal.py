@@ -198,7 +198,7 @@ class TemporalMatcher:
         yield current
         device = next((p.device for p in self.model.parameters()), None)
         for name in earlier:
-            yield _moved(self.memory.task(name), device)
+            yield _to_device(self.memory.task(name), device)
 
     def _read(self, gradients: list[dict[str, Tensor | None]], earlier: Sequence[Hashable]) -> Inputs:
         labels = ["the current task", *(f"earlier task {name!r}" for name in earlier)]
@@ -237,10 +237,10 @@ def _first(batches: Iterable[Any], steps: int) -> Iterator[Any]:
             raise ValueError(f"batches: {step} given, {steps} steps need as many") from None
 
 
-def _moved(batch: Any, device: torch.device | None) -> Any:
+def _to_device(batch: Any, device: torch.device | None) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device) if device is not None else batch
-    return tuple(_moved(part, device) for part in batch) if isinstance(batch, tuple | list) else batch
+    return tuple(_to_device(part, device) for part in batch) if isinstance(batch, tuple | list) else batch
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
