@@ -22,7 +22,9 @@ def in_range(given: Gramian | Array) -> tuple[Gramian | Array, float]:
         return given, 1.0
     root = math.ldexp(1.0, math.frexp(top)[1] // 2)
     scaled = [part / root / root for part in parts]
-    return (Gramian(*scaled, given.weights) if isinstance(given, Gramian) else np.asarray(scaled[0])), root
+    return (
+        Gramian(*scaled, given.weights, given.centre) if isinstance(given, Gramian) else np.asarray(scaled[0])
+    ), root
 
 
 def batch_in_range(parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:

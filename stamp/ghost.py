@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from fedgram.kernels import grad_gram
 from ._buffers import buffers_kept
 from ._ghost_trace import LossFn, Trace
 from .dual import Dual, solve_dual
-from .gramian import Gramian, WeightsLike, normalised_weights
+from .gramian import Gramian, WeightsLike, normalised_weights, one_hot, recentred, triple
 
 Tasks = Sequence[Any | Callable[[], Any]]
 
@@ -63,7 +62,8 @@ def ghost_gramian(
     Precision: the rows are what the model's own arithmetic makes them (in float32 each carries a few relative 6e-8, as
     in any backward pass). From there on products and sums are float64: G is off by at most about 1e-16 times
     ``sum |a_i||a_j||d_i||d_j|``, so that gradients differing by a relative 1e-4 keep about eight digits of their
-    differences' products where rows do not cancel. Materialised parts are centred first (``grad_gram``).
+    differences' products where rows do not cancel. Materialised parts are centred first (``grad_gram``): at the mean,
+    or at the shortest gradient where one is shorter than 2^-9 of the mean.
 
     Args:
         model: any module with trainable parameters.
@@ -81,7 +81,7 @@ def ghost_gramian(
             not finite (named).
         RuntimeError: a layer's input was modified in place after its use.
     """
-    u = normalised_weights(weights, len(tasks))
+    u = torch.from_numpy(normalised_weights(weights, len(tasks)))
     with buffers_kept(model):
         trace = Trace(model, loss_fn, len(tasks))
         for k, task in enumerate(tasks):
@@ -133,15 +133,23 @@ def _backward(loss: Tensor, v: Tensor) -> Tensor:
     return loss.detach().reshape(())
 
 
-def _gramian(trace: Trace, u: np.ndarray, backend: str) -> Gramian:
-    """The sum over parameters, to which each part adds its inner products."""
-    parts = [Gramian.from_dense(g.gram(backend), u) for g in trace.ghosts.values() if g.is_ghost]
-    if gradients := trace.materialised():
-        columns = [_column(trace.parameters[name], grads) for name, grads in gradients.items()]
-        rows = [list(row) for row in zip(*columns, strict=True)]
-        parts.append(Gramian(*grad_gram(rows, torch.from_numpy(u), precise=True, backend=backend)))
-    n0, h, H = (sum(getattr(part, field) for part in parts) for field in ("n0", "h", "H"))
-    return Gramian(n0, h, H, torch.from_numpy(u).to(h.device))
+def _gramian(trace: Trace, u: Tensor, backend: str) -> Gramian:
+    """The sum over parameters, to which the dense Gram matrices of all ghosts and the gradients of the rest add."""
+    grams = [ghost.gram(backend) for ghost in trace.ghosts.values() if ghost.is_ghost]
+    dense = sum(grams[1:], start=grams[0]) if grams else None
+    columns = [_column(trace.parameters[name], grads) for name, grads in trace.materialised().items()]
+    rows = [list(row) for row in zip(*columns, strict=True)]
+
+    def around(centre: Tensor | None) -> Gramian:
+        v = u if centre is None else centre
+        parts = [] if dense is None else [triple(dense, v.to(dense.device))]
+        if rows:
+            parts.append(grad_gram(rows, v, precise=True, backend=backend))
+        n0, h, H = (sum(same[1:], start=same[0]) for same in zip(*parts, strict=True))
+        return Gramian(n0, h, H, *(None if x is None else x.to(h.device) for x in (u, centre)))
+
+    found = around(None)
+    return recentred(found.cpu(), lambda k: around(one_hot(k, trace.tasks)).cpu()).to(found.H.device)
 
 
 def _column(parameter: Tensor, grads: list[Tensor | None]) -> list[Tensor]:

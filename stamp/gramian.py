@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._look import may_look
+
 WeightsLike = Sequence[float] | np.ndarray | Tensor
+
+
+# A Gram matrix around z knows ||g_k||^2 to 4 eps (||z|| + ||g_k - z||)^2, some 16 eps ||z||^2 where g_k is short. Where
+# task k binds alone, c ||g0|| / ||g_k|| times that stands in its gap, which is relative to c ||g0|| ||g_k|| or more:
+# down to ||g_k|| = 2^-9 ||z|| at most 2^4 * 2^-52 * 2^18 = 2^-30, just within the 1e-9 that an answer is held to.
+SHORT = 2.0**-18
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,58 +26,140 @@ class Gramian:
     """Inner products of K gradients ``g_k = g0 + e_k`` around a common vector ``g0``, in float64.
 
     ``<g_k, g_l> = n0 + h_k + h_l + H_kl``. Gradients of neighbouring tasks share a large part; the dense matrix drowns
-    their differences in it, the three parts do not. Leading batch dimensions are allowed on all three alike.
+    their differences in it, the three parts do not. The common vector is the weighted mean, unless a gradient is so
+    much shorter (2^-9 and less) that its own length would drown in that of the mean: then it is the shortest gradient,
+    or zero. Leading batch dimensions are allowed on all parts alike.
 
     Attributes:
-        n0: ``||g0||^2``, shape ().
+        n0: ``||g0||^2`` of the common vector, shape ().
         h: ``<g0, e_k>``, shape (K,).
         H: ``<e_k, e_l>``, shape (K, K), symmetric.
-        weights: the weights, summing to 1, whose mean ``g0`` is, shape (K,); None stands for uniform weights.
+        weights: the weights u of the tasks in the mean gradient, summing to 1, shape (K,); None stands for uniform
+            ones.
+        centre: the coefficients of the gradients whose sum the common vector is, shape (K,): of one of them (1 there
+            and 0 elsewhere), or zeros. None: the mean under ``weights``.
+
+    Raises:
+        ValueError: shapes that do not belong together, or weights that are negative, not finite or do not sum to 1.
     """
 
     n0: Tensor
     h: Tensor
     H: Tensor
     weights: Tensor | None = None
+    centre: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("n0", "h", "H"):
-            value = as_tensor(getattr(self, name)).detach().to(torch.float64)
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, _real(getattr(self, name), name))
         K = self.h.shape[-1] if self.h.ndim else 0
         if self.H.shape != (*self.h.shape, K) or self.n0.shape != self.h.shape[:-1]:
             shapes = f"n0 {tuple(self.n0.shape)}, h {tuple(self.h.shape)}, H {tuple(self.H.shape)}"
             raise ValueError(f"gramian: {shapes} do not belong together: expected (), (K,), (K, K)")
-        if self.weights is not None and tuple(self.weights.shape) not in ((K,), tuple(self.h.shape)):
-            raise ValueError(f"gramian: weights {tuple(self.weights.shape)} do not belong to {K} gradients")
+        for name in ("weights", "centre"):
+            if (given := getattr(self, name)) is None:
+                continue
+            object.__setattr__(self, name, value := _real(given, name))
+            if tuple(value.shape) not in ((K,), tuple(self.h.shape)):
+                raise ValueError(f"gramian: {name} {tuple(value.shape)} do not belong to {K} gradients")
+        if self.weights is not None:
+            _check_shares(self.weights)
 
     @property
     def K(self) -> int:
         """The number of gradients."""
         return self.h.shape[-1]
 
+    @property
+    def squares(self) -> Tensor:
+        """``||g_k||^2``, shape (K,); of rounding it may be below zero."""
+        return self.n0[..., None] + 2 * self.h + self.H.diagonal(dim1=-2, dim2=-1)
+
     def dense(self) -> Tensor:
         """The plain Gram matrix ``G_kl = <g_k, g_l>``, shape (K, K), float64."""
         return self.n0[..., None, None] + self.h[..., :, None] + self.h[..., None, :] + self.H
 
-    def cpu(self) -> Gramian:
-        """The same on the CPU; from a GPU in one transfer, which waits for it."""
-        flat = torch.cat([part.reshape(-1) for part in (self.n0, self.h, self.H)]).cpu()
+    def to(self, device: torch.device | str) -> Gramian:
+        """The same on a device; to and from a GPU in one transfer."""
+        if self.H.device == torch.device(device):
+            return self
+        flat = torch.cat([part.reshape(-1) for part in (self.n0, self.h, self.H)]).to(device)
         sizes = (self.n0.numel(), self.h.numel(), self.H.numel())
         parts = [x.view(part.shape) for x, part in zip(flat.split(sizes), (self.n0, self.h, self.H), strict=True)]
-        return Gramian(*parts, None if self.weights is None else self.weights.cpu())
+        return Gramian(*parts, *(None if x is None else x.to(device) for x in (self.weights, self.centre)))
+
+    def cpu(self) -> Gramian:
+        """The same on the CPU; from a GPU in one transfer, which waits for it."""
+        return self.to("cpu")
 
     @classmethod
     def from_dense(cls, G: Tensor | np.ndarray, weights: WeightsLike | None = None) -> Gramian:
-        """Centre a plain Gram matrix, shape (K, K), at the mean under ``weights`` (default uniform)."""
-        G = as_tensor(G).detach().to(torch.float64)
+        """Centre a plain Gram matrix, shape (K, K), at the mean under ``weights`` (default uniform).
+
+        It stays plain, with a centre of zero, where a gradient is so short that centring would cost its digits.
+        """
+        G = _real(G, "matrix")
         if G.ndim < 2 or G.shape[-1] != G.shape[-2] or not G.shape[-1]:
             raise ValueError(f"gramian: expected (K, K) with K at least 1, got {tuple(G.shape)}")
         u = torch.from_numpy(normalised_weights(weights, G.shape[-1])).to(G.device)
-        b = G @ u
-        n0 = b @ u
-        H = G - b[..., :, None] - b[..., None, :] + n0[..., None, None]
-        return cls(n0, b - n0[..., None], H, u)
+        n0, h, H = triple(G, u)
+        kept = (G.diagonal(dim1=-2, dim2=-1) >= SHORT * n0[..., None]).all(-1)
+        n0, h = torch.where(kept, n0, 0.0), torch.where(kept[..., None], h, 0.0)
+        return cls(n0, h, torch.where(kept[..., None, None], H, G), u, u * kept[..., None])
+
+
+def triple(G: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``n0``, ``h`` and ``H`` of a plain Gram matrix around ``sum_k v_k g_k``."""
+    b = G @ v
+    n0 = b @ v
+    return n0, b - n0[..., None], G - b[..., :, None] - b[..., None, :] + n0[..., None, None]
+
+
+def recentred(gramian: Gramian, about: Callable[[int], Gramian]) -> Gramian:
+    """The Gramian around a centre beside which no gradient is short: as given, or what ``about`` gives.
+
+    Args:
+        gramian: of K gradients, on the host.
+        about: reads the gradients again: k -> their Gramian around gradient k.
+    """
+    # Beside a long centre the shortest of several short ones is not known: each time it is known by 2^9 further down.
+    for _ in range(gramian.K):
+        squares = gramian.squares
+        k = int(squares.argmin())
+        if not float(squares[k]) < SHORT * float(gramian.n0):
+            break
+        gramian = about(k)
+    return gramian
+
+
+def one_hot(k: int, K: int) -> Tensor:
+    """1 at position k, else 0: shape (K,), float64, on the CPU."""
+    v = torch.zeros(K, dtype=torch.float64, device="cpu")
+    v[k] = 1.0
+    return v
+
+
+def _real(numbers: Any, name: str) -> Tensor:
+    """Detached float64 numbers on their own device."""
+    try:
+        value = as_tensor(numbers).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"gramian: {name}: expected numbers ({error})") from None
+    if value.is_complex():
+        raise ValueError(f"gramian: {name}: expected real numbers, got {value.dtype}")
+    return value.to(torch.float64)
+
+
+def _check_shares(weights: Tensor) -> None:
+    """Refuse weights that are none, where they may be looked at without waiting for a GPU."""
+    if weights.device.type != "cpu" or not may_look(weights.device):
+        return
+    least, totals = float(weights.min()), weights.sum(-1)
+    if not (least >= 0 and bool(((totals - 1).abs() <= 1e-6).all())):
+        raise ValueError(
+            "gramian: weights: expected numbers of at least 0 that sum to 1, "
+            f"got a sum of {totals.flatten()[0]:.9g} and a smallest of {least:.3g}"
+        )
 
 
 def as_tensor(numbers: Any) -> Tensor:

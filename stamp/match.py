@@ -14,7 +14,7 @@ from fedgram.kernels import grad_combine, grad_gram, moved
 from ._look import may_look
 from ._targets import Target, attach, targets_of, written
 from .dual import Dual, rescaling, solve_dual
-from .gramian import Gramian, WeightsLike, normalised_weights
+from .gramian import Gramian, WeightsLike, normalised_weights, one_hot, recentred
 from .structure import GradientLike, Inputs, average, finite, not_finite, read, unfit
 
 
@@ -85,10 +85,12 @@ def gramian(
 ) -> Gramian:
     """The centred Gram matrix of K gradients in one read of the data, float64 on their device.
 
-    Arguments and errors as in ``match``; on a GPU the values are not looked at.
+    Arguments, errors and further reads as in ``match``. A GPU is waited for, outside of a capture, to see whether the
+    values are finite and whether a gradient is too short to be told from rounding beside the mean.
     """
     inputs = read(gradients)
-    return _gramian(inputs, _weights(weights, inputs), precise, backend)
+    found = match_gramian(inputs, _weights(weights, inputs), precise, backend)
+    return found.to(inputs.tensors[0][0].device)
 
 
 def match(
@@ -103,7 +105,10 @@ def match(
     """Match K gradients: the direction d that maximises ``min_k <g_k, d>`` over ``||d - g0|| <= c ||g0||``.
 
     ``g0 = sum_k u_k g_k`` is the weighted mean. The data is read twice, once for the centred Gram matrix and once for
-    the combination ``d = sum_k v_k g_k``; nothing of length d is stacked or copied. The dual is solved to rounding
+    the combination ``d = sum_k v_k g_k``; nothing of length d is stacked or copied. Where a gradient is zero, or
+    shorter than 2^-9 of the mean (an old task that is all but solved), its length would be lost in the mean's: then the
+    data is read once more for the Gram matrix around the shortest one (and again, should others be shorter still by as
+    much; within a graph never, and the status is "inexact"). The dual is solved to rounding
     and the answer carries its certificate. From a GPU the K x K matrix comes to the host, where one solve is a hundred
     times as fast; within ``torch.compile`` and the capture of a CUDA graph all stays on the device (before a
     capture, call ``solve_dual(gramian(gradients), c, method="batched")`` once: what it needs cannot be set up within
@@ -125,7 +130,8 @@ def match(
             by 1 + c, which makes the step of agreeing gradients exactly their mean.
         precise: form the Gram matrix with float64 products (default); see ``fedgram.kernels.grad_gram``. False is up
             to twice as fast, and right only for gradients of similar length that differ by far more than 1e-4 of it:
-            a task whose gradient is short beside the mean is lost in the rounding of float32 products.
+            a task whose gradient is short beside the mean, by less than the 2^-9 that makes for another (and precise)
+            read, is lost in the rounding of float32 products.
         backend: "auto", "triton", "native" or "torch".
 
     Returns:
@@ -182,9 +188,7 @@ def match_inputs(
 ) -> Match:
     """What ``match`` and ``match_`` do once their inputs are read; ``targets`` as ``match_`` takes them, by name."""
     rescaling(rescale, c)  # refuse a bad option before the data is read
-    gram = _gramian(inputs, u, precise, backend)
-    if gram.H.device.type != "cpu" and may_look(gram.H.device):
-        gram = _finite(gram.cpu(), inputs)
+    gram = match_gramian(inputs, u, precise, backend)
     dual = solve_dual(gram, c, rescale=rescale)
     averages = {name: average(tensors, u) for name, tensors in inputs.averaged.items()}
     looked = may_look(gram.H.device)
@@ -204,7 +208,7 @@ def match_inputs(
 
 def _fits(dual: Dual, gram: Gramian, written: Sequence[Tensor]) -> bool:
     """Whether ``sum_k |v_k| ||g_k||``, which no entry exceeds, is in the range of every dtype: no look at the data."""
-    lengths = (gram.n0 + 2 * gram.h + gram.H.diagonal()).clamp(min=0).sqrt()
+    lengths = gram.squares.clamp(min=0).sqrt()
     smallest = min(torch.finfo(dtype).max for dtype in {torch.float32, *(t.dtype for t in written)})
     return float(dual.coefficients.abs() @ lengths) < smallest / 2
 
@@ -219,11 +223,21 @@ def _checked_direction(inputs: Inputs, dual: Dual, out: Sequence[Tensor] | None,
     return found if out is None else grad_combine(inputs.tensors, dual.coefficients, out=out, backend=backend)
 
 
+def match_gramian(inputs: Inputs, u: Tensor, precise: bool, backend: str) -> Gramian:
+    """The Gramian of gradients that were read: where values may be looked at on the host, with the digits of all."""
+    gram = gramian_about(inputs, u, None, precise, backend)
+    if not may_look(gram.H.device):
+        return gram
+    K = len(inputs.tensors)
+    return recentred(gram.cpu(), lambda k: gramian_about(inputs, u, one_hot(k, K), True, backend).cpu())
+
+
 @torch.no_grad()
-def _gramian(inputs: Inputs, u: Tensor, precise: bool, backend: str) -> Gramian:
-    n0, h, H = grad_gram(inputs.tensors, u, precise=precise, backend=backend)
-    gram = Gramian(n0, h, H, moved(u, H.device))
-    return _finite(gram, inputs) if H.device.type == "cpu" and may_look(H.device) else gram
+def gramian_about(inputs: Inputs, u: Tensor, centre: Tensor | None, precise: bool, backend: str) -> Gramian:
+    """One read: the Gramian around ``sum_k centre_k g_k``, by default the mean under ``u``, checked to be finite."""
+    n0, h, H = grad_gram(inputs.tensors, u if centre is None else centre, precise=precise, backend=backend)
+    gram = Gramian(n0, h, H, moved(u, H.device), None if centre is None else moved(centre, H.device))
+    return _finite(gram, inputs) if may_look(H.device) else gram
 
 
 def _finite(gram: Gramian, inputs: Inputs) -> Gramian:

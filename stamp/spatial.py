@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedgram.kernels import grad_combine, grad_gram, moved
+from fedgram.kernels import grad_combine, moved
 
 from ._look import may_look
 from .dual import Dual, rescaling, solve_dual
-from .gramian import Gramian, WeightsLike, normalised_weights
-from .structure import Inputs, average, finite, not_finite, read, unfit
+from .gramian import Gramian, WeightsLike, normalised_weights, one_hot, recentred
+from .match import gramian_about, match_gramian
+from .structure import Inputs, average, finite, read, unfit
 
 State = Mapping[str, Tensor]
 
@@ -43,7 +44,8 @@ class SpatialMatcher:
     The deltas ``state_k - state`` are matched with weights by sample count, and ``state + lr * d`` is the new state.
     Entries that no gradient moves (integers, bools, statistics of normalisation layers; see ``match``) become the
     clients' weighted mean. The deltas are never formed: the Gram matrix of the states and the old state, centred at
-    the clients' mean, holds their inner products to the last digit.
+    the clients' mean, holds their inner products to the last digit; where a client has moved by less than 2^-9 of the
+    mean step, or not at all, the states are read once more, for the Gram matrix around the old state.
 
     With ``rescale="mean"``, the default, one client, or clients that agree, give exactly the step of federated
     averaging, ``lr`` times the weighted mean delta. (The authors' code lengthens it by up to 2.35.)
@@ -91,11 +93,7 @@ class SpatialMatcher:
         """
         clients, u = _taking_part(states, counts, "states")
         inputs = self._read(states, clients, "states")
-        weights = torch.cat([u, u.new_zeros(1)])
-        # Centred at the clients' mean, whose distance from the old state is g0: row K is -g0.
-        H = self._gram(inputs, inputs.tensors, weights).H
-        K = len(u)
-        gramian = Gramian(H[K, K], -H[K, :K], H[:K, :K], moved(u, H.device))
+        gramian = self._gramian_of_states(inputs, u)
         means = {name: average(column[:-1], u) for name, column in inputs.averaged.items()}
         return self._advanced(inputs, gramian, u, clients, 1 - self.lr, means)
 
@@ -103,9 +101,9 @@ class SpatialMatcher:
         """The same for clients that send ``new state - global state`` (of integers and statistics, too; not bools)."""
         clients, u = _taking_part(deltas, counts, "deltas")
         inputs = self._read(deltas, clients, "deltas")
-        gram = self._gram(inputs, inputs.tensors[:-1], u)
+        gramian = match_gramian(inputs.without_last(), u, self.precise, self.backend)
         means = {name: column[-1] + average(column[:-1], u) for name, column in inputs.averaged.items()}
-        return self._advanced(inputs, gram, u, clients, 1.0, means)
+        return self._advanced(inputs, gramian, u, clients, 1.0, means)
 
     def _read(self, sent: Sequence[State], clients: Sequence[int], argument: str) -> Inputs:
         """What the clients sent, followed by the global state, all of one structure."""
@@ -117,15 +115,19 @@ class SpatialMatcher:
         return read(rows, labels, argument).with_first_last()
 
     @torch.no_grad()
-    def _gram(self, inputs: Inputs, tensors: Sequence[Sequence[Tensor]], weights: Tensor) -> Gramian:
-        """On the CPU, where the dual is solved."""
-        gram = grad_gram(tensors, weights, precise=self.precise, backend=self.backend)
-        gramian = Gramian(*gram, moved(weights, gram.H.device))
-        if may_look(gram.H.device):
-            gramian = gramian.cpu()
-            if not bool(gramian.H.isfinite().all() & gramian.n0.isfinite()):
-                raise ValueError(not_finite(inputs))
-        return gramian
+    def _gramian_of_states(self, inputs: Inputs, u: Tensor) -> Gramian:
+        """Of the deltas, from the states and the old one behind them; on the CPU, where the dual is solved."""
+        K, weights = len(u), torch.cat([u, u.new_zeros(1)])
+        # Around the clients' mean, whose distance from the old state is g0: row K is -g0.
+        H = gramian_about(inputs, weights, None, self.precise, self.backend).H
+        gramian = Gramian(H[K, K], -H[K, :K], H[:K, :K], moved(u, H.device))
+
+        def around_old(_: int) -> Gramian:
+            H = gramian_about(inputs, weights, one_hot(K, K + 1), True, self.backend).cpu().H
+            zeros = torch.zeros_like(H[K, :K])
+            return Gramian(zeros.sum(), zeros, H[:K, :K], u, zeros)
+
+        return recentred(gramian.cpu(), around_old) if may_look(H.device) else gramian
 
     @torch.no_grad()
     def _advanced(

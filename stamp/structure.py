@@ -33,6 +33,11 @@ class Inputs:
         tensors, labels = ((*rows[1:], rows[0]) for rows in (self.tensors, self.labels))
         return replace(self, tensors=tensors, labels=labels, averaged=averaged)
 
+    def without_last(self) -> Inputs:
+        """The same without the last gradient."""
+        averaged = {name: column[:-1] for name, column in self.averaged.items()}
+        return replace(self, tensors=self.tensors[:-1], labels=self.labels[:-1], averaged=averaged)
+
     def assemble(self, direction: Sequence[Tensor], averages: Mapping[str, Tensor]) -> Any:
         """One object of the structure of the inputs; a sequence comes back as a list, a module as a dict."""
         if self.kind == "tensor":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from fedgram import stamp
 from fedgram.kernels import grad_combine
 from fedgram.stamp import Gramian, Match
 from fedgram.stamp.dual import rescaling
-from fedgram.stamp.gramian import WeightsLike, normalised_weights
-from fedgram.stamp.structure import STATISTICS, GradientLike, average, finite, not_finite, read, unfit
+from fedgram.stamp.gramian import WeightsLike, normalised_weights, one_hot, recentred
+from fedgram.stamp.match import gramian_about
+from fedgram.stamp.structure import STATISTICS, GradientLike, Inputs, average, finite, not_finite, read, unfit
 
 from .ranks import Ranks, check_alike
 from .watch import Watch
@@ -40,7 +42,8 @@ def match_sharded(
     Every number of a gradient must lie on exactly one rank: whole tensors, or slices of them as FSDP keeps them (give
     the local tensors, not DTensors), in any split that is the same for all K. The ranks exchange their parts of the
     centred Gram matrix, ``K^2 + K + 1`` numbers in float64, which each adds up in rank order: all ranks come to the
-    same coefficients, and to the same bits in every run with this number of ranks and split.
+    same coefficients, and to the same bits in every run with this number of ranks and split. Where a gradient is so
+    short that ``stamp.match`` would read once more, all ranks do.
 
     Args:
         gradients: this rank's shards, K of them, as ``stamp.match`` takes them. A rank without a share gives K empty
@@ -58,7 +61,7 @@ def match_sharded(
             of them with anything to match.
         RankError: on all other ranks, and where another rank has died.
     """
-    ranks, how = Ranks(group, watch), {"precise": precise, "backend": backend}
+    ranks = Ranks(group, watch)
     with ranks.together():
         given = list(gradients)
         rescaling(rescale, c)  # refuse a bad option before the data is read
@@ -66,12 +69,13 @@ def match_sharded(
         _refuse_dtensors(given)
         nothing = all(map(_has_nothing, given))
         shards = [_with_nothing(one, ranks.device) for one in given] if nothing else given
-        inputs, local = read(shards), stamp.gramian(shards, weights, **how)
+        inputs = read(shards)
+        local = gramian_about(inputs, u, None, precise, backend)
     told = ranks.gather(((len(given), u.tolist(), c, rescale, precise), nothing))
     check_alike([called for called, _ in told], "numbers of gradients, weights or options")
     if all(idle for _, idle in told):
         raise ValueError("gradients: no rank has a tensor to match")
-    gramian = _summed(ranks, local, u)
+    gramian = recentred(_summed(ranks, local).cpu(), lambda k: _around(ranks, inputs, u, k, backend).cpu())
     dual = stamp.solve_dual(gramian, c, rescale=rescale)
     with ranks.together():
         averages = {name: average(tensors, u) for name, tensors in inputs.averaged.items()}
@@ -118,11 +122,18 @@ def _without_nothing(direction: Any) -> Any:
     return direction[:-1] if isinstance(direction, list) else {n: t for n, t in direction.items() if n != NOTHING}
 
 
-def _summed(ranks: Ranks, local: Gramian, u: Tensor) -> Gramian:
+def _around(ranks: Ranks, inputs: Inputs, u: Tensor, k: int, backend: str) -> Gramian:
+    """Another read, by all ranks alike: they have found the same gradient too short in the same sum."""
+    with ranks.together():
+        local = gramian_about(inputs, u, one_hot(k, len(u)), True, backend)
+    return _summed(ranks, local)
+
+
+def _summed(ranks: Ranks, local: Gramian) -> Gramian:
     """The Gram matrix of all shards: centring is column by column, so that the parts of the shards add up."""
     K = local.K
     first, *others = ranks.gather_numbers(torch.cat([local.n0.view(1), local.h, local.H.flatten()]))
     total = first.clone()
     for part in others:
         total += part
-    return Gramian(total[0], total[1 : K + 1], total[K + 1 :].view(K, K), u.to(total.device))
+    return replace(local, n0=total[0], h=total[1 : K + 1], H=total[K + 1 :].view(K, K))

@@ -20,6 +20,7 @@ from fedgram_testing.sharded_rounds import (
     network,
     shard,
     task_gradients,
+    uneven_gradients,
     wide,
     without,
 )
@@ -170,6 +171,16 @@ def test_the_gram_matrix_is_the_sum_of_the_shards_in_rank_order(group):
         assert torch.equal(found["match"][0]["H"], H)
         assert torch.equal(found["match"][0]["v"], dual.coefficients)
         assert all(torch.equal(a, b) for a, b in zip(*(found["match"][i]["direction"] for i in (0, 2)), strict=True))
+
+
+def test_gradients_that_are_short_beside_the_mean_keep_their_digits(group):
+    X = torch.stack([torch.cat([t.double().flatten() for t in g]) for g in uneven_gradients()])
+    best = stamp.solve_dual(X @ X.T, 0.5)
+    for found in (rank["short"] for rank in group):
+        assert found["status"] == "optimal"
+        assert torch.equal(found["v"], group[0]["short"]["v"])
+        torch.testing.assert_close(found["v"], best.coefficients, rtol=1e-9, atol=0)
+        torch.testing.assert_close(found["G"], X @ X.T, rtol=1e-9, atol=0)
 
 
 def test_shards_of_a_model_of_fsdp_get_the_direction_of_the_whole_model(ranks):

@@ -243,9 +243,7 @@ def test_hard_families_end_to_end(family):
         assert found.status in ("optimal", "degenerate", "stationary", "inexact")
         assert bool(d.isfinite().all())
         if found.status in ("optimal", "degenerate"):
-            # A centred Gram matrix knows ||g_w||^2 to eps ||g0||^2: little where one gradient is 1e8 times another.
-            slack = 1e-2 if family == "eight decades" else 1e-6
-            assert float((d - g0).norm()) <= 0.4 * float(g0.norm()) * (1 + slack)
+            assert float((d - g0).norm()) <= 0.4 * float(g0.norm()) * (1 + 1e-6)
             best = stamp.solve_dual(X @ X.T, 0.4).objective
             assert float((X @ d).min()) >= best - 1e-7 * float(found.dual.scale)
 

@@ -61,6 +61,12 @@ def gradients():
     return [[c + torch.randn(c.shape, generator=g) for c in common] for _ in range(6)]
 
 
+def uneven_gradients():
+    """Four gradients of which two are much shorter than the mean, one of them than the other, too."""
+    g = torch.Generator().manual_seed(4)
+    return [[length * torch.randn(s, generator=g) for s in SHAPES] for length in (1.0, 1e-4, 1.0, 1e-9)]
+
+
 def shard(tensor, rank, count):
     """A slice of the flattened tensor as FSDP cuts it: the last ranks may hold less, or nothing."""
     size = -(-tensor.numel() // count)
@@ -141,6 +147,9 @@ def in_group(rank, count, group):
     done = aggregate_sharded(counted, **whole)
     found["read"] = (done.owned, [c.read for c in counted])
     found["match"] = [matched(rank, count, group, cut) for cut in ("slices", "tensors", "slices")]
+    shards = [[shard(t, rank, count) for t in g] for g in uneven_gradients()]
+    short = match_sharded(shards, c=0.5, group=group)
+    found["short"] = {"v": short.coefficients, "status": short.status, "G": short.gramian.dense()}
     found["averaged"] = averaged(rank, count, group)
     found["refused"] = refusals(rank, mine, local, whole, clients)
     found["after"] = plain(aggregate_sharded(clients, result="all", **whole))
