@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._batch_problem import TINY, Batch, build, one_at, pick, row_of, times
 from ._exact import STATUSES
-from ._problem import EPS, VANISHING
+from ._problem import EPS, HIDDEN, VANISHING
 
 FACES = 12  # passes over faces after Frank-Wolfe
 PIVOTS = 12  # passes of the projection on the cone
@@ -161,8 +161,10 @@ class Answer:
 
     w: Tensor  # (B, K)
     step: Tensor  # (B, K)
+    share: Tensor  # (B,)
     objective: Tensor  # (B,)
     gap: Tensor  # (B,)
+    doubt: Tensor  # (B,)
     scale: Tensor  # (B,)
     code: Tensor  # (B,): index into STATUSES
 
@@ -172,17 +174,17 @@ class Answer:
         return Answer(
             torch.where(rows, other.w, self.w),
             torch.where(rows, other.step, self.step),
+            torch.where(case, other.share, self.share),
             torch.where(case, other.objective, self.objective),
             torch.where(case, other.gap, self.gap),
+            torch.where(case, other.doubt, self.doubt),
             torch.where(case, other.scale, self.scale),
             torch.where(case, other.code, self.code),
         )
 
 
-def solve_batched(
-    parts: tuple[Tensor, ...], u: Tensor, c: float, tolerance: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Solve a batch: weights (B, K), ``v - u`` (B, K), (objective, gap, scale) (B, 3), status codes (B,), passes.
+def solve_batched(parts: tuple[Tensor, ...], u: Tensor, c: float, tolerance: float) -> tuple[Answer, int]:
+    """Solve a batch with weights ``u`` (B, K): the answer, and the number of passes.
 
     ``parts`` is (n0, h, H) or (G,), float64, batch first; ``tolerance`` the relative gap that counts as solved.
     """
@@ -194,35 +196,33 @@ def solve_batched(
     norm = batch.product(w)[1].clamp(min=0).sqrt()
     vanishing = norm <= VANISHING * batch.reach(w)
     answer = _regular(batch, w, norm).where(vanishing, _on_the_cone(batch, w))
-    inexact = answer.gap > tolerance * answer.scale
+    inexact = answer.gap + answer.doubt > tolerance * answer.scale
     answer = replace(answer, code=torch.where(inexact, STATUSES.index("inexact"), answer.code))
     answer = answer.where(batch.n0 == 0, _stationary(batch))
     if c == 0:
         answer = answer.where(batch.n0 > 0, _mean(batch))
     finite = batch.H.isfinite().all(-1).all(-1) & batch.h.isfinite().all(-1) & batch.n.isfinite()
-    answer = answer.where(~finite, _uniform(batch, torch.nan, "nonfinite"))
-    return (
-        answer.w,
-        answer.step,
-        torch.stack([answer.objective, answer.gap, answer.scale], -1),
-        answer.code,
-        steps + FACES,
-    )
+    return answer.where(~finite, _uniform(batch, torch.nan, "nonfinite")), steps + FACES
 
 
 def _regular(batch: Batch, w: Tensor, norm: Tensor) -> Answer:
     """Where ``||g_w|| = norm`` does not vanish."""
     objective = batch.constant + (batch.beta * w).sum(-1) + batch.s * norm
     step = (batch.c * (batch.n0.sqrt() / norm.clamp(min=TINY)))[:, None] * w
-    return Answer(w, step, objective, gap_at(batch, w), _scale(batch, w > 0), _codes(batch, "optimal"))
+    reach = batch.reach(w)
+    doubt = 4 * EPS * batch.s * reach * (reach / norm.clamp(min=TINY))
+    share, scale = torch.full_like(norm, batch.c), _scale(batch, w > 0)
+    return Answer(w, step, share, objective, gap_at(batch, w), doubt, scale, _codes(batch, "optimal"))
 
 
 def _on_the_cone(batch: Batch, w: Tensor) -> Answer:
     """Where it vanishes: the mean gradient projected on the cone."""
     x, length, worst = cone(batch, w, PIVOTS)
     scale = torch.maximum(_scale(batch, (w > 0) | (x != 0)), batch.n0)
-    code = torch.where(length > 1 + 1e-9, STATUSES.index("inexact"), _codes(batch, "degenerate"))
-    return Answer(w, x, torch.zeros_like(length), (-worst).clamp(min=0) + 0.0, scale, code)
+    hidden = batch.reach(w) > HIDDEN * (batch.norms * w).sum(-1)
+    code = torch.where(hidden | (length > 1 + 1e-9), STATUSES.index("inexact"), _codes(batch, "degenerate"))
+    share, zero = batch.c * length.clamp(max=1.0), torch.zeros_like(length)
+    return Answer(w, x, share, zero, (-worst).clamp(min=0) + 0.0, zero, scale, code)
 
 
 def _stationary(batch: Batch) -> Answer:
@@ -238,7 +238,7 @@ def _mean(batch: Batch) -> Answer:
 def _uniform(batch: Batch, number: float, status: str) -> Answer:
     """The same number everywhere."""
     row, one = torch.full_like(batch.u, number), torch.full_like(batch.n0, number)
-    return Answer(row, row, one, one, one, _codes(batch, status))
+    return Answer(row, row, one, one, one, one, one, _codes(batch, status))
 
 
 def _codes(batch: Batch, status: str) -> Tensor:

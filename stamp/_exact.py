@@ -23,8 +23,10 @@ class Solution:
 
     w: Array
     step: Array  # v - u
+    share: float  # ||d - g0|| / ||g0||
     objective: float
     gap: float
+    doubt: float  # how much larger the gap may be by the rounding of the Gram matrix
     scale: float
     status: str
     iterations: int
@@ -54,26 +56,29 @@ def _start(problem: Problem) -> Array:
 def _without_search(problem: Problem) -> Solution | None:
     if problem.n0 == 0:
         u = problem.u.copy()
-        return Solution(u, np.zeros_like(u), 0.0, 0.0, 0.0, "stationary", 0)
+        return Solution(u, np.zeros_like(u), 0.0, 0.0, 0.0, 0.0, 0.0, "stationary", 0)
     if problem.c == 0:
         w = np.zeros(problem.K)
         w[int(problem.beta.argmin())] = 1.0
         value = float(problem.constant + problem.beta.min())
-        return Solution(w, np.zeros_like(w), value, 0.0, problem.scale(w > 0), "mean", 0)
+        return Solution(w, np.zeros_like(w), 0.0, value, 0.0, 0.0, problem.scale(w > 0), "mean", 0)
     return None
 
 
 def _regular(problem: Problem, point: Point, iterations: int) -> Solution:
     step = (problem.s / point.norm) * point.w
     scale = problem.scale(point.w > 0)
-    return Solution(point.w, step, problem.objective(point), point.gap, scale, "optimal", iterations)
+    doubt = problem.doubt(point)
+    return Solution(point.w, step, problem.c, problem.objective(point), point.gap, doubt, scale, "optimal", iterations)
 
 
-def _on_the_cone(problem: Problem, w: Array, x: Array, length: float, iterations: int) -> Solution:
+def _on_the_cone(problem: Problem, point: Point, x: Array, length: float, iterations: int) -> Solution:
+    w, share = point.w, problem.c * min(length, 1.0)
     step = problem.s / max(length, 1.0)
     worst = float((problem.constant + problem.beta + step * _gram(problem, x)).min())
     scale = max(problem.n0, problem.scale((w > 0) | (x != 0)))
-    return Solution(w, step * x, 0.0, max(-worst, 0.0), scale, "degenerate", iterations)
+    status = "inexact" if point.hidden(problem.norms) else "degenerate"
+    return Solution(w, step * x, share, 0.0, max(-worst, 0.0), 0.0, scale, status, iterations)
 
 
 def _gram(problem: Problem, x: Array) -> Array:
@@ -96,7 +101,7 @@ def _active_set(problem: Problem, w: Array) -> Solution:
                 exits += 1
                 w = pairwise_frank_wolfe(problem, leave(w, x), 8 * problem.K, COARSE)
                 continue
-            return _on_the_cone(problem, w, x, length, iterations)
+            return _on_the_cone(problem, point, x, length, iterations)
         found = _regular(problem, point, iterations)
         # The objective falls with every face; the gap need not. Neither falling is rounding.
         stalled = 0 if best is None or found.gap < best.gap or found.objective < lowest else stalled + 1

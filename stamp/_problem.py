@@ -16,6 +16,9 @@ Array = NDArray[np.float64]
 EPS = float(np.finfo(np.float64).eps)
 # Below this share of the lengths summed, a length computed from a float64 Gram matrix is rounding: sqrt(45 eps).
 VANISHING = 1e-7
+# Up to this many times the gradients' own lengths may have been summed, in the distances from the centre, for a zero to
+# count as one: a Gramian has no shorter gradients (``gramian.SHORT``) unless nobody could look.
+HIDDEN = 2.0**10
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,10 @@ class Point:
     def vanishing(self) -> bool:
         """Whether ``g_w = 0`` to the precision of the Gram matrix."""
         return self.norm <= VANISHING * self.reach
+
+    def hidden(self, norms: Array) -> bool:
+        """Whether that precision says little of gradients so short beside the centre, zero or not."""
+        return self.reach > HIDDEN * float(self.w @ norms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +91,10 @@ class Problem:
         gap = float(w @ (slope - slope.min()))
         reach = float(np.sqrt(max(self.n, 0.0)) + self.root @ w)
         return Point(w, norm, reach, slope, gap)
+
+    def doubt(self, point: Point) -> float:
+        """What the rounding of the Gram matrix, 4 eps reach^2 in ``||g_w||^2``, may hide of the gap."""
+        return 4 * EPS * self.s * point.reach * (point.reach / point.norm)
 
     def objective(self, point: Point) -> float:
         """``f(w) = <g_w, g0> + c ||g0|| ||g_w||``."""

@@ -46,7 +46,7 @@ class Dual:
     iterations: int
     _numbers: Tensor = field(repr=False)  # (..., 3): objective, gap, scale
     _codes: Tensor = field(repr=False)  # (...): index into STATUSES
-    _given: tuple[Gramian | Tensor, float, Tensor, float] = field(repr=False)  # matrix, c, weights, rescaling factor
+    _given: tuple[Gramian | Tensor, float, Tensor, bool | str] = field(repr=False)  # matrix, c, weights, rescale
 
     @property
     def objective(self) -> float | Tensor:
@@ -78,12 +78,13 @@ class Dual:
         """How each problem ended.
 
         - ``optimal``: the relative gap is at most 1e-9.
-        - ``degenerate``: some weighting of the gradients is zero; the direction is the mean gradient projected on the
-          cone ``<g_k, d> >= 0``, the limit of the matching. The objective is 0.
+        - ``degenerate``: some weighting of the gradients is zero, to the rounding of the Gram matrix; the direction is
+          the mean gradient projected on the cone ``<g_k, d> >= 0``, the limit of the matching. The objective is 0.
         - ``mean``: ``c = 0``; the direction is the mean gradient.
         - ``stationary``: the mean gradient is zero, and so is the direction. A mean of a norm below about 1e-154, whose
           square is not a float64 number any more, counts as zero and is the direction.
-        - ``inexact``: the gap is above 1e-9; for a batch on a GPU ``refine()`` may close it.
+        - ``inexact``: the gap is above 1e-9, or may be: the rounding of the Gram matrix could hide as much, as it does
+          around the mean of gradients far longer than one that binds. For a batch on a GPU ``refine()`` may close it.
         - ``nonfinite``: the Gram matrix has infinite or NaN entries; the coefficients are NaN.
         """
         codes = self._codes.tolist()
@@ -97,11 +98,11 @@ class Dual:
             return self
         if self.weights.ndim == 1:
             return _single(*self._given, self.weights.device)
-        matrix, c, u, factor = self._given
+        matrix, c, u, rescale = self._given
         weights, coefficients = self.weights.clone(), self.coefficients.clone()
         numbers, codes = self._numbers.clone(), self._codes.clone()
         for i in bad:
-            one = _single(_entry(matrix, i), c, u[i], factor, weights.device)
+            one = _single(_entry(matrix, i), c, u[i], rescale, weights.device)
             weights[i], coefficients[i], numbers[i], codes[i] = one.weights, one.coefficients, one._numbers, one._codes
         return replace(self, weights=weights, coefficients=coefficients, _numbers=numbers, _codes=codes)
 
@@ -133,7 +134,8 @@ def solve_dual(
         weights: u, shape (K,), or (batch, K) for a batch; normalised to sum 1. Default: those the Gramian is centred
             at, else uniform.
         rescale: multiplies the coefficients. False: 1. True or "authors": 1 / (1 + c^2), as the authors' code does.
-            "mean": 1 / (1 + c), which makes gradients that agree give exactly their mean.
+            "mean": 1 / (1 + ||d - g0|| / ||g0||), which makes gradients that agree give exactly their mean. That is
+            1 / (1 + c), but nearer to 1 where the answer is degenerate and d stays within the ball: 1 where d = g0.
         method: "exact" (one by one on the CPU, to rounding; waits for a GPU that has the matrix), "batched" (fixed
             number of passes, never waits for the device; problems left above a relative gap of 1e-9 are redone exactly
             on the CPU, on a GPU only by ``Dual.refine()``), "auto": exact for fewer than 64 matrices, batched
@@ -150,7 +152,7 @@ def solve_dual(
             the status "nonfinite".
     """
     c = checked_strength(c)
-    factor = rescaling(rescale, c)
+    rescaling(rescale, c)
     if method not in ("auto", "exact", "batched"):
         raise ValueError(f"method: expected auto, exact or batched, got {method!r}")
     accuracy = HALF if getattr(gramian, "dtype", None) in (torch.float16, torch.bfloat16, np.float16) else FLOAT32
@@ -166,11 +168,11 @@ def solve_dual(
         _check_host(matrix, accuracy)
     u = _weights(weights, matrix, shape)
     if method == "exact" and len(shape) == 1:
-        return _single(matrix, c, u, factor, device)
+        return _single(matrix, c, u, rescale, device)
     if method == "exact":
-        duals = [_single(_entry(matrix, i), c, u[i], factor, device) for i in range(shape[0])]
-        return _stacked(duals, matrix, c, u, factor)
-    dual = _batch(matrix, c, u, factor)
+        duals = [_single(_entry(matrix, i), c, u[i], rescale, device) for i in range(shape[0])]
+        return _stacked(duals, matrix, c, u, rescale)
+    dual = _batch(matrix, c, u, rescale)
     return dual.refine() if looked else dual
 
 
@@ -190,7 +192,7 @@ def _check_host(matrix: Gramian | Tensor, accuracy: float) -> None:
 
 
 def rescaling(rescale: bool | str, c: float) -> float:
-    """The factor that ``rescale`` stands for at strength ``c``. Raises ValueError if either is out of range."""
+    """The factor that ``rescale`` stands for where ``||d - g0|| = c ||g0||``. Raises ValueError for what it is not."""
     c = checked_strength(c)
     if rescale is True or rescale == "authors":
         return 1 / (1 + c * c)
@@ -218,41 +220,43 @@ def _entry(matrix: Gramian | Tensor, i: int) -> Gramian | Tensor:
     return Gramian(matrix.n0[i], matrix.h[i], matrix.H[i]) if isinstance(matrix, Gramian) else matrix[i]
 
 
-def _single(matrix: Gramian | Tensor, c: float, u: Tensor, factor: float, device: torch.device) -> Dual:
+def _single(matrix: Gramian | Tensor, c: float, u: Tensor, rescale: bool | str, device: torch.device) -> Dual:
     """The exact solver, and its answer back on the device."""
     given, root = in_range(matrix if isinstance(matrix, Gramian) else matrix.cpu().numpy())
     solution = solve(problem_of(given, u.cpu().numpy(), c))
-    v = _coefficients(u, torch.from_numpy(solution.step).to(u.device), c, factor).to(device)
+    v = _coefficients(u, torch.from_numpy(solution.step).to(u.device), c, rescale, solution.share).to(device)
     numbers = torch.from_numpy(np.array([solution.objective, solution.gap, solution.scale])) * root * root
     code = torch.tensor(STATUSES.index(_status(solution)), device=device)
     w, numbers = (part.to(device) for part in (torch.from_numpy(solution.w), numbers))
-    return Dual(w, v, solution.iterations, numbers, code, (matrix, c, u, factor))
+    return Dual(w, v, solution.iterations, numbers, code, (matrix, c, u, rescale))
 
 
-def _coefficients(u: Tensor, step: Tensor, c: float, factor: float) -> Tensor:
-    """``factor (u + step)``; for ``rescale="mean"`` so that it is u to the last bit where step = c u."""
-    if factor == rescaling("mean", c):
-        return u + factor * (step - c * u)
-    return factor * (u + step)
+def _coefficients(u: Tensor, step: Tensor, c: float, rescale: bool | str, share: float | Tensor) -> Tensor:
+    """``u + step`` rescaled; with "mean" so that it is u to the last bit where step = share u."""
+    if rescale == "mean":
+        return u + (step - share * u) * (1 / (1 + share))
+    return rescaling(rescale, c) * (u + step)
 
 
 def _status(solution: Solution) -> str:
-    return solution.status if solution.gap <= TOLERANCE * solution.scale else "inexact"
+    known = solution.gap + solution.doubt <= TOLERANCE * solution.scale
+    return solution.status if known else "inexact"
 
 
-def _stacked(duals: list[Dual], matrix: Gramian | Tensor, c: float, u: Tensor, factor: float) -> Dual:
+def _stacked(duals: list[Dual], matrix: Gramian | Tensor, c: float, u: Tensor, rescale: bool | str) -> Dual:
     w, v, numbers, codes = (
         torch.stack([getattr(dual, name) for dual in duals])
         for name in ("weights", "coefficients", "_numbers", "_codes")
     )
-    return Dual(w, v, max(dual.iterations for dual in duals), numbers, codes, (matrix, c, u, factor))
+    return Dual(w, v, max(dual.iterations for dual in duals), numbers, codes, (matrix, c, u, rescale))
 
 
-def _batch(matrix: Gramian | Tensor, c: float, u: Tensor, factor: float) -> Dual:
+def _batch(matrix: Gramian | Tensor, c: float, u: Tensor, rescale: bool | str) -> Dual:
     parts = (matrix.n0, matrix.h, matrix.H) if isinstance(matrix, Gramian) else (matrix,)
     one = u.ndim == 1
     scaled, root = batch_in_range(tuple(part[None] for part in parts) if one else parts)
-    w, step, numbers, codes, passes = solve_batched(scaled, u[None] if one else u, c, TOLERANCE)
-    numbers = numbers * root[:, None] * root[:, None]
-    w, step, numbers, codes = ((part[0] if one else part) for part in (w, step, numbers, codes))
-    return Dual(w, _coefficients(u, step, c, factor), passes, numbers, codes, (matrix, c, u, factor))
+    answer, passes = solve_batched(scaled, u[None] if one else u, c, TOLERANCE)
+    v = _coefficients(u, answer.step, c, rescale, answer.share[:, None])
+    numbers = torch.stack([answer.objective, answer.gap, answer.scale], -1) * root[:, None] * root[:, None]
+    w, v, numbers, codes = ((part[0] if one else part) for part in (answer.w, v, numbers, answer.code))
+    return Dual(w, v, passes, numbers, codes, (matrix, c, u, rescale))

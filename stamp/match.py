@@ -127,7 +127,8 @@ def match(
             mean and still counts in the minimum: leave it out if it should not.
         c: strength in [0, 1); 0 returns the mean.
         rescale: False: d as defined. True or "authors": divided by 1 + c^2, as the authors' code does. "mean": divided
-            by 1 + c, which makes the step of agreeing gradients exactly their mean.
+            by 1 + ||d - g0|| / ||g0||, which is 1 + c, or less where the status is degenerate (1 where d = g0); this
+            makes the step of agreeing gradients exactly their mean.
         precise: form the Gram matrix with float64 products (default); see ``fedgram.kernels.grad_gram``. False is up
             to twice as fast, and right only for gradients of similar length that differ by far more than 1e-4 of it:
             a task whose gradient is short beside the mean, by less than the 2^-9 that makes for another (and precise)

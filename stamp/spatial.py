@@ -48,7 +48,9 @@ class SpatialMatcher:
     mean step, or not at all, the states are read once more, for the Gram matrix around the old state.
 
     With ``rescale="mean"``, the default, one client, or clients that agree, give exactly the step of federated
-    averaging, ``lr`` times the weighted mean delta. (The authors' code lengthens it by up to 2.35.)
+    averaging, ``lr`` times the weighted mean delta. So do clients that agree and others that did not move, or hardly:
+    what is divided by is 1 plus what the matching has added to the mean delta, relative to it. (The authors' code
+    lengthens the step by up to 2.35.)
     """
 
     def __init__(

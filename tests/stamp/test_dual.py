@@ -223,3 +223,16 @@ def test_the_same_bits_on_every_run():
     first, second = (solve_dual(X @ X.T, 0.4) for _ in range(2))
     assert torch.equal(first.weights, second.weights)
     assert torch.equal(first.coefficients, second.coefficients)
+
+
+@pytest.mark.parametrize("method", ["exact", "batched"])
+def test_the_mean_rescaling_divides_by_what_was_added(method):
+    """A degenerate answer may stay within the ball around the mean gradient; the ordinary one lies on its border."""
+    X = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [3.0, 2.0, 1.0]], dtype=torch.float64)
+    g0 = X.mean(0)
+    for c in (0.9, 0.2):
+        plain, mean = (solve_dual(X @ X.T, c, rescale=how, method=method) for how in (False, "mean"))
+        added = float((plain.coefficients @ X - g0).norm() / g0.norm())
+        assert plain.status == ("degenerate" if c == 0.9 else plain.status)
+        assert added < 0.89 if c == 0.9 else added == pytest.approx(c)
+        assert torch.allclose(mean.coefficients, plain.coefficients / (1 + added), rtol=1e-9)

@@ -51,10 +51,10 @@ def test_the_batched_path_never_looks():
 
     u = torch.full((len(X), 6), 1 / 6, dtype=torch.float64)
     with NoHostLook():
-        w, _, numbers, codes, _ = _batched.solve_batched((parts.n0, parts.h, parts.H), u, 0.3, 1e-9)
-    assert w.isfinite().all()
-    assert numbers.isfinite().all()
-    assert codes.shape == (len(X),)
+        answer, _ = _batched.solve_batched((parts.n0, parts.h, parts.H), u, 0.3, 1e-9)
+    for part in (answer.w, answer.step, answer.share, answer.objective, answer.gap, answer.scale):
+        assert part.isfinite().all()
+    assert answer.code.shape == (len(X),)
 
 
 def test_on_a_device_without_values():
@@ -72,7 +72,7 @@ def test_what_the_passes_leave_is_refined(monkeypatch):
     G = torch.from_numpy(X @ X.transpose(0, 2, 1))
     monkeypatch.setattr(_batched, "FACES", 1)
     monkeypatch.setattr(_batched, "frank_wolfe", lambda batch, steps: batch.u)
-    rough = dual._batch(G, 0.4, torch.full((4, 24), 1 / 24, dtype=torch.float64), 1.0)
+    rough = dual._batch(G, 0.4, torch.full((4, 24), 1 / 24, dtype=torch.float64), False)
     assert "inexact" in rough.status
     fine = rough.refine()
     assert fine.status == ("optimal",) * 4
@@ -87,12 +87,11 @@ def test_non_finite_entries_do_not_spread():
     G = torch.eye(3, dtype=torch.float64).repeat(3, 1, 1)
     G[1, 0, 0] = float("nan")
     u = torch.full((3, 3), 1 / 3, dtype=torch.float64)
-    w, step, numbers, codes, _ = _batched.solve_batched((G,), u, 0.3, 1e-9)
-    assert w[1].isnan().all()
-    assert step[1].isnan().all()
-    assert numbers[1].isnan().all()
-    assert [_batched.STATUSES[k] for k in codes] == ["optimal", "nonfinite", "optimal"]
-    assert torch.allclose(w[[0, 2]], u[[0, 2]])
+    answer, _ = _batched.solve_batched((G,), u, 0.3, 1e-9)
+    for part in (answer.w, answer.step, answer.share, answer.objective, answer.gap, answer.scale):
+        assert part[1].isnan().all()
+    assert [_batched.STATUSES[k] for k in answer.code] == ["optimal", "nonfinite", "optimal"]
+    assert torch.allclose(answer.w[[0, 2]], u[[0, 2]])
 
 
 def test_special_cases_of_a_batch():

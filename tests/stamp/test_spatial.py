@@ -190,3 +190,19 @@ def test_bad_calls():
         stamp.SpatialMatcher([torch.ones(2)])
     with pytest.raises(ValueError, match="no tensor to match"):
         stamp.SpatialMatcher({"n": torch.tensor(1)})
+
+
+@pytest.mark.parametrize("c", [0.25, 0.9])
+@pytest.mark.parametrize("deltas", [False, True])
+def test_a_client_that_did_not_move_shortens_no_step_of_the_others(c, deltas):
+    """With nothing matched there is nothing to divide by; nor is there a jump to a client that hardly moved."""
+    torch.manual_seed(0)
+    common = torch.randn(50, dtype=torch.float64)
+    moved = [common + 0.1 * torch.randn(50, dtype=torch.float64) for _ in range(9)]
+    mean = sum(moved) / 10
+    for length in (0.0, 1e-12, 1e-6):
+        server = stamp.SpatialMatcher({"w": torch.zeros(50, dtype=torch.float64)}, c=c)
+        step = (server.step_deltas if deltas else server.step)([{"w": x} for x in (*moved, length * mean)])
+        assert step.dual.status == ("degenerate" if length == 0 else "optimal")
+        assert torch.allclose(step.state["w"], mean, rtol=1e-5, atol=1e-7)
+    assert torch.equal(step.dual.refine().coefficients, step.dual.coefficients)
