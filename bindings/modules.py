@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -257,7 +257,7 @@ class StateDictMatcher(nn.Module):
 
     def forward(
         self,
-        client_states: Sequence[Mapping[str, Tensor]],
+        client_states: Iterable[Mapping[str, Tensor]],
         counts: Sequence[float] | None = None,
         *,
         deltas: bool = False,
@@ -267,7 +267,7 @@ class StateDictMatcher(nn.Module):
         Args:
             client_states: one state dict per client that answered.
             counts: their numbers of samples; equal by default.
-            deltas: they are ``new state - global state``.
+            deltas: they are ``new state - global state``; None for an entry stands for no change.
 
         Returns:
             The new global state. Its tensors are those held here: copy them before they are changed in place, as

@@ -7,7 +7,7 @@ whole states. Neither keeps anything between rounds; ``fedgram.bindings.modules`
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,7 +154,7 @@ def aggregate_state_dicts(
 
 def match_state_dicts(
     server_state: StateDict,
-    client_states: Sequence[StateDict],
+    client_states: Iterable[StateDict],
     counts: Sequence[float] | Tensor | None = None,
     *,
     c: float = 0.25,
@@ -178,7 +178,7 @@ def match_state_dicts(
         c: strength of the matching in [0, 1); 0 is federated averaging.
         lr: the server's learning rate.
         rescale, precise, backend: as in ``stamp.match``.
-        deltas: the clients sent ``their state - server state``.
+        deltas: the clients sent ``their state - server state``, or None for an entry that did not change.
         names: the clients' labels in errors.
 
     Returns:
@@ -187,15 +187,19 @@ def match_state_dicts(
     Raises:
         ValueError: as ``stamp.SpatialMatcher``; the message names the client and the entry.
     """
-    if names is not None and len(names) != len(client_states):
-        raise ValueError(f"names: expected {len(client_states)} (one per client), got {len(names)}")
-    dtypes = _common_dtypes(server_state, client_states)
+    if isinstance(client_states, Mapping | Tensor | str) or not isinstance(client_states, Iterable):
+        got = type(client_states).__name__
+        raise ValueError(f"client_states: expected one state dict per client, got one {got}")
+    sent = list(client_states)
+    if names is not None and len(names) != len(sent):
+        raise ValueError(f"names: expected {len(sent)} (one per client), got {len(names)}")
+    dtypes = _common_dtypes(server_state, sent)
     matcher = stamp.SpatialMatcher(
         _cast(server_state, dtypes), c=c, lr=lr, rescale=rescale, precise=precise, backend=backend
     )
     take_step = matcher.step_deltas if deltas else matcher.step
     try:
-        step = take_step([_cast(state, dtypes) for state in client_states], counts)
+        step = take_step([_cast(state, dtypes) for state in sent], counts)
     except ValueError as error:
         if names is None:
             raise

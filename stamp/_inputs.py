@@ -33,6 +33,17 @@ def checked_strength(c: float) -> float:
     return value
 
 
+def checked_number(number: object, argument: str) -> float:
+    """Return the number as a float. Raises ValueError where it is none, or not finite."""
+    try:
+        value = float(number)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{argument}: expected a finite number, got {number!r}") from None
+    if isinstance(number, str) or not math.isfinite(value):
+        raise ValueError(f"{argument}: expected a finite number, got {number!r}")
+    return value
+
+
 def checked_whole(number: object, argument: str) -> int:
     """Return the number as an int. Raises ValueError where it is not whole."""
     try:

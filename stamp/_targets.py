@@ -44,6 +44,19 @@ def targets_of(into: Target, inputs: Inputs) -> dict[str, Tensor]:
     return found
 
 
+def check_fits(targets: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
+    """Refuse averages that the dtypes of their targets cannot hold.
+
+    Raises:
+        ValueError: a floating-point one would become infinite there, an integer another number.
+    """
+    for name, value in averages.items():
+        held = value.to(targets[name].dtype)
+        fits = held.isfinite() if held.is_floating_point() else held.to(value.dtype) == value
+        if not bool(fits.all()):
+            raise ValueError(f"into: {name!r} is {held.dtype}, whose range its weighted mean exceeds")
+
+
 def written(target: Tensor) -> Tensor:
     """The tensor itself, or the ``.grad`` of one that requires it: a new one, still to be attached, if it has none."""
     if not target.requires_grad:

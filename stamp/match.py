@@ -12,7 +12,7 @@ from torch import Tensor
 from fedgram.kernels import grad_combine, grad_gram, moved
 
 from ._look import may_look
-from ._targets import Target, attach, targets_of, written
+from ._targets import Target, attach, check_fits, targets_of, written
 from .dual import Dual, rescaling, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights, one_hot, recentred
 from .structure import GradientLike, Inputs, average, finite, not_finite, read, unfit
@@ -168,8 +168,9 @@ def match_(
         gradients, weights, c, rescale, precise, backend: as in ``match``.
 
     Raises:
-        ValueError: as ``match``, or ``into`` lacks an entry, has it in another shape or as integers, or has one
-            tensor twice. Nothing is written then.
+        ValueError: as ``match``, or ``into`` lacks an entry, has it in another shape or as integers, has one tensor
+            twice, or is of a dtype that a weighted mean of statistics or integers exceeds (in a graph it becomes
+            infinite, or wraps). Nothing is written then.
     """
     inputs = read(gradients)
     targets = targets_of(into, inputs)
@@ -195,6 +196,8 @@ def match_inputs(
     looked = may_look(gram.H.device)
     if looked and not finite(averages.values()):
         raise ValueError(not_finite(inputs))
+    if looked and targets is not None:
+        check_fits(targets, averages)
     out = None if targets is None else [written(targets[name]) for name in inputs.names]
     if looked and not _fits(dual, gram, inputs.tensors[0] if out is None else out):
         direction = _checked_direction(inputs, dual, out, backend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +11,14 @@ from torch import Tensor
 
 from fedgram.kernels import grad_combine, moved
 
+from ._inputs import checked_number
 from ._look import may_look
 from .dual import Dual, rescaling, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights, one_hot, recentred
 from .match import gramian_about, match_gramian
-from .structure import Inputs, average, finite, read, unfit
+from .structure import Inputs, average, finite, read, unfit, wrapping_sum
 
-State = Mapping[str, Tensor]
+State = Mapping[str, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +75,12 @@ class SpatialMatcher:
         Raises:
             ValueError: an option out of range, or a state that is not of tensors or has no floating-point entry.
         """
-        if not np.isfinite(lr):
-            raise ValueError(f"lr: expected a finite number, got {lr}")
         rescaling(rescale, c)
-        self.c, self.lr, self.rescale, self.precise, self.backend = c, float(lr), rescale, precise, backend
+        self.c, self.lr, self.rescale = c, checked_number(lr, "lr"), rescale
+        self.precise, self.backend = precise, backend
         self.state = copied(state)
 
-    def step(self, states: Sequence[State], counts: WeightsLike | None = None) -> SpatialStep:
+    def step(self, states: Iterable[State], counts: WeightsLike | None = None) -> SpatialStep:
         """Move the global state by the clients' new states, and keep the result as ``state``.
 
         Args:
@@ -93,28 +93,39 @@ class SpatialMatcher:
                 not finite; the message names the client and the entry. Or a new state with entries beyond the range of
                 their dtype. The global state stays as it was.
         """
-        clients, u = _taking_part(states, counts, "states")
-        inputs = self._read(states, clients, "states")
+        sent, clients, u = _taking_part(states, counts, "states")
+        inputs = self._read(sent, clients, "states")
         gramian = self._gramian_of_states(inputs, u)
         means = {name: average(column[:-1], u) for name, column in inputs.averaged.items()}
         return self._advanced(inputs, gramian, u, clients, 1 - self.lr, means)
 
-    def step_deltas(self, deltas: Sequence[State], counts: WeightsLike | None = None) -> SpatialStep:
-        """The same for clients that send ``new state - global state`` (of integers and statistics, too; not bools)."""
-        clients, u = _taking_part(deltas, counts, "deltas")
-        inputs = self._read(deltas, clients, "deltas")
+    def step_deltas(self, deltas: Iterable[State], counts: WeightsLike | None = None) -> SpatialStep:
+        """The same for clients that send ``new state - global state`` (of integers and statistics, too; not bools).
+
+        None in place of a tensor is no change. Integers may wrap, as their subtraction does: ``global state + delta``
+        is what counts.
+        """
+        sent, clients, u = _taking_part(deltas, counts, "deltas")
+        inputs = self._read(sent, clients, "deltas")
         gramian = match_gramian(inputs.without_last(), u, self.precise, self.backend)
-        means = {name: column[-1] + average(column[:-1], u) for name, column in inputs.averaged.items()}
+        means = {name: _mean_of_deltas(column[-1], column[:-1], u) for name, column in inputs.averaged.items()}
         return self._advanced(inputs, gramian, u, clients, 1.0, means)
 
     def _read(self, sent: Sequence[State], clients: Sequence[int], argument: str) -> Inputs:
         """What the clients sent, followed by the global state, all of one structure."""
         labels = ["the global state", *(f"client {k}" for k in clients)]
-        rows = [self.state, *(sent[k] for k in clients)]
+        rows: list[State] = [self.state, *(sent[k] for k in clients)]
         for label, row in zip(labels, rows, strict=True):
             if not isinstance(row, Mapping):
                 raise ValueError(f"{argument}: {label} is a {type(row).__name__}; expected a state dict")
-        return read(rows, labels, argument).with_first_last()
+            if argument == "states" and (absent := [name for name, tensor in row.items() if tensor is None]):
+                raise ValueError(f"{argument}: {label}, {absent[0]!r} is None; expected a tensor")
+        return read([self._without_none(row) for row in rows], labels, argument).with_first_last()
+
+    def _without_none(self, row: State) -> State:
+        """What a client sent, with zeros for what it says has not changed."""
+        absent = [name for name, tensor in row.items() if tensor is None and name in self.state]
+        return {**row, **{name: torch.zeros_like(self.state[name]) for name in absent}} if absent else row
 
     @torch.no_grad()
     def _gramian_of_states(self, inputs: Inputs, u: Tensor) -> Gramian:
@@ -154,6 +165,13 @@ class SpatialMatcher:
         return SpatialStep(dict(self.state), dual, gramian, clients)
 
 
+def _mean_of_deltas(old: Tensor, deltas: Sequence[Tensor], u: Tensor) -> Tensor:
+    """What is averaged, from the clients' deltas: of integers the states that they come from, as deltas may wrap."""
+    if old.is_floating_point():
+        return old + average(deltas, u)
+    return average([wrapping_sum(old, delta) for delta in deltas], u)
+
+
 def copied(state: State) -> dict[str, Tensor]:
     """Copy a global state. Raises ValueError where it is none: not of tensors, or without a floating-point one."""
     if not isinstance(state, Mapping):
@@ -165,10 +183,15 @@ def copied(state: State) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
-def _taking_part(sent: Sequence[State], counts: WeightsLike | None, argument: str) -> tuple[tuple[int, ...], Tensor]:
-    """Positions of the clients with a positive count, and their weights."""
-    if len(sent) == 0:
+def _taking_part(
+    sent: Iterable[State], counts: WeightsLike | None, argument: str
+) -> tuple[list[State], tuple[int, ...], Tensor]:
+    """What was sent as a list, positions of the clients with a positive count, and their weights."""
+    if isinstance(sent, Mapping | Tensor | str) or not isinstance(sent, Iterable):
+        raise ValueError(f"{argument}: expected one state dict per client, got one {type(sent).__name__}")
+    given = list(sent)
+    if not given:
         raise ValueError(f"{argument}: no client answered")
-    shares = normalised_weights(counts, len(sent), "counts")
+    shares = normalised_weights(counts, len(given), "counts")
     clients = np.flatnonzero(shares > 0)
-    return tuple(clients.tolist()), torch.from_numpy(shares[clients])
+    return given, tuple(clients.tolist()), torch.from_numpy(shares[clients])

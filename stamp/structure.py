@@ -107,6 +107,8 @@ def _split(
         if column is None:
             continue
         if _is_averaged(name, column[0], kind):
+            if absent := [label for label, e in zip(labels, entries, strict=True) if e[name] is None]:
+                raise ValueError(f"{absent[0]}, {name!r} is None; expected a tensor, as it is averaged")
             averaged[name] = column
         else:
             matched.append((name, column))
@@ -162,13 +164,51 @@ def _is_averaged(name: str, tensor: Tensor, kind: str) -> bool:
 
 
 def average(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The mean under ``weights`` (K,), summed in float64; integers are rounded, bools follow the majority."""
-    total = torch.zeros(tensors[0].shape, dtype=torch.float64, device=tensors[0].device)
-    for tensor, weight in zip(tensors, weights.to(total.device), strict=True):
-        total.addcmul_(tensor.to(torch.float64), weight)
-    if tensors[0].dtype == torch.bool:
-        return total > 0.5
-    return (total if tensors[0].is_floating_point() else total.round()).to(tensors[0].dtype)
+    """The mean under ``weights`` (K,), summed in float64; integers are rounded, bools follow the majority.
+
+    Integers are summed as distances from the smallest: equal ones stay as they are, whatever their size.
+    """
+    dtype = tensors[0].dtype
+    if not dtype.is_floating_point and dtype != torch.bool:
+        return _average_of_integers(tensors, weights)
+    total = _weighted((t.to(torch.float64) for t in tensors), weights)
+    return total > 0.5 if dtype == torch.bool else total.to(dtype)
+
+
+def _weighted(terms: Iterable[Tensor], weights: Tensor) -> Tensor:
+    """The weighted sum of float64 tensors."""
+    total: Tensor | None = None
+    for term, weight in zip(terms, weights, strict=True):
+        total = torch.zeros_like(term) if total is None else total
+        total.addcmul_(term, weight.to(term.device))
+    assert total is not None
+    return total
+
+
+def _average_of_integers(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+    dtype = tensors[0].dtype
+    sign = -(2**63) if dtype == torch.uint64 else 0  # has unsigned numbers in the order of signed ones
+
+    def signed(t: Tensor) -> Tensor:
+        return t.to(torch.int64) ^ sign
+
+    low = high = signed(tensors[0])
+    for t in tensors[1:]:
+        low, high = torch.minimum(low, signed(t)), torch.maximum(high, signed(t))
+    low = low & ~1  # even, as halves are rounded to even numbers
+    total = _weighted((_unsigned(signed(t) - low) for t in tensors), weights).round()
+    mean = low + torch.where(total >= 2.0**63, total - 2.0**64, total).to(torch.int64)
+    return (torch.where(total >= _unsigned(high - low), high, mean) ^ sign).to(dtype)
+
+
+def _unsigned(distance: Tensor) -> Tensor:
+    """The float64 value of a distance in int64 that has turned negative where it is 2^63 or more."""
+    return distance.to(torch.float64) + (distance < 0) * 2.0**64
+
+
+def wrapping_sum(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of integers in their own type, modulo its size; torch has no sum for some of the unsigned ones."""
+    return (a.to(torch.int64) + b.to(torch.int64)).to(a.dtype)
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
