@@ -1,4 +1,4 @@
-"""A model's state beside its parameters as it was: buffers and what they go with."""
+"""A model's state beside its parameters as it was: buffers and what they go with, and modes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._look import may_look
 
-_OWN = frozenset(nn.Module().__dict__)
+_OWN = frozenset(nn.Module().__dict__) - {"training"}
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None), Tensor)
 
 
@@ -20,7 +20,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None), Tensor)
 class Kept:
     """What one module held: its buffers, copies of their values, and its attributes that are plain values or tensors.
 
-    A cache that grows notes its length in such an attribute: the one is of no use without the other.
+    Its mode (``training``) is one of these. A cache that grows notes its length in such an attribute: the one is of no
+    use without the other.
     """
 
     module: nn.Module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from ._ghost_uses import Use, supported, use_of
 from ._ghost_weight import GhostWeight
 from ._graph import check_visible, walk
+from ._loss import LossFn, checked_loss
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 # Layers whose few parameters are materialised without a word.
 SMALL = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.PReLU)
 
@@ -66,8 +66,7 @@ class Trace:
     def add(self, batch: Any, task: int) -> None:
         """Run one task forward and back, and keep its factors and gradients."""
         with self._recorded_calls() as calls:
-            loss = self.loss_fn(self.model, batch)
-        _check_loss(loss, task)
+            loss = checked_loss(self.loss_fn(self.model, batch), f"task {task}")
         for ghost in self._under_hooks(calls):
             self.hooked.append(ghost.name)
             ghost.materialise()
@@ -189,11 +188,3 @@ class Trace:
 
 def _unchanged(grad: Tensor) -> None:
     """A hook that leaves the gradient as it is."""
-
-
-def _check_loss(loss: Any, task: int) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-        got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn: expected one floating-point number for task {task}, got {got}")
-    if not loss.requires_grad:
-        raise ValueError(f"loss_fn: the loss of task {task} depends on no trainable parameter")

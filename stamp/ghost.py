@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fedgram.kernels import grad_gram
 
-from ._buffers import buffers_kept
-from ._ghost_trace import LossFn, Trace
+from ._buffers import buffers_kept, put_back, remembered
+from ._ghost_trace import Trace
+from ._loss import LossFn
 from .dual import Dual, solve_dual
 from .gramian import Gramian, WeightsLike, normalised_weights, one_hot, recentred, triple
 
@@ -104,11 +105,13 @@ def ghost_match(
 
     The first pass makes the ghost Gramian, the dual is solved on it, and the second backpropagates
     ``sum_k v_k loss_k``, whose gradient is the direction ``d = sum_k v_k g_k`` (gradient matching of STAMP,
-    arXiv:2506.12031, as in ``match``), one task's graph at a time. Both passes draw the same random numbers (dropout),
-    so that they see the same gradients; the second is an ordinary training pass, which updates running statistics.
+    arXiv:2506.12031, as in ``match``), one task's graph at a time. Both passes draw the same random numbers from the
+    generators of torch (dropout), so that they see the same gradients: ``loss_fn`` must not draw from others, such as
+    those of Python or numpy. The second is an ordinary training pass, which updates running statistics.
 
     ``.grad`` is overwritten, not added to, and None where no task reaches a parameter. If anything raises, it is as
-    before. Arguments, shapes and errors as in ``ghost_gramian``; a callable task is called once.
+    before, and so are buffers and modes. Arguments, shapes and errors as in ``ghost_gramian``; a callable task is
+    called once.
 
     Args:
         model, loss_fn, tasks, weights, backend: as in ``ghost_gramian``.
@@ -119,7 +122,7 @@ def ghost_match(
     with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.device.type == "cuda"}):
         gramian = ghost_gramian(model, loss_fn, batches, weights, backend=backend)
     dual = solve_dual(gramian, c, rescale=rescale)
-    with _grads_restored_on_error(model):
+    with _restored_on_error(model):
         losses = [_backward(loss_fn(model, batch), v) for batch, v in zip(batches, dual.coefficients, strict=True)]
     return GhostMatch(dual, gramian, torch.stack(losses))
 
@@ -178,9 +181,9 @@ def _warn_of_materialised(trace: Trace) -> None:
 
 
 @contextmanager
-def _grads_restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Clear ``.grad`` for the block, and bring the former ones back if it raises."""
-    former = [(p, p.grad) for p in model.parameters()]
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Clear ``.grad`` for the block; if it raises, bring the former ones back, and buffers and modes."""
+    former, kept = [(p, p.grad) for p in model.parameters()], remembered(model)
     for p, _ in former:
         p.grad = None
     try:
@@ -188,4 +191,5 @@ def _grads_restored_on_error(model: nn.Module) -> Iterator[None]:
     except BaseException:
         for p, grad in former:
             p.grad = grad
+        put_back(kept)
         raise

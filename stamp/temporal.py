@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 
 from ._buffers import buffers_kept, put_back, remembered
 from ._graph import check_visible, walk
-from ._inputs import checked_whole
+from ._inputs import checked_number, checked_whole
+from ._loss import LossFn, checked_loss
 from .dual import rescaling
 from .gramian import normalised_weights
 from .match import Match, match_inputs
-from .structure import Inputs, read_gradients
+from .structure import finite, read_gradients
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
@@ -91,11 +92,11 @@ class TemporalMatcher:
         Raises:
             ValueError: ``current_weight`` is out of range.
         """
-        if current_weight is not None and not 0 <= current_weight <= 1:
+        if current_weight is not None and not 0 <= checked_number(current_weight, "current_weight") <= 1:
             raise ValueError(f"current_weight: expected a number in [0, 1], got {current_weight}")
         rescaling(rescale, c)
         self.model, self.loss_fn, self.memory = model, loss_fn, memory
-        self.current_weight = current_weight
+        self.current_weight = None if current_weight is None else float(current_weight)
         self._options = {"c": c, "rescale": rescale, "precise": precise, "backend": backend}
 
     def step(self, batch: Any, task: Hashable | None = None) -> TemporalStep:
@@ -106,23 +107,37 @@ class TemporalMatcher:
             task: the current task's name; if the memory holds it already, it does not count as an earlier one.
 
         Raises:
-            ValueError: a loss that is not one number, a gradient that is not finite (task and parameter are named), or
-                a block under reentrant activation checkpointing; ``.grad`` is not written then.
+            ValueError: a loss that is not one floating-point number or depends on no trainable parameter, a gradient
+                that is not finite (task and parameter are named), or a block under reentrant activation checkpointing.
+                ``.grad``, buffers and modes are as before then.
         """
         earlier = self._earlier(task)
         parameters = _trainable(self.model)
-        losses, gradients = [], []
-        for k, data in enumerate(self._batches(batch, earlier)):
-            with buffers_kept(self.model) if k > 0 else nullcontext():
-                loss = _one_number(self.loss_fn(self.model, data), k)
-                check_visible(walk([loss.grad_fn]), parameters.values())
-                gradients.append(list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)))
-            losses.append(loss.detach())
-        inputs = self._read([dict(zip(parameters, g, strict=True)) for g in gradients], earlier)
-        found = match_inputs(inputs, self._weights(len(gradients)), parameters, **self._options)
+        before = remembered(self.model)
+        try:
+            losses, gradients = self._gradients(batch, parameters, earlier)
+            inputs = read_gradients(gradients, _labels(earlier))
+            found = match_inputs(inputs, self._weights(len(gradients)), parameters, **self._options)
+        except BaseException:
+            put_back(before)  # a batch that is not finite has gone into running statistics
+            raise
         for name in set(parameters) - set(inputs.names):
             parameters[name].grad = None  # no task reaches it
         return TemporalStep(found, torch.stack(losses), earlier)
+
+    def _gradients(
+        self, batch: Any, parameters: Mapping[str, nn.Parameter], earlier: Sequence[Hashable]
+    ) -> tuple[list[Tensor], list[dict[str, Tensor | None]]]:
+        """Every task's loss and gradient at the same parameters."""
+        losses, gradients = [], []
+        for k, (data, label) in enumerate(zip(self._batches(batch, earlier), _labels(earlier), strict=True)):
+            with buffers_kept(self.model) if k > 0 else nullcontext():
+                loss = checked_loss(self.loss_fn(self.model, data), label)
+                check_visible(walk([loss.grad_fn]), parameters.values())
+                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            losses.append(loss.detach())
+            gradients.append(dict(zip(parameters, found, strict=True)))
+        return losses, gradients
 
     def multi_step(
         self,
@@ -144,13 +159,15 @@ class TemporalMatcher:
             batches: at least ``steps`` batches of the current task; no more are drawn.
             steps: inner steps per task, at least 1.
             optimizer: makes a fresh inner optimizer for each run, such as ``lambda p: torch.optim.SGD(p, lr=0.01)``.
-            lr: the length of the outer step in units of the matched difference.
+            lr: the length of the outer step in units of the matched difference, finite.
             task: as in ``step``.
 
         Raises:
-            ValueError: too few batches, ``steps`` below 1 or not whole, or a difference that is not finite. The model
-                is as before then.
+            ValueError: too few batches, ``steps`` below 1 or not whole, ``lr`` not finite, a loss as in ``step``, a
+                difference that is not finite, or an end of the outer step beyond the range of its dtype. The model is
+                as before then.
         """
+        lr = checked_number(lr, "lr")
         if checked_whole(steps, "steps") < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         earlier = self._earlier(task)
@@ -160,14 +177,16 @@ class TemporalMatcher:
         losses, deltas = [], []
         before = after = remembered(self.model)
         try:
-            for k, data in enumerate(self._batches(batches, earlier)):
+            for k, (data, label) in enumerate(zip(self._batches(batches, earlier), _labels(earlier), strict=True)):
                 stream = _first(data, steps) if k == 0 else iter([data] * steps)
-                losses.append(self._train(stream, optimizer(parameters.values()), k))
+                losses.append(self._train(stream, optimizer(parameters.values()), label))
                 deltas.append({name: p.detach() - start[name] for name, p in parameters.items()})
                 after = remembered(self.model) if k == 0 else after
                 _set(parameters, start)
                 put_back(before)
-            found = match_inputs(self._read(deltas, earlier), self._weights(len(deltas)), **self._options)
+            inputs = read_gradients(deltas, _labels(earlier))
+            found = match_inputs(inputs, self._weights(len(deltas)), **self._options)
+            _check_end(start, found.direction, lr)
         except BaseException:
             after = before
             raise
@@ -178,14 +197,14 @@ class TemporalMatcher:
                 p.grad = grads[name]
         with torch.no_grad():
             for name, p in parameters.items():
-                p.add_(found.direction[name], alpha=lr)
+                p.copy_(_end(start[name], found.direction[name], lr))
         return TemporalStep(found, torch.stack(losses), earlier)
 
-    def _train(self, batches: Iterator[Any], optimizer: torch.optim.Optimizer, k: int) -> Tensor:
+    def _train(self, batches: Iterator[Any], optimizer: torch.optim.Optimizer, label: str) -> Tensor:
         """Run the inner optimizer over the batches; the last loss."""
         for batch in batches:
             optimizer.zero_grad()
-            loss = _one_number(self.loss_fn(self.model, batch), k)
+            loss = checked_loss(self.loss_fn(self.model, batch), label)
             loss.backward()
             optimizer.step()
         return loss.detach()
@@ -199,10 +218,6 @@ class TemporalMatcher:
         device = next((p.device for p in self.model.parameters()), None)
         for name in earlier:
             yield _to_device(self.memory.task(name), device)
-
-    def _read(self, gradients: list[dict[str, Tensor | None]], earlier: Sequence[Hashable]) -> Inputs:
-        labels = ["the current task", *(f"earlier task {name!r}" for name in earlier)]
-        return read_gradients(gradients, labels)
 
     def _weights(self, K: int) -> Tensor:
         return torch.from_numpy(normalised_weights(self._shares(K), K))
@@ -220,11 +235,21 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _one_number(loss: Tensor, k: int) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn: expected one number for task {k}, got {got}")
-    return loss.reshape(())
+def _labels(earlier: Sequence[Hashable]) -> list[str]:
+    """What the tasks are called in messages."""
+    return ["the current task", *(f"earlier task {name!r}" for name in earlier)]
+
+
+def _end(start: Tensor, direction: Tensor, lr: float) -> Tensor:
+    return torch.add(start.to(torch.float64), direction.to(torch.float64), alpha=lr).to(start.dtype)
+
+
+def _check_end(start: Mapping[str, Tensor], direction: Mapping[str, Tensor], lr: float) -> None:
+    """Refuse an outer step whose end is not finite."""
+    for name, t in start.items():
+        if not finite([_end(t, direction[name], lr)]):
+            limit = torch.finfo(t.dtype).max
+            raise ValueError(f"lr: with {lr:g}, {name!r} would exceed {limit:.5g}, the largest number of {t.dtype}")
 
 
 def _first(batches: Iterable[Any], steps: int) -> Iterator[Any]:
@@ -238,9 +263,22 @@ def _first(batches: Iterable[Any], steps: int) -> Iterator[Any]:
 
 
 def _to_device(batch: Any, device: torch.device | None) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device) if device is not None else batch
-    return tuple(_to_device(part, device) for part in batch) if isinstance(batch, tuple | list) else batch
+    """A batch on the device: what has a ``.to`` by that, tuples, lists and mappings part by part, in their own type."""
+    if device is None:
+        return batch
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        moved = {key: _to_device(part, device) for key, part in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return moved
+        whole = copy.copy(batch)
+        whole.update(moved)
+        return whole
+    if not isinstance(batch, tuple | list):
+        return batch
+    parts = [_to_device(part, device) for part in batch]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -72,3 +72,34 @@ def test_a_callable_task_is_called_once_per_match():
     task = lambda: drawn.append(1) or normal((2, 40))[0]  # noqa: E731
     stamp.ghost_match(built(lambda: nn.Linear(40, 30)), squares, [task])
     assert len(drawn) == 1
+
+
+def test_modes_that_the_loss_changes_are_restored():
+    model = built(Mixed)
+    next(model.children()).eval()
+    before = [m.training for m in model.modules()]
+
+    def evaluating(m, batch):
+        m.eval()
+        return cross_entropy(m, batch)
+
+    with pytest.warns(UserWarning, match="deep"):
+        stamp.ghost_gramian(model, evaluating, image_tasks())
+    assert [m.training for m in model.modules()] == before
+
+
+def test_a_second_pass_that_fails_leaves_running_statistics():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    tasks = [torch.randn(5, 4, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    calls = []
+
+    def loss(m, x):
+        calls.append(1)
+        if len(calls) == 5:  # the second of the second pass
+            raise RuntimeError("no")
+        return m(x).pow(4).mean()
+
+    with pytest.raises(RuntimeError, match="no"):
+        stamp.ghost_match(model, loss, tasks)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())

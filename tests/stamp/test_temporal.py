@@ -149,7 +149,10 @@ def test_bad_gradients_are_named_and_nothing_is_written():
     with pytest.raises(ValueError, match=r"the current task, '0.weight' is not finite"):
         stamp.TemporalMatcher(model, loss_fn, Memory()).step(bad)
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(ValueError, match=r"loss_fn: expected one number for task 0, got \(12, 3\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"loss_fn: expected one floating-point number for the current task, got torch.float32 \(12, 3\)",
+    ):
         stamp.TemporalMatcher(model, lambda m, b: m(b[0]), Memory()).step(data(3))
     for p in model.parameters():
         p.requires_grad_(False)

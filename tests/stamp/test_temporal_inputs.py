@@ -1,0 +1,197 @@
+"""What a client may be given: batches of any type, losses, step lengths; and that a refusal leaves the model whole."""
+
+import collections
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+from fedgram import stamp
+from fedgram.stamp.temporal import _to_device
+
+Batch = collections.namedtuple("Batch", "x y")
+
+
+class Memory:
+    tasks = ("old",)
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def task(self, name):
+        return self.batch
+
+
+class Moved:
+    """A batch of a library of its own."""
+
+    def __init__(self, x, device="cpu"):
+        self.x, self.device = x, device
+
+    def to(self, device):
+        return Moved(self.x, device)
+
+
+def data(seed=0, n=8):
+    g = torch.Generator().manual_seed(seed)
+    return Batch(torch.randn(n, 3, generator=g), torch.arange(n) % 2)
+
+
+def loss_fn(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).to(dtype)
+
+
+def whole(model):
+    """Everything that a refusal must leave alone."""
+    modes = {name: m.training for name, m in model.named_modules()}
+    return {n: t.clone() for n, t in model.state_dict().items()}, modes
+
+
+def unchanged(model, before):
+    state, modes = whole(model)
+    assert modes == before[1]
+    assert all(torch.equal(t, before[0][name]) for name, t in state.items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+# --- batches
+
+
+def test_a_batch_keeps_its_types():
+    meta = torch.device("meta")
+    packed = pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+    x, y = data()
+    batch = {
+        "named": Batch(x, y),
+        "list": [x, (y, "b", None)],
+        "ordered": collections.OrderedDict(z=x, a=y),
+        "default": collections.defaultdict(list, a=x),
+        "own": Moved(x),
+    }
+    moved = _to_device(batch, meta)
+    assert type(moved["named"]) is Batch
+    assert moved["named"].x.device == moved["list"][0].device == moved["list"][1][0].device == meta
+    assert type(moved["list"]) is list
+    assert moved["list"][1][1:] == ("b", None)
+    assert list(moved["ordered"]) == ["z", "a"]
+    assert [type(moved[name]) for name in ("ordered", "default")] == [collections.OrderedDict, collections.defaultdict]
+    assert moved["default"]["a"].device == meta
+    assert moved["default"]["new"] == []
+    assert moved["own"].device == meta
+    assert batch["ordered"]["z"] is x
+    assert batch["default"]["a"] is x
+    assert type(_to_device(packed, meta)) is type(packed)
+    assert _to_device(packed, meta).data.device == meta
+
+
+def test_named_and_packed_batches_and_mappings_are_steps_like_others():
+    def named(m, b):
+        return F.cross_entropy(m(b.x), b.y)
+
+    expected = stamp.TemporalMatcher(network(), loss_fn, Memory(data(1))).step(data(0)).match.coefficients
+    found = stamp.TemporalMatcher(network(), named, Memory(data(1))).step(data(0))
+    assert torch.equal(found.match.coefficients, expected)
+    by_name = stamp.TemporalMatcher(
+        network(), lambda m, b: F.cross_entropy(m(b["x"]), b["y"]), Memory(data(1)._asdict())
+    ).step(data(0)._asdict())
+    assert torch.equal(by_name.match.coefficients, expected)
+    model = nn.LSTM(3, 4)
+    packed = pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+    steps = stamp.TemporalMatcher(model, lambda m, b: m(b[0])[0].data.square().mean(), Memory((packed, 0)))
+    assert steps.step((packed, 0)).match.status == "optimal"
+
+
+# --- losses
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            lambda m, b: torch.tensor(3),
+            r"expected one floating-point number for the current task, got torch.int64 \(\)",
+        ),
+        (lambda m, b: 3.0, "expected one floating-point number for the current task, got float"),
+        (lambda m, b: loss_fn(m, b).detach(), "the loss of the current task depends on no trainable parameter"),
+        (
+            lambda m, b: loss_fn(m, b) if len(b[0]) == 8 else torch.zeros(()),
+            "the loss of earlier task 'old' depends on no trainable parameter",
+        ),
+    ],
+)
+def test_losses_that_are_none_are_named(loss, message):
+    model = network()
+    before = whole(model)
+    matcher = stamp.TemporalMatcher(model, loss, Memory(data(1, 6)))
+    with pytest.raises(ValueError, match=f"loss_fn: {message}"):
+        matcher.step(data())
+    with pytest.raises(ValueError, match=f"loss_fn: {message}"):
+        matcher.multi_step([data()], steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    unchanged(model, before)
+
+
+# --- refusals
+
+
+def test_a_refused_batch_leaves_running_statistics_and_modes():
+    model, bad = network(), data(1)
+    bad.x[0, 0] = float("nan")
+    before = whole(model)
+    with pytest.raises(ValueError, match=r"the current task, '0.weight' is not finite"):
+        stamp.TemporalMatcher(model, loss_fn, Memory(data())).step(bad)
+    unchanged(model, before)
+
+    def evaluating(m, b):
+        m.eval()
+        return loss_fn(m, b)
+
+    with pytest.raises(ValueError, match="is not finite"):
+        stamp.TemporalMatcher(model, evaluating, Memory(data())).step(bad)
+    unchanged(model, before)
+
+
+def test_an_earlier_task_that_changes_modes_does_not_change_them_for_good():
+    model = network()
+
+    def loss(m, b):
+        m.train(len(b[0]) == 8)
+        return loss_fn(m, b)
+
+    stamp.TemporalMatcher(model, loss, Memory(data(1, 6))).step(data())
+    assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf"), "a", None])
+def test_the_outer_step_has_a_finite_length(lr):
+    model = network()
+    before = whole(model)
+    with pytest.raises(ValueError, match="lr: expected a finite number"):
+        stamp.TemporalMatcher(model, loss_fn, Memory(data(1))).multi_step(
+            [data()], steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), lr=lr
+        )
+    unchanged(model, before)
+
+
+@pytest.mark.parametrize(("dtype", "lr"), [(torch.float16, 1e9), (torch.float32, 1e60), (torch.float64, 1e308)])
+def test_an_outer_step_out_of_range_is_refused(dtype, lr):
+    model = network(dtype)
+    before = whole(model)
+    now, old = (Batch(b.x.to(dtype), b.y) for b in (data(), data(1)))
+    with pytest.raises(ValueError, match=rf"lr: with .*, '.*' would exceed .*, the largest number of {dtype}"):
+        stamp.TemporalMatcher(model, loss_fn, Memory(old)).multi_step(
+            [now], steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=100.0), lr=lr
+        )
+    unchanged(model, before)
+
+
+@pytest.mark.parametrize("weight", ["a", float("nan"), -0.1, [0.5, 0.5]])
+def test_the_current_weight_is_a_share(weight):
+    with pytest.raises(ValueError, match="current_weight: expected a"):
+        stamp.TemporalMatcher(network(), loss_fn, Memory(data()), current_weight=weight)
