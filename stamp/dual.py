@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -208,12 +209,21 @@ def _weights(weights: WeightsLike | None, matrix: Gramian | Tensor, shape: torch
     device = matrix.h.device if isinstance(matrix, Gramian) else matrix.device
     if weights is None and isinstance(matrix, Gramian) and matrix.weights is not None:
         return matrix.weights.to(torch.float64).expand(shape)
-    if np.ndim(weights) == 2 and len(shape) == 2:  # type: ignore[arg-type]
-        if len(weights) != shape[0]:  # type: ignore[arg-type]
-            raise ValueError(f"weights: expected one row for each of {shape[0]} matrices, got {len(weights)}")  # type: ignore[arg-type]
-        rows = np.stack([normalised_weights(row, shape[-1]) for row in weights])  # type: ignore[union-attr]
-        return torch.from_numpy(rows).to(device)
-    return torch.from_numpy(normalised_weights(weights, shape[-1])).to(device).expand(shape)
+    rows = _rows(weights) if len(shape) == 2 else None
+    if rows is None:
+        return torch.from_numpy(normalised_weights(weights, shape[-1])).to(device).expand(shape)
+    if len(rows) != shape[0]:
+        raise ValueError(f"weights: expected one row for each of {shape[0]} matrices, got {len(rows)}")
+    return torch.from_numpy(np.stack([normalised_weights(row, shape[-1]) for row in rows])).to(device)
+
+
+def _rows(weights: WeightsLike | None) -> list[WeightsLike] | None:
+    """The rows of weights of two dimensions; None for others."""
+    if isinstance(weights, Tensor | np.ndarray):
+        return list(weights) if weights.ndim == 2 else None
+    if isinstance(weights, Sequence) and len(weights) and isinstance(weights[0], Sequence | Tensor | np.ndarray):
+        return list(weights)
+    return None
 
 
 def _entry(matrix: Gramian | Tensor, i: int) -> Gramian | Tensor:

@@ -178,8 +178,11 @@ def normalised_weights(weights: WeightsLike | None, K: int, argument: str = "wei
     if weights is None:
         return np.full(K, 1.0 / K)
     if isinstance(weights, Tensor):
-        weights = weights.detach().cpu().to(torch.float64).numpy()  # numpy has no bfloat16
+        weights = weights.detach().cpu()
+        weights = (weights if weights.is_complex() else weights.to(torch.float64)).numpy()  # numpy has no bfloat16
     try:
+        if np.iscomplexobj(weights):
+            raise TypeError("they are complex")
         w = np.array(weights, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{argument}: expected {K} numbers ({error})") from None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._inputs import checked_whole
-from .prototypes import Embedding, as_labels, as_samples, embed, select_prototypes
+from .prototypes import Embedding, as_labels, as_samples, checked_draws, embed, select_prototypes
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +56,12 @@ class PrototypeMemory:
             track_errors: keep what ``errors`` needs: a mean of p float64 numbers per class.
 
         Raises:
-            ValueError: ``capacity`` is below 1 or not whole.
+            ValueError: ``capacity`` is below 1 or not whole, or ``restarts`` or ``seed`` no number of its kind.
         """
         self.capacity = checked_whole(capacity, "capacity")
         if self.capacity < 1:
             raise ValueError(f"capacity: expected at least 1, got {capacity}")
+        restarts, seed = checked_draws(restarts, seed)
         self._embedding, self._track_errors = embedding, track_errors
         self._options = {"restarts": restarts, "seed": seed, "embedding": embedding, "backend": backend}
         self._tasks: dict[Hashable, dict[int, _Held]] = {}

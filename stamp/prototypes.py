@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,10 +76,11 @@ def select_prototypes(
         The chosen rows with their error beside the random subsets' error, on the device of X.
 
     Raises:
-        ValueError: X and y differ in length or are empty, y or a number of prototypes is not integer, X or its
-            embedding is not finite, more prototypes are asked for than a class has samples (the message names the
-            class), or a label of y is missing from ``per_class``.
+        ValueError: X and y differ in length or are empty, X or its embedding is not of finite real numbers, y, a number
+            of prototypes, ``restarts`` or ``seed`` is not integer, more prototypes are asked for than a class has
+            samples (the message names the class), or a label of y is missing from ``per_class``.
     """
+    restarts, seed = checked_draws(restarts, seed)
     samples = as_samples(X)
     labels = as_labels(y, len(samples)).to(samples.device)
     features = embed(samples, embedding)
@@ -99,9 +101,18 @@ def select_prototypes(
     )
 
 
+def checked_draws(restarts: int, seed: int) -> tuple[int, int]:
+    """The number of random starts and their seed as ints. Raises ValueError where they are none, or out of range."""
+    if (starts := checked_whole(restarts, "restarts")) < 0:
+        raise ValueError(f"restarts: expected 0 or more, got {starts}")
+    if not -(2**63) <= (number := checked_whole(seed, "seed")) < 2**64:
+        raise ValueError(f"seed: expected a whole number of 64 bits, got {number}")
+    return starts, number
+
+
 def as_samples(X: Tensor | np.ndarray) -> Tensor:
     """X as a detached tensor, in its dtype. Raises ValueError where it is not (N, ...) real numbers with N > 0."""
-    samples = X.detach() if isinstance(X, Tensor) else torch.as_tensor(np.asarray(X))
+    samples = _as_tensor(X, "X", "real samples of shape (N, ...)")
     if samples.is_complex() or samples.ndim == 0 or samples.numel() == 0:
         kind = f"{samples.dtype} of shape {tuple(samples.shape)}"
         raise ValueError(f"X: expected real samples of shape (N, ...) with at least one element, got {kind}")
@@ -110,22 +121,39 @@ def as_samples(X: Tensor | np.ndarray) -> Tensor:
 
 def as_labels(y: Tensor | np.ndarray | Sequence[int], count: int) -> Tensor:
     """Y as int64 of shape (count,). Raises ValueError where it is not integer or of another length."""
-    labels = y.detach() if isinstance(y, Tensor) else torch.as_tensor(np.asarray(y))
+    labels = _as_tensor(y, "y", "integer labels")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"y: expected integer labels, got {labels.dtype}")
     if labels.ndim != 1 or len(labels) != count:
         raise ValueError(f"y: shape {tuple(labels.shape)} does not belong to X with {count} samples")
-    return labels.to(torch.int64)
+    found = labels.to(torch.int64)
+    if labels.dtype == torch.uint64 and bool((found < 0).any()):
+        raise ValueError("y: a label of 2^63 or more")
+    return found
+
+
+def _as_tensor(given: Any, argument: str, expected: str) -> Tensor:
+    """A detached tensor, on the CPU what was none."""
+    if isinstance(given, Tensor):
+        return given.detach()
+    try:
+        return torch.as_tensor(np.asarray(given), device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{argument}: expected {expected} ({error})") from None
 
 
 @torch.no_grad()
 def embed(samples: Tensor, embedding: Embedding | None) -> Tensor:
     """The finite (N, p) features that means are taken of: float64 stays float64, everything else becomes float32."""
+    if embedding is not None and not callable(embedding):
+        raise ValueError(f"embedding: expected a function, got {type(embedding).__name__}")
     features = samples if embedding is None else embedding(samples)
     name = "X" if embedding is None else "embedding"
     if not isinstance(features, Tensor) or features.ndim == 0 or len(features) != len(samples):
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(f"{name}: expected a tensor of {len(samples)} rows, got {got}")
+    if features.is_complex():
+        raise ValueError(f"{name}: expected real features, got {features.dtype}")
     features = features.reshape(len(samples), -1)
     features = features if features.dtype == torch.float64 else features.to(torch.float32)
     finite = torch.isfinite(features).all(dim=1)

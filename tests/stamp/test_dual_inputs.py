@@ -59,6 +59,24 @@ def test_bad_options():
         solve_dual(EYE, 0.5, method="fast")
 
 
+@pytest.mark.parametrize(
+    "weights", [[1.0, 1, 1], [1.5, -0.5, 0], [float("nan"), 1, 0], torch.zeros(3), "abc", [1j, 1, 0], [[0.5, 0.5]]]
+)
+def test_weights_of_a_gramian_are_shares(weights):
+    with pytest.raises(ValueError, match="gramian: weights"):
+        Gramian(torch.tensor(1.0), torch.zeros(3), EYE, weights)
+    listed = Gramian(torch.tensor(1.0), torch.zeros(3), EYE, [0.5, 0.25, 0.25])
+    assert torch.equal(listed.weights, torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64))
+    assert solve_dual(listed, 0.5).status == "optimal"
+
+
+@pytest.mark.parametrize("weights", [torch.tensor([1j, 1, 1]), [1j, 1, 1], [[1, 2], [1]], "ab"])
+@pytest.mark.parametrize("batch", [False, True])
+def test_weights_that_are_no_numbers(weights, batch):
+    with pytest.raises(ValueError, match="weights: expected"):
+        solve_dual(EYE.expand(2, 3, 3) if batch else EYE, 0.5, weights)
+
+
 def test_a_bad_matrix_of_a_batch():
     batch = torch.stack([EYE, -EYE])
     with pytest.raises(ValueError, match="a squared norm is not negative"):
@@ -74,6 +92,8 @@ def test_gramian_parts_that_do_not_belong_together():
         Gramian.from_dense(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"gramian: weights \(2,\) do not belong to 3 gradients"):
         Gramian(torch.tensor(1.0), torch.zeros(3), EYE, torch.ones(2))
+    with pytest.raises(ValueError, match=r"gramian: centre \(2,\) do not belong to 3 gradients"):
+        Gramian(torch.tensor(1.0), torch.zeros(3), EYE, None, torch.ones(2))
     batch = Gramian(torch.ones(2), torch.zeros(2, 3), EYE.expand(2, 3, 3), torch.full((3,), 1 / 3))
     assert solve_dual(batch, 0.5).weights.shape == (2, 3)
 

@@ -144,6 +144,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     assert torch.equal(memory.task(0)[0], kept)
     with pytest.raises(KeyError):
         memory.task(1)
+    with pytest.raises(ValueError, match=r"restarts: expected a whole number, got 1\.5"):
+        stamp.PrototypeMemory(5, restarts=1.5)
+    with pytest.raises(ValueError, match="seed: expected a whole number, got None"):
+        stamp.PrototypeMemory(5, seed=None)
     with pytest.raises(ValueError, match="capacity: expected at least 1, got 0"):
         stamp.PrototypeMemory(0)
     with pytest.raises(ValueError, match=r"capacity: expected a whole number, got 7\.5"):
