@@ -34,10 +34,8 @@ def pairwise_frank_wolfe(problem: Problem, w: Array, steps: int, tolerance: floa
         size = abs(beta[i]) + s * (abs(h[i]) + root[i] * float(root @ w)) / norm
         if slope[a] - slope[i] <= tolerance * size:
             break
-        x = _line_search(
-            beta[i] - beta[a], y[i] - y[a], diagonal[i] + diagonal[a] - 2 * H[i, a], max(q, 0.0), s, float(w[a])
-        )
         P, Q = y[i] - y[a], max(diagonal[i] + diagonal[a] - 2 * H[i, a], 0.0)
+        x = _line_search(beta[i] - beta[a], P, Q, max(q, 0.0), s, float(w[a]))
         w[i] += x
         w[a] = 0.0 if x >= w[a] else w[a] - x
         q += x * (2 * P + x * Q)

@@ -28,7 +28,7 @@ def solve_gram(C: Array, sides: Array) -> Array | None:
     factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(C))
     if int(failed) or float(factor.diagonal().min()) < SINGULAR:
         return None
-    return solve_factored(factor, C, sides)
+    return solve_once_factored(factor, C, sides)
 
 
 def is_positive_definite(C: Array) -> bool:
@@ -42,8 +42,12 @@ def is_positive_definite(C: Array) -> bool:
     return True
 
 
-def solve_factored(factor: torch.Tensor, C: Array, sides: Array) -> Array:
-    """Solve ``C X = sides`` given the lower Cholesky factor of ``C``, refined once. ``sides`` has shape (n, m)."""
+def solve_once_factored(factor: torch.Tensor, C: Array, sides: Array) -> Array:
+    """Solve ``C X = sides``, shape (n, m), once the lower Cholesky factor of ``C`` is known.
+
+    A small one is solved anew by LU, which costs as little and needs no refinement; a large one by the factor, refined
+    once.
+    """
     if len(C) <= SMALL:
         return np.linalg.solve(C, sides)
     right = torch.from_numpy(sides)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ._linear import solve_factored, solve_lower
+from ._linear import solve_lower, solve_once_factored
 from ._problem import Array
 
 GAIN = 1e-14  # a gradient below this, for a unit diagonal, is rounding
@@ -87,10 +87,10 @@ class _Passive:
             self.append(j)
 
     def fit(self) -> Array:
-        """Solve the normal equations of the columns inside, refined once; zero outside."""
+        """Solve the normal equations of the columns inside; zero outside."""
         x = np.zeros(len(self.right))
         m = len(self.index)
         if m:
             C, b = self.A[np.ix_(self.index, self.index)], self.right[self.index][:, None]
-            x[self.index] = solve_factored(self.factor[:m, :m], C, b)[:, 0]
+            x[self.index] = solve_once_factored(self.factor[:m, :m], C, b)[:, 0]
         return x
