@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -230,18 +230,23 @@ def _checked_direction(inputs: Inputs, dual: Dual, out: Sequence[Tensor] | None,
 def match_gramian(inputs: Inputs, u: Tensor, precise: bool, backend: str) -> Gramian:
     """The Gramian of gradients that were read: where values may be looked at on the host, with the digits of all."""
     gram = gramian_about(inputs, u, None, precise, backend)
-    if not may_look(gram.H.device):
-        return gram
     K = len(inputs.tensors)
-    return recentred(gram.cpu(), lambda k: gramian_about(inputs, u, one_hot(k, K), True, backend).cpu())
+    if not may_look(inputs.tensors[0][0].device):
+        return gram
+    return recentred(gram, lambda k: gramian_about(inputs, u, one_hot(k, K), True, backend))
 
 
 @torch.no_grad()
 def gramian_about(inputs: Inputs, u: Tensor, centre: Tensor | None, precise: bool, backend: str) -> Gramian:
-    """One read: the Gramian around ``sum_k centre_k g_k``, by default the mean under ``u``, checked to be finite."""
-    n0, h, H = grad_gram(inputs.tensors, u if centre is None else centre, precise=precise, backend=backend)
-    gram = Gramian(n0, h, H, moved(u, H.device), None if centre is None else moved(centre, H.device))
-    return _finite(gram, inputs) if may_look(H.device) else gram
+    """One read: the Gramian around ``sum_k centre_k g_k``, by default the mean under ``u``.
+
+    Where values may be looked at it comes to the host, and is checked to be finite.
+    """
+    found = grad_gram(inputs.tensors, u if centre is None else centre, precise=precise, backend=backend)
+    device = found.H.device
+    if not may_look(device):
+        return Gramian(*found, moved(u, device), None if centre is None else moved(centre, device))
+    return _finite(replace(Gramian(*found).cpu(), weights=u, centre=centre), inputs)
 
 
 def _finite(gram: Gramian, inputs: Inputs) -> Gramian:

@@ -136,11 +136,11 @@ class SpatialMatcher:
         gramian = Gramian(H[K, K], -H[K, :K], H[:K, :K], moved(u, H.device))
 
         def around_old(_: int) -> Gramian:
-            H = gramian_about(inputs, weights, one_hot(K, K + 1), True, self.backend).cpu().H
+            H = gramian_about(inputs, weights, one_hot(K, K + 1), True, self.backend).H
             zeros = torch.zeros_like(H[K, :K])
             return Gramian(zeros.sum(), zeros, H[:K, :K], u, zeros)
 
-        return recentred(gramian.cpu(), around_old) if may_look(H.device) else gramian
+        return recentred(gramian, around_old) if may_look(H.device) else gramian
 
     @torch.no_grad()
     def _advanced(

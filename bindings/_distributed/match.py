@@ -75,7 +75,7 @@ def match_sharded(
     check_alike([called for called, _ in told], "numbers of gradients, weights or options")
     if all(idle for _, idle in told):
         raise ValueError("gradients: no rank has a tensor to match")
-    gramian = recentred(_summed(ranks, local).cpu(), lambda k: _around(ranks, inputs, u, k, backend).cpu())
+    gramian = recentred(_summed(ranks, local), lambda k: _around(ranks, inputs, u, k, backend))
     dual = stamp.solve_dual(gramian, c, rescale=rescale)
     with ranks.together():
         averages = {name: average(tensors, u) for name, tensors in inputs.averaged.items()}
