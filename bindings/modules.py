@@ -257,7 +257,7 @@ class StateDictMatcher(nn.Module):
 
     def forward(
         self,
-        client_states: Iterable[Mapping[str, Tensor]],
+        client_states: Iterable[Mapping[str, Tensor | None]],
         counts: Sequence[float] | None = None,
         *,
         deltas: bool = False,

@@ -24,6 +24,7 @@ from ._plain.adapters import Numbers, Settings, read_states
 __all__ = ["StateDictAggregation", "StateDictMatch", "aggregate_state_dicts", "match_state_dicts"]
 
 StateDict = Mapping[str, Tensor]
+Sent = Mapping[str, Tensor | None]
 CLIENT = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\bclient (\d{1,9})\b""")
 """A client's number in a message, or a name in quotes, which may hold the like."""
 
@@ -154,7 +155,7 @@ def aggregate_state_dicts(
 
 def match_state_dicts(
     server_state: StateDict,
-    client_states: Iterable[StateDict],
+    client_states: Iterable[Sent],
     counts: Sequence[float] | Tensor | None = None,
     *,
     c: float = 0.25,
@@ -220,7 +221,7 @@ def _named(message: str, names: Sequence[str]) -> str:
     return CLIENT.sub(label, message)
 
 
-def _common_dtypes(server: StateDict, clients: Sequence[StateDict]) -> dict[str, torch.dtype]:
+def _common_dtypes(server: StateDict, clients: Sequence[Sent]) -> dict[str, torch.dtype]:
     """Per floating-point entry the widest dtype among server and clients; what does not fit is left to the matcher."""
     dtypes: dict[str, torch.dtype] = {}
     for state in (server, *clients):
@@ -230,7 +231,7 @@ def _common_dtypes(server: StateDict, clients: Sequence[StateDict]) -> dict[str,
     return dtypes
 
 
-def _cast(state: StateDict, dtypes: Mapping[str, torch.dtype]) -> StateDict:
+def _cast(state: Sent, dtypes: Mapping[str, torch.dtype]) -> Sent:
     """The state with its floating-point entries in ``dtypes``; an entry that has it already is not copied."""
     if not isinstance(state, Mapping):
         return state

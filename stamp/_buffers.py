@@ -38,8 +38,8 @@ class Kept:
     def put_back(self, changed: set[int]) -> None:
         """Have the module hold it again; ``changed`` are the identities of buffers whose values differ."""
         for name, value in self.values.items():
-            if id(value) in changed:
-                self.buffers[name].copy_(value)
+            if (held := self.buffers[name]) is not None and id(value) in changed:
+                held.copy_(value)
         for store, before in ((self.module._buffers, self.buffers), (self.module.__dict__, self.plain)):
             now = store if store is self.module._buffers else _plain(self.module)
             for name in set(now) - set(before):
@@ -57,7 +57,8 @@ def put_back(kept: list[Kept]) -> None:
     """Have the modules hold what was remembered, also where it was assigned anew, or was None, or is new."""
     # Only what changed: a graph outside may have saved a buffer. Its version counter would not tell, batch
     # normalisation writes past it.
-    pairs = [(one.buffers[name], value) for one in kept for name, value in one.values.items()]
+    named = [(one.buffers[name], value) for one in kept for name, value in one.values.items()]
+    pairs = [(held, value) for held, value in named if held is not None]
     changed = _differing(pairs)
     for one in kept:
         one.put_back(changed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ._nnls import nonnegative_least_squares
-from ._problem import Array, Problem
+from ._problem import Array, Mask, Problem
 
 
 def cone_projection(problem: Problem, w: Array) -> tuple[Array, float]:
@@ -24,7 +24,7 @@ def cone_projection(problem: Problem, w: Array) -> tuple[Array, float]:
     zero = problem.norms == 0
     A[zero], A[:, zero], right[zero] = 0.0, 0.0, 0.0
     x = nonnegative_least_squares(A, right, _support(w))
-    return x / lengths, float(np.sqrt(max(x @ A @ x, 0.0)))
+    return x / lengths, float(np.sqrt(max(float(x @ A @ x), 0.0)))
 
 
 def leave(w: Array, x: Array) -> Array:
@@ -34,6 +34,6 @@ def leave(w: Array, x: Array) -> Array:
     return moved / moved.sum()
 
 
-def _support(w: Array) -> Array:
+def _support(w: Array) -> Mask:
     """Members whose weight is more than the trace of one that only just entered."""
     return w > 1e-12 * w.max()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import inf, sqrt
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ._linear import solve_gram
 from ._problem import EPS, Array, Problem
@@ -19,7 +20,7 @@ class FaceMinimum:
     ray: bool
 
 
-def face_minimum(problem: Problem, members: Array, w: Array) -> FaceMinimum:
+def face_minimum(problem: Problem, members: NDArray[np.intp], w: Array) -> FaceMinimum:
     """Minimise over the weights, summing to 1, of ``members`` (sorted by norm, the smallest first) from ``w``.
 
     With alpha the point of least norm and ``s C z = -beta`` on differences to the first member, the minimum is

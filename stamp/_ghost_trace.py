@@ -55,7 +55,10 @@ class Trace:
         if not self.parameters:
             raise ValueError("model: no parameter requires a gradient")
         names = {id(p): name for name, p in self.parameters.items()}
-        self._layers = {m: m.weight for m in model.modules() if supported(m) and id(m.weight) in names}
+        weights = {m: m._parameters["weight"] for m in model.modules() if supported(m)}
+        self._layers: dict[nn.Module, nn.Parameter] = {
+            m: w for m, w in weights.items() if w is not None and id(w) in names
+        }
         self.ghosts = {id(w): GhostWeight(names[id(w)], w, tasks) for w in self._layers.values()}
         self.gradients: dict[str, list[Tensor | None]] = {
             name: [] for name, p in self.parameters.items() if id(p) not in self.ghosts
@@ -76,8 +79,10 @@ class Trace:
         self._choose(calls)
         calls = self._of_ghosts(calls)
         plain = {name: p for name, p in self.parameters.items() if not self._is_ghost(p)}
-        wanted = [call.out for call in calls] + list(plain.values())
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+        wanted: list[GradientEdge | Tensor] = [*(call.out for call in calls), *plain.values()]
+        grads: Sequence[Tensor | None] = ()
+        if wanted:
+            grads = torch.autograd.grad(loss, wanted, allow_unused=True)  # type: ignore[arg-type]  # takes both at once
         self._keep_gradients(plain, grads[len(calls) :])
         self._keep_uses(calls, grads[: len(calls)])
 
@@ -89,7 +94,7 @@ class Trace:
     def first_not_finite(self) -> int | None:
         """The first task with a factor or gradient that is not finite, or None."""
         for k in range(self.tasks):
-            tensors = [grads[k] for grads in self.materialised().values() if grads[k] is not None]
+            tensors = [grad for grads in self.materialised().values() if (grad := grads[k]) is not None]
             for ghost in self.ghosts.values():
                 tensors += [t for use in ghost.uses[k] for t in use.factors()] if ghost.is_ghost else []
             if not all(bool(torch.isfinite(t).all()) for t in tensors):
@@ -125,6 +130,7 @@ class Trace:
     def _keep_gradients(self, plain: dict[str, nn.Parameter], grads: Sequence[Tensor | None]) -> None:
         for (name, p), grad in zip(plain.items(), grads, strict=True):
             kept = self.ghosts[id(p)].gradients if id(p) in self.ghosts else self.gradients[name]
+            assert kept is not None
             kept.append(grad.to_dense() if grad is not None and grad.is_sparse else grad)
 
     def _keep_uses(self, calls: list[_Call], grads: Sequence[Tensor | None]) -> None:
@@ -144,9 +150,10 @@ class Trace:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
             if out.requires_grad and self._holds_its_own(module):
                 x = args[0] if args else kwargs["input"]
-                rows = out.numel() // module.weight.shape[isinstance(module, nn.Embedding)]
+                rows = out.numel() // self._layers[module].shape[isinstance(module, nn.Embedding)]
                 out.register_hook(_unchanged).remove()  # makes the record of hooks, which outlives the tensor
                 edge, hooks = get_gradient_edge(out), out._backward_hooks
+                assert hooks is not None
                 calls.append(_Call(module, x.detach(), x._version, x.grad_fn, rows, edge, hooks))
 
         handles = []

@@ -68,10 +68,10 @@ def supported(module: nn.Module) -> bool:
         return False
     if not isinstance(module._parameters.get("weight"), nn.Parameter) or set(module._parameters) > {"weight", "bias"}:
         return False
-    if type(module) is nn.Embedding:
-        return module.max_norm is None and not module.scale_grad_by_freq
-    if type(module) in (nn.Conv1d, nn.Conv2d):
-        return module.groups == 1
+    if isinstance(module, nn.Embedding):
+        return type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return type(module) in (nn.Conv1d, nn.Conv2d) and module.groups == 1
     return type(module) is nn.Linear
 
 
@@ -81,6 +81,7 @@ def use_of(module: nn.Module, x: Tensor, grad: Tensor) -> Use:
         return _embedding_use(module, x, grad)
     if isinstance(module, nn.Linear):
         return DenseUse(lambda: _real(x.reshape(-1, x.shape[-1])), _real(grad.reshape(-1, grad.shape[-1])))
+    assert isinstance(module, nn.Conv1d | nn.Conv2d)
     return _conv_use(module, x, grad)
 
 
@@ -118,6 +119,7 @@ def _paddings(module: nn.Conv1d | nn.Conv2d) -> list[int]:
     if module.padding == "same":
         totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    assert not isinstance(module.padding, str)
     return [side for pad in reversed(module.padding) for side in (pad, pad)]
 
 

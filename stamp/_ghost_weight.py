@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from fedgram.kernels import ghost_gram
 
 from ._ghost_uses import DenseUse, TokenUse, Use
 
+Kind = TypeVar("Kind", DenseUse, TokenUse)
 CROSS_BLOCK = 1024  # rows of an embedding met with the rows of a tied linear layer at a time
 
 
@@ -90,12 +92,12 @@ class GhostWeight:
         return sum(parts[1:], start=parts[0]) if parts else None
 
 
-def _stack(uses: list[list[Use]], of: Callable[[Use], Tensor]) -> Tensor:
+def _stack(uses: Sequence[Sequence[Kind]], of: Callable[[Kind], Tensor]) -> Tensor:
     """One factor of all calls of all tasks as rows."""
     return torch.cat([of(use) for task in uses for use in task])
 
 
-def _offsets(uses: list[list[Use]]) -> list[int]:
+def _offsets(uses: Sequence[Sequence[Use]]) -> list[int]:
     """Where the rows of each task start and the last one's end, K + 1 numbers."""
     return [0, *itertools.accumulate(sum(len(use) for use in task) for task in uses)]
 

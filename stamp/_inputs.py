@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,10 +34,10 @@ def checked_strength(c: float) -> float:
     return value
 
 
-def checked_number(number: object, argument: str) -> float:
+def checked_number(number: Any, argument: str) -> float:
     """Return the number as a float. Raises ValueError where it is none, or not finite."""
     try:
-        value = float(number)  # type: ignore[arg-type]
+        value = float(number)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{argument}: expected a finite number, got {number!r}") from None
     if isinstance(number, str) or not math.isfinite(value):
@@ -44,10 +45,10 @@ def checked_number(number: object, argument: str) -> float:
     return value
 
 
-def checked_whole(number: object, argument: str) -> int:
+def checked_whole(number: Any, argument: str) -> int:
     """Return the number as an int. Raises ValueError where it is not whole."""
     try:
-        return int(number) if isinstance(number, float) and number.is_integer() else operator.index(number)  # type: ignore[arg-type]
+        return int(number) if isinstance(number, float) and number.is_integer() else operator.index(number)
     except TypeError:
         raise ValueError(f"{argument}: expected a whole number, got {number!r}") from None
 
@@ -132,8 +133,8 @@ def check_centre(n0: float, h: Array, H: Array) -> None:
 def problem_of(gramian: Gramian | Array, u: Array, c: float) -> Problem:
     """The dual of one Gram matrix, kept centred or plain, whichever loses no digits."""
     if isinstance(gramian, Gramian):
-        n0, h, H = (part.cpu().numpy() for part in (gramian.n0, gramian.h, gramian.H))
-        return Problem.build(float(n0), h, (H + H.T) / 2, u, c)
+        h, inner = gramian.h.cpu().numpy(), gramian.H.cpu().numpy()
+        return Problem.build(float(gramian.n0), h, (inner + inner.T) / 2, u, c)
     G = (gramian + gramian.T) / 2
     b = G @ u
     n0 = float(b @ u)

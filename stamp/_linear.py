@@ -24,7 +24,7 @@ def solve_gram(C: Array, sides: Array) -> Array | None:
             pivots = np.linalg.cholesky(C).diagonal()
         except np.linalg.LinAlgError:
             return None
-        return np.linalg.solve(C, sides) if pivots.min() >= SINGULAR else None
+        return _solved(C, sides) if pivots.min() >= SINGULAR else None
     factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(C))
     if int(failed) or float(factor.diagonal().min()) < SINGULAR:
         return None
@@ -49,7 +49,7 @@ def solve_once_factored(factor: torch.Tensor, C: Array, sides: Array) -> Array:
     once.
     """
     if len(C) <= SMALL:
-        return np.linalg.solve(C, sides)
+        return _solved(C, sides)
     right = torch.from_numpy(sides)
     X = torch.cholesky_solve(right, factor)
     return (X + torch.cholesky_solve(right - torch.from_numpy(C) @ X, factor)).numpy()
@@ -58,5 +58,9 @@ def solve_once_factored(factor: torch.Tensor, C: Array, sides: Array) -> Array:
 def solve_lower(factor: torch.Tensor, side: Array) -> Array:
     """Solve ``factor x = side`` for a lower triangular factor; ``side`` has shape (n,)."""
     if len(side) <= SMALL:
-        return np.linalg.solve(factor.numpy(), side)
+        return _solved(factor.numpy(), side)
     return torch.linalg.solve_triangular(factor, torch.from_numpy(side)[:, None], upper=False)[:, 0].numpy()
+
+
+def _solved(C: Array, sides: Array) -> Array:
+    return np.linalg.solve(C, sides).astype(np.float64, copy=False)

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from ._linear import solve_lower, solve_once_factored
-from ._problem import Array
+from ._problem import Array, Mask
 
 GAIN = 1e-14  # a gradient below this, for a unit diagonal, is rounding
 PIVOT = 1e-12  # squared distance of a unit column from the span of others below which it counts as inside
 
 
-def nonnegative_least_squares(A: Array, right: Array, free: Array) -> Array:
+def nonnegative_least_squares(A: Array, right: Array, free: Mask) -> Array:
     """Minimise ``x'Ax / 2 - right'x`` with ``x >= 0`` outside ``free``.
 
     Args:
@@ -21,8 +21,8 @@ def nonnegative_least_squares(A: Array, right: Array, free: Array) -> Array:
         free: bool, shape (n,): columns without a sign constraint. Those that depend on others get ``x = 0``.
     """
     passive = _Passive(A, right)
-    for j in np.flatnonzero(free):
-        passive.append(int(j))
+    for k in np.flatnonzero(free).tolist():
+        passive.append(k)
     x = passive.fit()
     barred = free.copy()  # and columns that depend on the passive ones
     tolerance = GAIN * (1.0 + float(np.abs(right).max()))
@@ -46,7 +46,7 @@ def nonnegative_least_squares(A: Array, right: Array, free: Array) -> Array:
     return x
 
 
-def _back_inside(passive: _Passive, x: Array, trial: Array, free: Array) -> Array:
+def _back_inside(passive: _Passive, x: Array, trial: Array, free: Mask) -> Array:
     """Walk from ``x`` to the unconstrained fit ``trial``, dropping every column that would turn negative."""
     while True:
         falling = np.flatnonzero((trial < 0) & ~free)

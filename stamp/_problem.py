@@ -7,11 +7,13 @@ matrix. Only differences of ``beta`` and of ``y = Hw + h`` enter, so the size of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Array: TypeAlias = NDArray[np.float64]
+Mask: TypeAlias = NDArray[np.bool_]
 
 EPS = float(np.finfo(np.float64).eps)
 # Below this share of the lengths summed, a length computed from a float64 Gram matrix is rounding: sqrt(45 eps).
@@ -79,13 +81,13 @@ class Problem:
     def rounding(self, w: Array) -> Array:
         """Sizes of the terms summed in ``slope`` at ``w``: what one part in 1 / eps of rounding is relative to."""
         y = self.H @ w + self.h
-        norm = np.sqrt(max(self.n + self.h @ w + y @ w, 1e-300))
+        norm = np.sqrt(max(self.n + float(self.h @ w + y @ w), 1e-300))
         return np.abs(self.beta) + self.s * (np.abs(self.h) + self.root * (self.root @ w)) / norm
 
     def at(self, w: Array) -> Point:
         """Evaluate the point ``w``. The slope is that of the smooth part where ``g_w`` vanishes exactly."""
         y = self.H @ w + self.h
-        norm = float(np.sqrt(max(self.n + self.h @ w + y @ w, 0.0)))
+        norm = float(np.sqrt(max(self.n + float(self.h @ w + y @ w), 0.0)))
         slope = self.beta + (self.s / norm if norm > 0 else 0.0) * y
         # f is homogeneous of degree 1, so f(w) = <w, slope>: the gap is a sum of terms none of which is negative.
         gap = float(w @ (slope - slope.min()))
@@ -100,7 +102,7 @@ class Problem:
         """``f(w) = <g_w, g0> + c ||g0|| ||g_w||``."""
         return float(self.constant + self.beta @ point.w + self.s * point.norm)
 
-    def scale(self, active: Array) -> float:
+    def scale(self, active: Mask) -> float:
         """The largest ``|<g_k, g0>| + c ||g0|| ||g_k||`` over the active tasks: what a relative gap is relative to."""
         sizes = np.abs(self.constant + self.beta) + self.s * self.norms
         return float(sizes[active].max() if active.any() else sizes.max())

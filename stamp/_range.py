@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,15 +17,17 @@ SAFE = 1e-80, 1e80  # the solvers multiply up to three entries
 
 def in_range(given: Gramian | Array) -> tuple[Gramian | Array, float]:
     """One Gram matrix divided by ``root^2``, and ``root``; what the dual says in its unit is to be multiplied by it."""
-    parts = (given.n0, given.h, given.H) if isinstance(given, Gramian) else (given,)
-    top = max(float(abs(part).max()) for part in parts)
+    if isinstance(given, Gramian):
+        top = max(float(part.abs().max()) for part in (given.n0, given.h, given.H))
+    else:
+        top = float(np.abs(given).max())
     if top == 0 or SAFE[0] < top < SAFE[1]:
         return given, 1.0
     root = math.ldexp(1.0, math.frexp(top)[1] // 2)
-    scaled = [part / root / root for part in parts]
-    return (
-        Gramian(*scaled, given.weights, given.centre) if isinstance(given, Gramian) else np.asarray(scaled[0])
-    ), root
+    if not isinstance(given, Gramian):
+        return given / root / root, root
+    n0, h, H = (part / root / root for part in (given.n0, given.h, given.H))
+    return replace(given, n0=n0, h=h, H=H), root
 
 
 def batch_in_range(parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -20,6 +20,7 @@ def targets_of(into: Target, inputs: Inputs) -> dict[str, Tensor]:
     Raises:
         ValueError: an entry is missing, no tensor, of another shape, device or kind, or the same tensor as another.
     """
+    found: dict[str, Tensor]
     if isinstance(into, nn.Module):
         found = {name: p for name, p in into.named_parameters() if p.requires_grad}
     elif isinstance(into, Mapping):

@@ -221,9 +221,8 @@ def _rows(weights: WeightsLike | None) -> list[WeightsLike] | None:
     """The rows of weights of two dimensions; None for others."""
     if isinstance(weights, Tensor | np.ndarray):
         return list(weights) if weights.ndim == 2 else None
-    if isinstance(weights, Sequence) and len(weights) and isinstance(weights[0], Sequence | Tensor | np.ndarray):
-        return list(weights)
-    return None
+    rows: list[WeightsLike] = [row for row in weights or () if isinstance(row, Sequence | Tensor | np.ndarray)]
+    return rows or None
 
 
 def _entry(matrix: Gramian | Tensor, i: int) -> Gramian | Tensor:

@@ -158,7 +158,8 @@ def _gramian(trace: Trace, u: Tensor, backend: str) -> Gramian:
 def _column(parameter: Tensor, grads: list[Tensor | None]) -> list[Tensor]:
     """One parameter's gradients in one dtype, None as zero: factors turn to float32, autograd keeps 16 bits."""
     wider = functools.reduce(torch.promote_types, (g.dtype for g in grads if g is not None), parameter.dtype)
-    zero = torch.zeros_like(parameter, dtype=wider) if any(g is None for g in grads) else None
+    missing = any(g is None for g in grads)
+    zero = torch.zeros_like(parameter, dtype=wider) if missing else parameter.new_empty(0)
     return [zero if g is None else g.to(wider) for g in grads]
 
 

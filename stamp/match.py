@@ -47,22 +47,24 @@ class Match:
     @property
     def objective(self) -> float:
         """The optimal value of the dual; see ``Dual.objective``."""
-        return self.dual.objective
+        return float(self.dual.objective)
 
     @property
     def gap(self) -> float:
         """What the worst-off task could gain at most by another direction in the ball; see ``Dual.gap``."""
-        return self.dual.gap
+        return float(self.dual.gap)
 
     @property
     def relative_gap(self) -> float:
         """The gap relative to the terms it is a difference of; see ``Dual.relative_gap``."""
-        return self.dual.relative_gap
+        return float(self.dual.relative_gap)
 
     @property
     def status(self) -> str:
         """``optimal``, ``degenerate``, ``mean``, ``stationary``, ``inexact`` or ``nonfinite``; see ``Dual.status``."""
-        return self.dual.status
+        status = self.dual.status
+        assert isinstance(status, str)  # of one problem
+        return status
 
     def check(self) -> Match:
         """Return self, or raise ValueError naming the task and entry of gradients that are not finite.

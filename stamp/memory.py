@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -21,6 +22,15 @@ class _Held:
     samples: Tensor
     mean: Tensor | None
     seen: int
+
+
+class _Options(TypedDict):
+    """What ``select_prototypes`` is called with."""
+
+    restarts: int
+    seed: int
+    embedding: Embedding | None
+    backend: str
 
 
 class PrototypeMemory:
@@ -63,7 +73,7 @@ class PrototypeMemory:
             raise ValueError(f"capacity: expected at least 1, got {capacity}")
         restarts, seed = checked_draws(restarts, seed)
         self._embedding, self._track_errors = embedding, track_errors
-        self._options = {"restarts": restarts, "seed": seed, "embedding": embedding, "backend": backend}
+        self._options: _Options = {"restarts": restarts, "seed": seed, "embedding": embedding, "backend": backend}
         self._tasks: dict[Hashable, dict[int, _Held]] = {}
 
     @property
@@ -122,10 +132,11 @@ class PrototypeMemory:
         """
         if not self._track_errors:
             raise ValueError("errors: the memory was made with track_errors=False")
-        return {
-            label: float((embed(held.samples, self._embedding).to(torch.float64).mean(0) - held.mean).norm())
-            for label, held in self._tasks[task].items()
-        }
+        return {label: self._error(held) for label, held in self._tasks[task].items()}
+
+    def _error(self, held: _Held) -> float:
+        assert held.mean is not None
+        return float((embed(held.samples, self._embedding).to(torch.float64).mean(0) - held.mean).norm())
 
     def _check_kind(self, samples: Tensor) -> None:
         for classes in self._tasks.values():
@@ -181,5 +192,5 @@ def _labels(classes: dict[int, _Held], device: torch.device) -> Tensor:
 
 def _joined(old: _Held, new: _Held) -> _Held:
     seen = old.seen + new.seen
-    mean = None if old.mean is None else old.mean + (new.mean - old.mean) * (new.seen / seen)
+    mean = None if old.mean is None or new.mean is None else old.mean + (new.mean - old.mean) * (new.seen / seen)
     return _Held(torch.cat([old.samples, new.samples.to(old.samples.device)]), mean, seen)

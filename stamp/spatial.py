@@ -176,11 +176,12 @@ def copied(state: State) -> dict[str, Tensor]:
     """Copy a global state. Raises ValueError where it is none: not of tensors, or without a floating-point one."""
     if not isinstance(state, Mapping):
         raise ValueError(f"state: expected a state dict, got a {type(state).__name__}")
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
+        if name not in tensors:
             raise ValueError(f"state: {name!r} is a {type(tensor).__name__}; expected a tensor")
-    read([state], ["the global state"], "state")
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+    read([tensors], ["the global state"], "state")
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _taking_part(

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-GradientLike: TypeAlias = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor] | nn.Module
+GradientLike: TypeAlias = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None] | nn.Module
 
 # The buffers of torch's normalisation layers that follow the data by running means, not by gradients.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,15 @@ class TemporalStep:
     match: Match
     losses: Tensor
     tasks: tuple[Hashable, ...]
+
+
+class _Options(TypedDict):
+    """What ``match_inputs`` is called with."""
+
+    c: float
+    rescale: bool | str
+    precise: bool
+    backend: str
 
 
 class TemporalMatcher:
@@ -97,7 +106,7 @@ class TemporalMatcher:
         rescaling(rescale, c)
         self.model, self.loss_fn, self.memory = model, loss_fn, memory
         self.current_weight = None if current_weight is None else float(current_weight)
-        self._options = {"c": c, "rescale": rescale, "precise": precise, "backend": backend}
+        self._options: _Options = {"c": c, "rescale": rescale, "precise": precise, "backend": backend}
 
     def step(self, batch: Any, task: Hashable | None = None) -> TemporalStep:
         """Write the matched direction into the parameters' ``.grad``, for any optimizer to follow.
@@ -129,7 +138,8 @@ class TemporalMatcher:
         self, batch: Any, parameters: Mapping[str, nn.Parameter], earlier: Sequence[Hashable]
     ) -> tuple[list[Tensor], list[dict[str, Tensor | None]]]:
         """Every task's loss and gradient at the same parameters."""
-        losses, gradients = [], []
+        losses: list[Tensor] = []
+        gradients: list[dict[str, Tensor | None]] = []
         for k, (data, label) in enumerate(zip(self._batches(batch, earlier), _labels(earlier), strict=True)):
             with buffers_kept(self.model) if k > 0 else nullcontext():
                 loss = checked_loss(self.loss_fn(self.model, data), label)
