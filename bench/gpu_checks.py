@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import Any
@@ -89,6 +90,28 @@ def graphs(journal: Journal, device: torch.device) -> None:
 
     What cannot be captured (the host waits for a value) is told as skipped, with the reason.
     """
+    with _on_one_stream(device):
+        _graphs(journal, device)
+
+
+@contextmanager
+def _on_one_stream(device: torch.device) -> Iterator[None]:
+    """Everything on one stream beside the default one, which no capture may follow; only captures have their own.
+
+    Plans with their tables are kept per stream, and memory returns to the stream that it was allocated for: what a
+    capture has read can be let go of, and its place taken, on the stream of the calls before it only.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream, outside = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        yield
+    outside.wait_stream(stream)
+
+
+def _graphs(journal: Journal, device: torch.device) -> None:
     for case in small_cases(device):
         if case.inputs:
             journal.guard(
@@ -129,19 +152,16 @@ def graphs(journal: Journal, device: torch.device) -> None:
 def _replay(
     run: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], device: torch.device, *, required: bool = False
 ) -> dict[str, Any]:
-    """``required``: a capture that fails is a fault, not a limitation.
+    """Capture, replay between other calls, compare; the current stream must not be the default one.
 
-    Such calls hold products and solves of cuBLAS and cuSOLVER, which may choose otherwise within a graph: they are
-    held to 1e-6 where the kernels alone are held to the bit.
+    ``required``: a capture that fails is a fault, not a limitation. Such calls hold products and solves of cuBLAS and
+    cuSOLVER, which may choose otherwise within a graph: they are held to 1e-6 where the kernels alone are held to the
+    bit.
     """
     if device.type != "cuda":
         return {"ok": None, "skipped": "needs a GPU"}
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    for _ in range(3):
+        run()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from fedgram import stamp
 from fedgram.bench import gpu, gpu_checks, gpu_end_to_end, gpu_estimates, gpu_sanitizers
 from fedgram.bench.gpu_cases import TINY, factor_cases, small_cases
-from fedgram.bench.gpu_checks import _check, _displace, _not_finite, _repeat
+from fedgram.bench.gpu_checks import _check, _displace, _not_finite, _repeat, _replay
 from fedgram.bench.gpu_support import LAYOUTS, Guarded, Journal, laid, poisoned
 
 CPU = torch.device("cpu")
@@ -123,6 +124,63 @@ def test_a_call_between_replays_is_on_other_tensors_of_the_layout(layout):
     assert not {kind[0] for kind in seen} & {kind[0] for kind in kinds}
     assert [(t.data_ptr(), t.stride(), t.storage_offset()) for t in case.inputs] == kinds
     assert all(torch.equal(t, v) for t, v in zip(case.inputs, values, strict=True))
+
+
+class Streams:
+    """Stands in for ``torch.cuda`` where work goes to streams: which of them is current, and what a capture's is."""
+
+    def __init__(self):
+        self.current, self.made, self.waits = "default", 0, []
+
+    def __getattr__(self, name):
+        return getattr(torch.cuda, name)
+
+    def Stream(self, device):
+        self.made += 1
+        return self._named(f"side {self.made}")
+
+    def _named(self, name):
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.waits.append((name, other.name)))
+
+    def current_stream(self, device):
+        return self._named(self.current)
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream.name
+        yield
+        self.current = before
+
+    def graph(self, graph):
+        return self.stream(self._named("capture"))
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: None)
+
+    def synchronize(self, device):
+        pass
+
+
+def test_all_but_captures_run_on_one_stream_that_is_not_the_default_one(monkeypatch):
+    """Tables are kept per stream: calls on another one let go of nothing that the graph reads."""
+    streams, called, filled = Streams(), [], set()
+    monkeypatch.setattr(torch, "cuda", streams)
+    full, x = torch.full, torch.ones(3)
+    monkeypatch.setattr(torch, "full", lambda *a, **k: (filled.add(streams.current), full(*a, **k))[1])
+
+    def run():
+        called.append(streams.current)
+        return [2 * x]
+
+    def section(journal, device):
+        for _ in range(2):
+            assert _replay(run, [x], torch.device("cuda"))["tolerance"] == 0
+
+    monkeypatch.setattr(gpu_checks, "_graphs", section)
+    gpu_checks.graphs(Journal(None), torch.device("cuda"))
+    assert called == 2 * (["side 1"] * 3 + ["capture"] + ["side 1"] * 2)  # warm, capture, displace, compare
+    assert filled == {"side 1"}
+    assert streams.waits == [("side 1", "default"), ("default", "side 1")]
 
 
 @INTERPRETED
