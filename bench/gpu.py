@@ -20,10 +20,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 SCRIPT = Path(__file__).resolve()
 PARTS = ("bf16", "fp32", "fp16", "fp64", "subset", "estimates")  # of the correctness checks, by type and kind
@@ -39,6 +39,14 @@ TIMINGS = ("timings", "end_to_end")  # one after the other, alone on the device
 SECTIONS = CHECKS + TIMINGS
 CHECK_SHARE = 0.45  # of the time limit that the checks may take
 LIMIT = 560.0  # seconds in all
+
+
+class Section(NamedTuple):
+    """A section that runs: its process, the rows that it has written, and what it prints."""
+
+    process: subprocess.Popen[bytes]
+    part: Path
+    log: Path
 
 
 def use_checkout() -> None:
@@ -70,30 +78,35 @@ def run_section(name: str, part: Path | None, deadline: float) -> list[dict[str,
     return journal.rows
 
 
-def start(name: str, folder: Path, seconds: float) -> tuple[subprocess.Popen[bytes], Path, Path]:
+def start(name: str, folder: Path, seconds: float) -> Section:
     """Start a section as a process that knows how long it has, and leads a group of all that it starts itself."""
     part, log = (folder / f"{name.replace(' ', '-')}.{ending}" for ending in ("json", "log"))
     command = [sys.executable, "-P", str(SCRIPT), "--section", name, "--part", str(part), "--limit", str(seconds)]
     with log.open("wb") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True), part, log
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    return Section(process, part, log)
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a section and all that it has started."""
-    importlib.import_module("fedgram.bench.gpu_support").end_group(process)
-
-
-def finish(process: subprocess.Popen[bytes], part: Path, log: Path, seconds: float) -> dict[str, Any]:
-    """Wait for a section, end it when its time is over, and read what it left."""
-    begin = time.monotonic()
-    try:
-        code: int | str = process.wait(timeout=max(1.0, seconds))
-    except subprocess.TimeoutExpired:
-        end_group(process)
-        code = "out of time"
-    rows = json.loads(part.read_text()) if part.exists() else []
-    left = {} if code == 0 else {"log": log.read_text(errors="replace")[-8000:]}
-    return {"exit": code, "waited_s": round(time.monotonic() - begin, 1), "rows": rows, **left}
+def finish(sections: Mapping[str, Section], seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each section left, one after the other as they end; those that are not done in time are ended together."""
+    support = importlib.import_module("fedgram.bench.gpu_support")
+    until = time.monotonic() + max(1.0, seconds)
+    late: list[subprocess.Popen[bytes]] = []
+    stuck: list[subprocess.Popen[bytes]] = []
+    for name, (process, part, log) in sections.items():
+        begin = time.monotonic()
+        if process not in late:
+            try:
+                process.wait(max(0.0, until - begin))
+            except subprocess.TimeoutExpired:  # for all that still run
+                late = [s.process for s in sections.values() if s.process.poll() is None]
+                stuck = support.end_groups(late)
+        code: int | str | None = process.returncode
+        if process in late:
+            code = "out of time" + (support.NOT_ENDED if process in stuck else "")
+        rows = json.loads(part.read_text()) if part.exists() else []
+        left = {} if code == 0 else {"log": log.read_text(errors="replace")[-8000:]}
+        yield name, {"exit": code, "waited_s": round(time.monotonic() - begin, 1), "rows": rows, **left}
 
 
 def run_all(out: Path, limit: float) -> dict[str, Any]:
@@ -102,22 +115,21 @@ def run_all(out: Path, limit: float) -> dict[str, Any]:
     report = new_report(dry_run=False)
     with tempfile.TemporaryDirectory() as folder:
         seconds = limit * CHECK_SHARE
-        running: dict[str, tuple[subprocess.Popen[bytes], Path, Path]] = {}
+        running: dict[str, Section] = {}
         try:
             running |= {name: start(name, Path(folder), seconds) for name in CHECKS}
-            for name in CHECKS:
-                report["sections"][name] = finish(*running[name], begin + seconds + 10 - time.monotonic())
+            for name, found in finish(running, begin + seconds + 10 - time.monotonic()):
+                report["sections"][name] = found
                 write(report, out)
             for i, name in enumerate(TIMINGS):
                 left = limit - (time.monotonic() - begin)
                 seconds = left / (len(TIMINGS) - i)
                 running[name] = start(name, Path(folder), seconds - 5)
-                report["sections"][name] = finish(*running[name], seconds)
+                report["sections"] |= finish({name: running[name]}, seconds)
                 write(report, out)
         finally:  # interrupted: what runs in groups of its own would go on
-            for process, _, _ in running.values():
-                if process.poll() is None:
-                    end_group(process)
+            left_over = [s.process for name, s in running.items() if name not in report["sections"]]
+            importlib.import_module("fedgram.bench.gpu_support").end_groups([p for p in left_over if p.poll() is None])
     report["seconds"] = round(time.monotonic() - begin, 1)
     write(report, out)
     return report

@@ -15,7 +15,7 @@ import torch
 
 from .gpu_cases import small_cases
 from .gpu_checks import KERNELS
-from .gpu_support import Journal, end_group
+from .gpu_support import NOT_ENDED, Journal, end_groups
 
 # torch's kernels are not ours to check, and slow. There is no initcheck: it does not see what kernels write that it is
 # not to check, and gram_reduce reads whole vectors with what nothing wrote among them, which it does not keep; memory
@@ -54,10 +54,11 @@ def _run(tool: str, checker: str, script: Path, deadline: float) -> dict[str, An
     try:
         stdout, stderr = process.communicate(timeout=limit)
     except BaseException as error:  # also when this section is ended: what the tool has started must not go on
-        end_group(process, grace=0.0)
+        stuck = end_groups([process], grace=0.0)
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
-        return {"ok": None, "skipped": f"not done in {limit:.0f} s", "output": process.communicate()[0][-2000:]}
+        output = "" if stuck else process.communicate()[0][-2000:]
+        return {"ok": None, "skipped": f"not done in {limit:.0f} s{NOT_ENDED if stuck else ''}", "output": output}
     summary = [line for line in stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
     clean = process.returncode == 0 and bool(summary)
     right = process.returncode == 99 and "planted_kernel" in stdout if planted else clean

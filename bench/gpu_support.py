@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,8 @@ from .measure import synchronise
 
 SENTINEL = 7.0
 LONGEST = 8  # kernels that are told by name
+UNKILLED = 5.0  # seconds within which the system ends what it can end
+NOT_ENDED = ", and could not be ended"
 MARGIN = 3  # elements or rows around a provoking layout
 
 
@@ -118,13 +120,20 @@ class Guarded:
         return bool((self.room[outside] == SENTINEL).all())
 
 
-def end_group(process: subprocess.Popen[Any], grace: float = 5.0) -> None:
-    """End a process and its group: asked first, so that it can end the groups that it has made itself."""
-    for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, None)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+def end_groups(processes: Collection[subprocess.Popen[Any]], grace: float = 5.0) -> list[subprocess.Popen[Any]]:
+    """End processes and their groups, all together: asked first, so that they can end the groups that they have made.
+
+    Returns those that are still there ``UNKILLED`` seconds after they were killed: stuck in a driver, say.
+    """
+    for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, UNKILLED)):
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        until = time.monotonic() + patience
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+    return [process for process in processes if process.poll() is None]
 
 
 def kernel_times(run: Callable[[], Any], device: torch.device, repeats: int = 20) -> dict[str, Any]:

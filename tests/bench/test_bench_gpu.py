@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fedgram import stamp
-from fedgram.bench import gpu, gpu_checks, gpu_end_to_end, gpu_estimates, gpu_sanitizers
+from fedgram.bench import gpu, gpu_checks, gpu_end_to_end, gpu_estimates, gpu_sanitizers, gpu_support
 from fedgram.bench.gpu_cases import TINY, factor_cases, small_cases
 from fedgram.bench.gpu_checks import _check, _displace, _not_finite, _repeat, _replay
 from fedgram.bench.gpu_support import LAYOUTS, Guarded, Journal, laid, poisoned
@@ -273,6 +273,10 @@ def test_a_journal_survives_errors_and_the_end_of_time(tmp_path):
     assert "1 / 0" in rows[0]["traceback"]
 
 
+def finished(section, seconds):
+    return dict(gpu.finish({"one": section}, seconds))["one"]
+
+
 def test_a_section_that_dies_leaves_what_it_wrote(tmp_path, monkeypatch):
     script = tmp_path / "dies.py"
     script.write_text(
@@ -283,7 +287,7 @@ def test_a_section_that_dies_leaves_what_it_wrote(tmp_path, monkeypatch):
         "os.abort()\n"
     )
     monkeypatch.setattr(gpu, "SCRIPT", script)
-    section = gpu.finish(*gpu.start("correctness", tmp_path, 30), 30)
+    section = finished(gpu.start("correctness", tmp_path, 30), 30)
     assert section["rows"] == [{"name": "first", "ok": True}]
     assert section["exit"] < 0
     assert "about to die" in section["log"]
@@ -295,9 +299,49 @@ def test_a_section_that_hangs_is_ended(tmp_path, monkeypatch):
     script = tmp_path / "hangs.py"
     script.write_text("import time\ntime.sleep(600)\n")
     monkeypatch.setattr(gpu, "SCRIPT", script)
-    section = gpu.finish(*gpu.start("repeats", tmp_path, 1), 1)
+    section = finished(gpu.start("repeats", tmp_path, 1), 1)
     assert section["exit"] == "out of time"
     assert section["rows"] == []
+
+
+class Stuck:
+    """A process that no signal ends; with ``ends_by`` it ends by itself."""
+
+    waited = 0.0
+
+    def __init__(self, ends_by=None):
+        self.pid, self.returncode, self.ends_by = 0, None, ends_by
+
+    def poll(self):
+        if self.ends_by is not None and time.monotonic() > self.ends_by:
+            self.returncode = 0
+        return self.returncode
+
+    def wait(self, timeout=None):
+        assert timeout is not None, "without limit"
+        Stuck.waited += timeout
+        time.sleep(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("stuck", timeout)
+
+
+def test_sections_that_overrun_are_ended_together_and_one_that_cannot_be_keeps_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_support.os, "killpg", lambda pid, number: None)
+    monkeypatch.setattr(gpu_support, "UNKILLED", 0.1)
+    monkeypatch.setattr(gpu_support.end_groups, "__defaults__", (0.1,))
+    log = tmp_path / "log"
+    log.write_text("")
+    part = tmp_path / "part"
+    stuck = {str(i): gpu.Section(Stuck(), part, log) for i in range(4)}
+    begin = time.monotonic()
+    done = {"done": gpu.Section(Stuck(begin), part, log), **stuck, "also": gpu.Section(Stuck(begin + 0.5), part, log)}
+    found = dict(gpu.finish(done, 1))
+    assert Stuck.waited <= 1 + 2 * 0.1
+    assert list(found) == list(done)
+    assert [found[name]["exit"] for name in ("done", "also")] == [0, 0]
+    assert {found[name]["exit"] for name in stuck} == {"out of time, and could not be ended"}
+    report = {"environment": {"device": "x", "versions": {"torch": "2"}}, "sections": found}
+    assert "ended: out of time, and could not be ended" in gpu.summary(report)
 
 
 CHILD = """import subprocess, sys, time
@@ -324,7 +368,7 @@ def test_what_a_section_has_started_is_ended_with_it(tmp_path, monkeypatch):
         "time.sleep(600)\n"
     )
     monkeypatch.setattr(gpu, "SCRIPT", script)
-    section = gpu.finish(*gpu.start("repeats", tmp_path, 1), 1.5)
+    section = finished(gpu.start("repeats", tmp_path, 1), 1.5)
     assert section["exit"] == "out of time"
     assert ended(*section["rows"])
 
