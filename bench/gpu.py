@@ -160,9 +160,9 @@ def new_report(*, dry_run: bool) -> dict[str, Any]:
 def write(report: Mapping[str, Any], out: Path) -> None:
     """Write the JSON by rename; numbers that JSON does not have become null."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(out.name + ".tmp")
-    draft.write_text(json.dumps(finite(report), indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, out)
+    text = json.dumps(finite(report), indent=1, default=str, allow_nan=False) + "\n"
+    with importlib.import_module("fedgram.bench.files").written_whole(out) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def finite(value: Any) -> Any:

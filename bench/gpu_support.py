@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import written_whole
 from .measure import synchronise
 
 SENTINEL = 7.0
@@ -38,9 +39,8 @@ class Journal:
         """Append a row and write all."""
         self.rows.append(row)
         if self.path is not None:
-            draft = self.path.with_suffix(".tmp")
-            draft.write_text(json.dumps(self.rows, default=str))
-            os.replace(draft, self.path)
+            with written_whole(self.path) as unfinished:
+                unfinished.write_text(json.dumps(self.rows, default=str))
 
     def guard(self, name: str, work: Callable[[], dict[str, Any]], *, need_s: float = 0.0) -> None:
         """Add what ``work`` returns, or its error in full, or that time is too short for it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from .files import written_whole
 
 HEADER = ("contender", "error", "time", "spread", "runs", "vs ours", "x floor", "reads", "memory")
 WIDTHS = (36, 8, 8, 6, 4, 8, 7, 6, 8)
@@ -162,12 +163,8 @@ def write_files(results: Mapping[str, Any], folder: Path) -> list[Path]:
         "bench.md": markdown(results),
     }
     for name, text in texts.items():
-        unfinished = folder / f".unfinished-{os.getpid()}-{name}"
-        try:
+        with written_whole(folder / name) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(folder / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
     return [folder / name for name in texts]
 
 

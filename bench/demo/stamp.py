@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
 
 from fedgram.bindings.console import one_line_errors, progress_bar
 
+from ..files import written_whole
 from .stamp_plot import save_curves, save_matrices
 from .stamp_table import effects_lines, notes, table
 
@@ -144,15 +145,10 @@ def save(result: StampDemo, folder: Path) -> list[Path]:
         "stamp_matrices.png": lambda path: save_matrices(result.runs, path),
         "stamp_curves.png": lambda path: save_curves(result.runs, path),
     }
-    paths = []
     for name, write in writers.items():
-        unfinished = folder / f".unfinished-{os.getpid()}-{name}"
-        try:
+        with written_whole(folder / name) as unfinished:
             write(unfinished)
-            paths.append(unfinished.replace(folder / name))
-        finally:
-            unfinished.unlink(missing_ok=True)
-    return paths
+    return [folder / name for name in writers]
 
 
 def _print(result: StampDemo, paths: Sequence[Path]) -> None:
