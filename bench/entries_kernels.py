@@ -15,12 +15,10 @@ from fedgram import kernels
 from .ceilings import Cost, rate_of
 from .peers import operations
 from .peers.optional import compiled
-from .reference import dense_update, list_error, relative_error
+from .reference import GRAM, dense_update, list_error, relative_error
 from .registry import Case, Contender, Size, entry, with_peers
 from .workloads import TINY, W1, W2_MODULE, Lora, factors, sample_weights
 
-# What grad_gram and factor_gram promise relative to ||G||, for 16-bit inputs and for float32 without precise=True.
-GRAM = 2e-6
 COMPILED = "torch.compile of that"
 
 

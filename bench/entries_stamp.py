@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fedgram import kernels, stamp
 
 from .ceilings import Cost, rate_of
-from .entries_kernels import COMPILED, GRAM
+from .entries_kernels import COMPILED
 from .peers import herding, jacobian_descent, operations, softmax_sgd
 from .peers.optional import compiled
-from .reference import dual_objective, gram_of, list_error, matching_excess, relative_error
+from .reference import GRAM, dual_objective, gram_of, list_error, matching_excess, relative_error
 from .registry import Case, Contender, Size, Target, entry, with_peers
 from .workloads import clustered_samples, even_offsets, gradients, layer_rows
 

@@ -12,11 +12,11 @@ from fedgram import kernels
 
 from .gpu_support import LAYOUTS, Guarded, laid
 from .peers.operations import weighted_sum
+from .reference import GRAM
 from .workloads import clustered_samples, even_offsets, name_of
 
 Run = Callable[[str], list[Tensor]]
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
-GRAM = 2e-6  # relative to the norm, for 16-bit inputs and for tf32x3
 PRECISE = 1e-7
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2.5e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -254,15 +254,3 @@ def _cases(device: torch.device, part: str) -> Iterator[OpCase]:
 
 def _flat(pair: tuple[list[Tensor] | None, list[Tensor] | None]) -> list[Tensor]:
     return [*(pair[0] or ()), *(pair[1] or ())]
-
-
-def worst_error(case: OpCase, outputs: Sequence[Tensor]) -> float:
-    """The largest relative error over a case's outputs; NaN where an output has NaN or a wrong shape."""
-    worst = 0.0
-    for out, truth in zip(outputs, case.truths, strict=True):
-        if out.shape != truth.shape or not bool(torch.isfinite(out).all()):
-            return float("nan")
-        if truth.numel():
-            scale = float(truth.norm()) or 1.0
-            worst = max(worst, float((out.double() - truth).norm()) / scale)
-    return worst

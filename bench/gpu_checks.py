@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fedgram import flora_na, kernels, stamp
 
-from .gpu_cases import OpCase, all_cases, small_cases, worst_error
+from .gpu_cases import OpCase, all_cases, small_cases
 from .gpu_estimates import estimates, unequal_factors
 from .gpu_support import Journal, poisoned
-from .reference import worst
+from .reference import list_error
 from .workloads import TINY, adapters, gradients, name_of
 
 KERNELS = "triton"
@@ -43,9 +43,9 @@ def correctness(journal: Journal, device: torch.device, part: str) -> None:
 
 def _check(case: OpCase) -> dict[str, Any]:
     with poisoned():
-        error = worst_error(case, case.run(KERNELS))
+        error = list_error(case.run(KERNELS), case.truths)
     untouched = all(g.untouched() for g in case.guards)
-    twin = worst_error(case, case.run("torch"))
+    twin = list_error(case.run("torch"), case.truths)
     right = error <= case.tolerance and untouched
     return {
         "op": case.op,
@@ -179,7 +179,7 @@ def _replay(
     replayed = [t.clone() for t in outputs]
     del taken
     fresh = [t.to(r.device) for t, r in zip(run(), replayed, strict=True)]  # a plain call's dual is solved on the host
-    error = worst(_apart(a, b) for a, b in zip(fresh, replayed, strict=True))
+    error = list_error(replayed, fresh)
     right = error <= 1e-6 if required else _same(replayed, fresh)
     return {"ok": right, "error": error, "tolerance": 1e-6 if required else 0.0, "same_bits": _same(replayed, fresh)}
 
@@ -247,11 +247,5 @@ def _compile(call: Callable[[], Any], tolerance: float = 0.0) -> dict[str, Any]:
     traced = [t.to(p.device) for p, t in zip(plain, found, strict=True)]  # a dual is solved on the host in plain calls
     if not tolerance:
         return {"ok": _same(plain, traced)}
-    error = worst(_apart(a, b) for a, b in zip(plain, traced, strict=True))
+    error = list_error(traced, plain)
     return {"ok": error <= tolerance, "error": error, "tolerance": tolerance}
-
-
-def _apart(x: Tensor, y: Tensor) -> float:
-    if not x.numel():
-        return 0.0
-    return float((x.double() - y.double()).norm() / x.double().norm().clamp_min(1e-30))

@@ -14,7 +14,7 @@ from fedgram import flora_na, stamp
 from fedgram.flora_na import Adapter, LoraLayer
 
 from .gpu_support import Journal, poisoned
-from .reference import worst
+from .reference import list_error, relative_error, worst
 from .workloads import gradients, name_of
 
 PAIR = 2e-5  # of the products of float32 factors, whose rounding and tf32x3 products are 1e-6 each, through a solve
@@ -153,7 +153,7 @@ def _compared(
     pairs, rhos = [], []
     for name, value in expected.items():
         if isinstance(value, Tensor):
-            pairs.append(float((found[name] - value).norm() / value.norm()))
+            pairs.append(relative_error(found[name], value))
         else:
             rhos.append(abs(float(found[name]) - value) / max(value, 1e-6))
     pair, rho = worst(pairs), worst(rhos)
@@ -170,7 +170,6 @@ def _matches() -> dict[str, Callable[[list[list[Tensor]]], stamp.Match]]:
 def _matched(call: Callable[[list[list[Tensor]]], stamp.Match], device: torch.device) -> dict[str, Any]:
     lists = gradients(5, 20_000, torch.device("cpu"))
     expected, found = call(lists), call([[t.to(device) for t in one] for one in lists])
-    pairs = zip(expected.direction, found.direction, strict=True)
-    error = worst(float((x.double() - y.double().cpu()).norm() / x.double().norm()) for x, y in pairs)
+    error = list_error([t.cpu() for t in found.direction], expected.direction)
     right = error <= PAIR and found.status == "optimal"
     return {"op": "match", "ok": right, "error": error, "tolerance": PAIR, "relative_gap": found.relative_gap}

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+# What factor_gram and grad_gram promise relative to ||G||: of 16-bit inputs, and of float32 without precise=True.
+GRAM = 2e-6
+
 
 def dense_update(B: Sequence[Tensor], A: Sequence[Tensor], weights: Tensor) -> Tensor:
     """``sum_u w_u B_u A_u`` (m, n) in float64."""
@@ -22,10 +25,12 @@ def worst(errors: Iterable[float]) -> float:
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:
-    """``||result - truth|| / ||truth||`` in float64; Inf where the shapes differ."""
+    """``||result - truth|| / ||truth||`` in float64; Inf where the shapes differ, or only the truth is zero."""
     if result.shape != truth.shape:
         return math.inf
-    return float((result.double() - truth.double()).norm() / truth.double().norm())
+    error = float((result.double() - truth.double()).norm())
+    size = float(truth.double().norm())
+    return error / size if size else math.inf if error else 0.0
 
 
 def list_error(results: Sequence[Tensor], truths: Sequence[Tensor]) -> float:

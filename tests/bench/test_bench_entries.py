@@ -13,7 +13,17 @@ from fedgram import flora_na, kernels, stamp
 from fedgram.bench import plots, sweeps, table
 from fedgram.bench.entries_flora_na import spread
 from fedgram.bench.peers import adamw, dense, herding, optional, softmax_sgd
-from fedgram.bench.reference import dense_update, dual_objective, matching_excess, optimal_rho, rho, scalar_rho, worst
+from fedgram.bench.reference import (
+    dense_update,
+    dual_objective,
+    list_error,
+    matching_excess,
+    optimal_rho,
+    relative_error,
+    rho,
+    scalar_rho,
+    worst,
+)
 from fedgram.bench.registry import GROUPS, MissingPeerError, entries
 from fedgram.bench.run import run_benchmarks
 from fedgram.bench.run_case import check
@@ -187,6 +197,15 @@ def test_adamw_loop_reaches_the_least_squares_optimum():
     dW = dense_update(B, A, w)
     reached = rho(adamw.adamw_scalars(B, A, w), dW)
     assert scalar_rho(B, A, w) * (1 - 1e-6) <= reached < rho(dense.average(B, A, w), dW)
+
+
+def test_errors_relative_to_zero():
+    zero, one = torch.zeros(2), torch.ones(2)
+    assert relative_error(zero, zero) == 0
+    assert relative_error(one, zero) == math.inf
+    assert relative_error(torch.zeros(0), torch.zeros(0)) == 0
+    assert math.isnan(list_error([one, zero], [one, one[:1]]))
+    assert math.isnan(list_error([one, one * torch.nan], [one, zero]))
 
 
 def test_references_agree_with_dense_singular_values():
