@@ -15,17 +15,14 @@ from fedgram import flora_na, kernels, stamp
 from fedgram.flora_na import LoraLayer
 
 from .ceilings import Ceilings, Cost, rate_of
+from .gpu_models import Arriving, Model, Pinned
 from .gpu_support import Journal, host_seconds, kernel_times
 from .gpu_timings import ceilings_of
 from .measure import Timing, measure_one, seconds
 from .reference import dense_update, gram_of, optimal_rho, relative_error
-from .workloads import W1, gradients, sample_weights, task_gramian
+from .workloads import LLAMA_BLOCK, W1, gradients, sample_weights, task_gramian
 
 Layers = Sequence[Mapping[str, LoraLayer]]
-# A 7B Llama, all linear layers: (m, n) of one block, 32 blocks; rank 16, 100 clients, bfloat16: 8 GB of factors.
-LLAMA_BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
-
-
 # Seconds that rows of W2's aggregations need, from runs of 1.35 (fedavg) and 4.2 s (flora-na) on an H100, and of 6.3 at
 # most for als (1.2 times flora-na in estimate_modules there, 1.5 times in W1). A run below ONCE is repeated about eight
 # times, and its profile of 100,000 kernels read: 31 s. A longer one runs twice, to be checked and to be timed: 8.4 and
@@ -34,17 +31,6 @@ AGGREGATION_S = {"fedavg": 40, "flora-na": 20, "als": 30}
 LARGE = 1 << 30  # bytes of factors from which on rows need as long as those of W2
 SLOW, ONCE = 0.5, 1.5  # seconds of a run from which on it is timed few times; from which on the first one counts
 VECTORS = (("V1", 20, 25_000_000, torch.float32), ("V2", 64, 500_000_000, torch.bfloat16))
-
-
-@dataclass(frozen=True)
-class Model:
-    """Adapters of a whole model: modules (m, n), clients, rank, type."""
-
-    name: str
-    shapes: Sequence[tuple[int, int]]
-    clients: int
-    rank: int
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -73,61 +59,6 @@ class Bench:
         return row | ({"copy_share": cost.bytes / inside / self.ceilings.copy} if inside else {})
 
 
-class Pinned:
-    """All clients' factors of a model in one slab of host memory, pinned where there is a GPU; drawn on the device."""
-
-    def __init__(
-        self, shapes: Sequence[tuple[int, int]], clients: int, rank: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.shapes, self.clients, self.rank, self.device = shapes, clients, rank, device
-        sizes = [clients * rank * (m + n) for m, n in shapes]
-        self.host = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")
-        random = torch.Generator(device=device).manual_seed(0)
-        for part in self.host.split(sizes):  # a part common to all clients, and one of their own
-            rows = torch.randn(clients + 1, part.numel() // clients, generator=random, device=device)
-            part.copy_((rows[0] + 1.5 * rows[1:]).mul_(0.02).flatten())
-
-    def layers(self, slab: Tensor) -> list[dict[str, LoraLayer]]:
-        """The clients' adapters as views of a slab of this layout."""
-        found: list[dict[str, LoraLayer]] = [{} for _ in range(self.clients)]
-        at = 0
-        for l, (m, n) in enumerate(self.shapes):
-            for client in found:
-                B = slab[at : at + m * self.rank].view(m, self.rank)
-                at += m * self.rank
-                A = slab[at : at + n * self.rank].view(self.rank, n)
-                at += n * self.rank
-                client[f"layer{l}"] = LoraLayer(A=A, B=B)
-        return found
-
-    def cost(self) -> Cost:
-        """Reading every factor once, both Gram matrices by symmetry, writing one pair."""
-        R, numbers = self.clients * self.rank, self.host.numel()
-        flops = sum(m + n for m, n in self.shapes) * R * (R + 2 * self.rank)
-        size = self.host.itemsize
-        return Cost(
-            flops, numbers * size * (1 + 1 / self.clients), numbers * size, rate_of(self.host.dtype, self.device)
-        )
-
-
-class Arriving(Mapping[str, LoraLayer]):
-    """An adapter whose layers are sent to the device when they are asked for."""
-
-    def __init__(self, layers: Mapping[str, LoraLayer], device: torch.device) -> None:
-        self.layers, self.device = layers, device
-
-    def __getitem__(self, name: str) -> LoraLayer:
-        layer = self.layers[name]
-        A, B = (t.to(self.device, non_blocking=True) for t in (layer.A, layer.B))
-        return LoraLayer(A=A, B=B, scaling=layer.scaling)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-
 def end_to_end(journal: Journal, device: torch.device) -> None:
     """W1 and W2 from the device and from the host, V1 and V2, batches of duals."""
     bench = Bench(journal, device, ceilings_of(device))
@@ -135,6 +66,7 @@ def end_to_end(journal: Journal, device: torch.device) -> None:
     gpu = device.type == "cuda"
     tiny = ((24, 20), (40, 20))
     w1 = Model("W1", ((W1.m, W1.n),) * W1.modules if gpu else tiny, 10, 8, torch.float32)
+    # W2: a 7B Llama, all linear layers: 8 GB of factors
     w2 = Model("W2", LLAMA_BLOCK * 32 if gpu else tiny, 100 if gpu else 4, 16 if gpu else 2, torch.bfloat16)
     _model(bench, w1)
     for name, K, d, dtype in VECTORS:

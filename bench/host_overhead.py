@@ -27,7 +27,7 @@ from torch import Tensor
 from fedgram import flora_na, kernels
 from fedgram.flora_na import _batched_group, batched
 
-LLAMA_BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
+from .workloads import LLAMA_BLOCK
 
 
 class CountedLaunch:

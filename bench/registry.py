@@ -12,7 +12,6 @@ from .ceilings import Cost
 
 Kind = Literal["ours", "torch", "peer"]
 Size = Literal["full", "quick", "tiny"]
-SIZES = ("full", "quick", "tiny")
 GROUPS = ("flora_na", "stamp", "kernels")
 
 

@@ -26,10 +26,8 @@ from .sweeps import SWEEPS
 from .table import check_folder, duration, print_tables, write_files
 
 SCHEMA = 1
-SLOW_UNTIL, SWEEPS_UNTIL = (
-    360.0,
-    540.0,
-)  # seconds after which slow contenders and curves are left out, on a busy machine
+# Seconds after which slow contenders, and curves, are left out, on a busy machine.
+SLOW_UNTIL, SWEEPS_UNTIL = 360.0, 540.0
 BUSY = 0.6  # load per core above which timings are doubtful
 WIDTH = 110  # of a line of the table; narrower terminals wrap it
 CEILING_SCALE = {"full": 1.0, "quick": 0.5, "tiny": 0.002}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +42,8 @@ class Lora:
 W1 = Lora(48, 10, 1024, 1024, 8)
 W2_MODULE = Lora(1, 100, 4096, 4096, 16, torch.bfloat16)
 TINY = Lora(2, 3, 24, 20, 2)
+LLAMA_BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
+"""(m, n) of the linear layers of one of the 32 blocks of a 7B Llama."""
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -138,8 +139,3 @@ def clustered_samples(classes: int, per_class: int, p: int, *, seed: int = 0) ->
         X.append(centres[label][which] + torch.randn(per_class, p, generator=random))
         y.append(torch.full((per_class,), label))
     return torch.cat(X), torch.cat(y)
-
-
-def flat_numels(lists: Sequence[Sequence[Tensor]]) -> int:
-    """Numbers in one of the lists."""
-    return sum(t.numel() for t in lists[0])

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fedgram import stamp
-from fedgram.bench import gpu, gpu_checks, gpu_end_to_end, gpu_estimates, gpu_sanitizers, gpu_support
+from fedgram.bench import gpu, gpu_checks, gpu_end_to_end, gpu_estimates, gpu_models, gpu_sanitizers, gpu_support
 from fedgram.bench.gpu_cases import TINY, factor_cases, small_cases
 from fedgram.bench.gpu_checks import _check, _displace, _not_finite, _repeat, _replay
 from fedgram.bench.gpu_support import LAYOUTS, Guarded, Journal, laid, poisoned
@@ -220,8 +220,8 @@ def test_what_takes_longest_comes_last_and_is_left_out_in_time(monkeypatch):
         device=CPU, journal=Journal(None), row=lambda name, work, need_s: rows.append((name, need_s)), timed=len
     )
     monkeypatch.setattr(gpu_end_to_end, "LARGE", 0)
-    model = gpu_end_to_end.Model("W2", ((24, 20), (40, 20)), 4, 2, torch.bfloat16)
-    made = gpu_end_to_end.Pinned(model.shapes, model.clients, model.rank, model.dtype, CPU)
+    model = gpu_models.Model("W2", ((24, 20), (40, 20)), 4, 2, torch.bfloat16)
+    made = gpu_models.Pinned(model.shapes, model.clients, model.rank, model.dtype, CPU)
     gpu_end_to_end._resident(bench, model, made)
     assert rows[-3:] == [("W2 aggregate(fedavg)", 40), ("W2 aggregate(flora-na)", 20), ("W2 aggregate(als)", 30)]
     before = {name for name, need_s in rows[:-3] if need_s <= 40}

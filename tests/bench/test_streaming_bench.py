@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fedgram.bench import streaming
+from fedgram.bench import streaming, streaming_clients
 from fedgram.bindings.peft import load_adapters
 
 SHAPES = {"q": (640, 480), "up": (960, 480)}
@@ -14,9 +14,9 @@ SHAPES = {"q": (640, 480), "up": (960, 480)}
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_files_have_the_promised_size_and_are_adapters(dtype, tmp_path):
-    written = streaming.Written.of_size(0.001, 3, 4, SHAPES, dtype)
+    written = streaming_clients.Written.of_size(0.001, 3, 4, SHAPES, dtype)
     assert written.nbytes == pytest.approx(1e6, rel=0.1)
-    adapters = load_adapters(dirs := streaming.write_clients(tmp_path, written))
+    adapters = load_adapters(dirs := streaming_clients.write_clients(tmp_path, written))
     assert [len(adapter.modules) for adapter in adapters] == [2 * written.layers] * 3
     assert {str(layer.A.dtype) for layer in adapters[0].modules.values()} == {f"torch.{dtype}"}
     stored = sum((folder / "adapter_model.safetensors").stat().st_size for folder in dirs)
@@ -102,5 +102,5 @@ def test_a_task_that_fails_is_told(tmp_path):
 
 def test_without_room_nothing_is_written(tmp_path):
     with pytest.raises(OSError, match="are free"):
-        streaming.run(tmp_path, streaming.Written.of_size(1e6, 2, 4, SHAPES, "float32"), ["svd"])
+        streaming.run(tmp_path, streaming_clients.Written.of_size(1e6, 2, 4, SHAPES, "float32"), ["svd"])
     assert list(tmp_path.iterdir()) == []
