@@ -32,7 +32,7 @@ import fedgram.kernels
 from . import aot_machine_code
 from .aot_machine_code import amd_figures, nvidia_figures
 
-TARGETS = {
+TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm80": ("cuda", 80, 32),
     "sm90": ("cuda", 90, 32),
     "sm100": ("cuda", 100, 32),
@@ -105,9 +105,10 @@ def figures_of(code: Sequence[tuple[str | bytes, int]], target: str) -> list[dic
     """The figures of machine code, ``shared`` among them."""
     kind, architecture, _ = TARGETS[target]
     if kind == "hip":
-        rows = [amd_figures(text) for text, _ in code]
+        rows = [amd_figures(text) for text, _ in code if isinstance(text, str)]
     else:
-        rows = nvidia_figures([binary for binary, _ in code], architecture)
+        assert isinstance(architecture, int)
+        rows = nvidia_figures([binary for binary, _ in code if isinstance(binary, bytes)], architecture)
     return [row | {"shared": shared} for row, (_, shared) in zip(rows, code, strict=True)]
 
 
@@ -180,11 +181,11 @@ def run(
             results = dict(future.result() for future in futures)
             broken = {name: result for name, result in results.items() if isinstance(result, str)}
             faults |= {f"{target} {name}": [result] for name, result in broken.items()}
-            names = [name for name in results if name not in broken]
-            rows = figures_of([results[name] for name in names], target)
+            compiled = {name: result for name, result in results.items() if not isinstance(result, str)}
+            rows = figures_of(list(compiled.values()), target)
             figures[target] = {
                 name: row | {"source": fingerprint(by_name[target][name], target)}
-                for name, row in zip(names, rows, strict=True)
+                for name, row in zip(compiled, rows, strict=True)
             }
             for name, row in figures[target].items():
                 if found := gate(by_name[target][name], target, row, committed.get(target, {}).get(name)):

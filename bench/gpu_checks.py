@@ -33,7 +33,7 @@ def correctness(journal: Journal, device: torch.device, part: str) -> None:
         estimates(journal, device)
         return
     for case in all_cases(device, part):
-        journal.guard(case.name, lambda case=case: _check(case))
+        journal.guard(case.name, partial(_check, case))
     sizes = (5, 16, 70) if device.type == "cuda" else (5,)
     for dtype, value, K in product(NOT_FINITE, (torch.nan, torch.inf), sizes):
         if name_of(dtype) == part:
@@ -69,7 +69,7 @@ def repeats(journal: Journal, device: torch.device) -> None:
     """The same bits on every one of 20 runs, other work running in between."""
     count = REPEATS if device.type == "cuda" else 2
     for case in small_cases(device):
-        journal.guard(case.name, lambda case=case: _repeat(case, count, device))
+        journal.guard(case.name, partial(_repeat, case, count, device))
 
 
 def _repeat(case: OpCase, count: int, device: torch.device) -> dict[str, Any]:
@@ -114,9 +114,7 @@ def _on_one_stream(device: torch.device) -> Iterator[None]:
 def _graphs(journal: Journal, device: torch.device) -> None:
     for case in small_cases(device):
         if case.inputs:
-            journal.guard(
-                case.name, lambda case=case: _replay(lambda: case.run(KERNELS), case.inputs, device) | {"op": case.op}
-            )
+            journal.guard(case.name, partial(_replay_case, case, device))
     lists = gradients(4, 3000, device)
     flat = [t for one in lists for t in one]
 
@@ -138,7 +136,7 @@ def _graphs(journal: Journal, device: torch.device) -> None:
 
             inputs = [t for side in (B, A) for module in side for t in module]
             name = f"estimate_modules({method}) {kind}"
-            journal.guard(name, lambda run=aggregated, i=inputs: _replay(run, i, device, required=True))
+            journal.guard(name, partial(_replay, aggregated, inputs, device, required=True))
     clients = adapters(TINY, device)
     factors = [t for client in clients for layer in client.values() for t in (layer.A, layer.B)]
 
@@ -147,6 +145,10 @@ def _graphs(journal: Journal, device: torch.device) -> None:
         return [t for layer in result.values() for t in (layer.A, layer.B)]
 
     journal.guard("aggregate(als)", lambda: _replay(whole, factors, device))
+
+
+def _replay_case(case: OpCase, device: torch.device) -> dict[str, Any]:
+    return _replay(partial(case.run, KERNELS), case.inputs, device) | {"op": case.op}
 
 
 def _replay(
@@ -179,9 +181,9 @@ def _replay(
     replayed = [t.clone() for t in outputs]
     del taken
     fresh = [t.to(r.device) for t, r in zip(run(), replayed, strict=True)]  # a plain call's dual is solved on the host
-    error = list_error(replayed, fresh)
-    right = error <= 1e-6 if required else _same(replayed, fresh)
-    return {"ok": right, "error": error, "tolerance": 1e-6 if required else 0.0, "same_bits": _same(replayed, fresh)}
+    apart = list_error(replayed, fresh)
+    right = apart <= 1e-6 if required else _same(replayed, fresh)
+    return {"ok": right, "error": apart, "tolerance": 1e-6 if required else 0.0, "same_bits": _same(replayed, fresh)}
 
 
 def _displace(run: Callable[[], Any], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -227,9 +229,9 @@ def compiled(journal: Journal, device: torch.device) -> None:
         "estimate_modules(als)": lambda: tuple(flora_na.estimate_modules(fB, fA, sweeps=1)),
     }
     for name, call in calls.items():
-        journal.guard(name, lambda call=call: _compile(call), need_s=5)
+        journal.guard(name, partial(_compile, call), need_s=5)
     for name, call in whole.items():
-        journal.guard(f"whole {name}", lambda call=call: _compile(call, 1e-5), need_s=40)
+        journal.guard(f"whole {name}", partial(_compile, call, 1e-5), need_s=40)
 
 
 def _matched(lists: list[list[Tensor]]) -> tuple[Any, Tensor]:

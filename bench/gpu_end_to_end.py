@@ -50,7 +50,7 @@ class Bench:
         first = seconds(run, self.device)
         least = 1 if first > SLOW else 3
         t = Timing((first,)) if first > ONCE else measure_one(run, self.device, budget=0.5, least=least, most=most)
-        row = {"ok": True, "seconds": t.median, "runs": len(t.seconds)}
+        row: dict[str, Any] = {"ok": True, "seconds": t.median, "runs": len(t.seconds)}
         if first <= ONCE:
             row |= {"host_s": host_seconds(run, self.device, least)}
             row |= kernel_times(run, self.device, least)

@@ -66,8 +66,8 @@ def estimates(journal: Journal, device: torch.device) -> None:
                 continue  # the same operations, minutes on the CPU
             label = f"{name} {cohort.name} {name_of(cohort.dtype)}"
             journal.guard(label, partial(_compared, call, clients, device, cohort.dtype), need_s=3)
-    for name, call in _matches().items():
-        journal.guard(name, partial(_matched, call, device))
+    for name, match in _matches().items():
+        journal.guard(name, partial(_matched, match, device))
 
 
 def _estimated(method: str, device: torch.device) -> dict[str, Any]:
@@ -152,10 +152,12 @@ def _compared(
     found = call([_on(c, device) for c in clients], device)
     pairs, rhos = [], []
     for name, value in expected.items():
+        mine = found[name]
         if isinstance(value, Tensor):
-            pairs.append(relative_error(found[name], value))
+            assert isinstance(mine, Tensor)
+            pairs.append(relative_error(mine, value))
         else:
-            rhos.append(abs(float(found[name]) - value) / max(value, 1e-6))
+            rhos.append(abs(float(mine) - value) / max(value, 1e-6))
     pair, rho = worst(pairs), worst(rhos)
     # where a bfloat16 factor lies between two numbers the last bit decides which it becomes
     tolerance = PAIR if dtype == torch.float32 else 4e-3

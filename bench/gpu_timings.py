@@ -10,7 +10,7 @@ import torch
 
 from .ceilings import Ceilings, measure_ceilings
 from .gpu_support import Journal, host_seconds, kernel_times
-from .registry import Entry, entries
+from .registry import Entry, Size, entries
 from .run_case import Budget, run_case
 
 BUDGET = Budget(0.25, 2, 25)
@@ -33,7 +33,7 @@ def timings(journal: Journal, device: torch.device) -> None:
 
 
 def _entry(entry: Entry, device: torch.device, ceilings: Ceilings) -> dict[str, Any]:
-    size = "full" if device.type == "cuda" else "tiny"
+    size: Size = "full" if device.type == "cuda" else "tiny"
     case = entry.build(size, device)
     figures = run_case(case, size, device, ceilings, budget=BUDGET if size == "full" else None)
     mine = figures["contenders"][0]

@@ -114,7 +114,8 @@ def run_case(
 
 def _peaks(names: Iterable[str], memory: Memory | None) -> tuple[dict[str, int], dict[str, str]]:
     """Peaks by contender, and why those that could not be measured are not there."""
-    peaks, unknown = {}, {}
+    peaks: dict[str, int] = {}
+    unknown: dict[str, str] = {}
     if memory is None:
         return peaks, unknown
     for name in names:

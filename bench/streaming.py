@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -167,8 +167,9 @@ def streaming_command(
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
     """Aggregate adapters larger than a budget of memory from disk; needs Linux. The adapters are removed at the end."""
-    chosen = [("--methods", method, METHODS) for method in methods.split(",")]
-    for option, given, known in (("--model", model, MODELS), ("--dtype", dtype, DTYPES), *chosen):
+    choices: list[tuple[str, str, Collection[str]]] = [("--model", model, MODELS), ("--dtype", dtype, DTYPES)]
+    choices += [("--methods", method, METHODS) for method in methods.split(",")]
+    for option, given, known in choices:
         if given not in known:
             fail(f"{option}: expected one of {', '.join(known)}, got {given!r}")
     written = Written.of_size(gigabytes, clients, rank, MODELS[model], dtype)

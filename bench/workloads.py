@@ -60,7 +60,8 @@ def factors(
     less than between adapters trained apart.
     """
     random = torch.Generator().manual_seed(seed)
-    B, A = [], []
+    B: list[list[Tensor]] = []
+    A: list[list[Tensor]] = []
     for _ in range(size.modules):
         for side, shape in ((B, (size.m, size.rank)), (A, (size.rank, size.n))):
             common = torch.randn(shape, generator=random)

@@ -35,15 +35,15 @@ def draw(scenes: dict[str, list[Outcome]], options: Options, path: Path) -> None
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{error}; the picture needs: pip install 'fedgram[plot]'", name=error.name
         ) from error
 
-    figure = Figure(figsize=(11, 8.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(11, 8.6), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.12, wspace=0.04))
     FigureCanvasAgg(figure)
     top, bottom = figure.subfigures(2, 1, hspace=0.05)  # type: ignore[misc]
-    figure.get_layout_engine().set(w_pad=0.12, wspace=0.04)  # type: ignore[union-attr]
     _heading(top, "Rounds from a shared start")
     _rounds(top.subplots(1, 2), scenes[SHARED])
     _heading(bottom, f"One aggregation of {options.clients} adapters trained apart, each from its own start")

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +35,14 @@ from .stamp_table import effects_lines, notes, table
 
 WIDTH = 130  # of a line of the table; narrower would cut what tells its columns apart
 Progress = Callable[[int, int, str], None]
-Dataset = Enum("Dataset", {name: name for name in ("auto", "fashion-mnist", "mnist")}, type=str)
+
+
+class Dataset(StrEnum):
+    """The images that can be asked for."""
+
+    auto = "auto"
+    fashion_mnist = "fashion-mnist"
+    mnist = "mnist"
 
 
 @dataclass(frozen=True, eq=False)

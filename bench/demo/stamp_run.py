@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedgram.stamp import SpatialMatcher, continual_metrics
 
@@ -139,10 +139,10 @@ def _train_locally(
 ) -> None:
     """A client's steps of one round, by plain gradient descent; its batches depend on the key alone."""
     X, y = share
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     draw = np.random.default_rng(key)
     for _ in range(setting.steps):
         rows = torch.from_numpy(draw.choice(len(y), min(setting.batch, len(y)), replace=False))
         client.fill_grad((X[rows], y[rows]))
         with torch.no_grad():
-            torch._foreach_add_(parameters, [p.grad for p in parameters], alpha=-setting.lr)
+            torch._foreach_add_(parameters, [p.grad for p in parameters if p.grad is not None], alpha=-setting.lr)

@@ -34,8 +34,8 @@ def effects_lines(runs: Sequence[Run]) -> list[str]:
         mean, _ = mean_and_deviation(differences)
         seeds = " ".join(f"{100 * d:+.1f}" for d in differences)
         lines.append(f"  {part}: {100 * mean:+.1f} ({seeds}: {verdict(differences)})")
-    seeds = len({run.seed for run in runs})
-    lines.append(f"  (Without any effect, {seeds} seeds agree in 1 of {2 ** (seeds - 1)} cases.)")
+    count = len({run.seed for run in runs})
+    lines.append(f"  (Without any effect, {count} seeds agree in 1 of {2 ** (count - 1)} cases.)")
     return lines if len(lines) > 2 else []
 
 
