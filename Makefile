@@ -1,4 +1,4 @@
-# The project's interface: demo, test, lint, bench, gpu. Each sets up what it needs in .venv.
+# The project's interface: demo, test, lint, types, bench, gpu. Each sets up what it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := -m pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
 SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 
-.PHONY: demo test test-wheel test-flower test-nvflare fuzz aot aot36 lint bench gpu wheel clean
+.PHONY: demo test test-wheel test-flower test-nvflare fuzz aot aot36 lint types bench gpu wheel venv-wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/fedgram demo flora-na
@@ -23,13 +23,21 @@ WHEEL_TESTS := tests/test_*.py tests/kernels/test_native.py tests/flora_na/test_
     tests/flora_na/test_compiled.py tests/flora_na/test_block_solver.py tests/stamp/test_golden.py tests/stamp/test_spatial.py tests/stamp/test_memory.py \
     tests/bindings/test_peft_read.py tests/bindings/test_peft_write.py tests/bindings/test_streaming.py \
     tests/bindings/test_modules.py tests/bindings/test_distributed_cli.py tests/bench/test_bench_entries.py
-test-wheel: wheel
+test-wheel: venv-wheel
+	.venv-wheel/bin/python -P $(PYTEST) -m 'not slow' $(WHEEL_TESTS)
+
+venv-wheel: wheel
 	$(PYTHON) -m venv --clear .venv-wheel
 	$(BIN)/python -P -c "$(SITE)" > $$(.venv-wheel/bin/python -P -c "$(SITE)")/packages.pth
 	.venv-wheel/bin/python -P -m pip install -q --no-deps --force-reinstall dist/fedgram-*.whl
 	.venv-wheel/bin/python -P -m pip install -q -c constraints.txt "$$(ls dist/fedgram-*.whl)[test]"
 	.venv-wheel/bin/python -P -c "import fedgram.kernels as k; assert '/.venv-wheel/' in k.__file__, k.__file__"
-	.venv-wheel/bin/python -P $(PYTEST) -m 'not slow' $(WHEEL_TESTS)
+
+# The installed wheel as mypy sees it there, and a file that uses it as a typed codebase would, held to more.
+ROOMS := kernels flora_na stamp bindings bench
+types: venv-wheel
+	$(BIN)/mypy --python-executable .venv-wheel/bin/python $(ROOMS:%=-p fedgram.%)
+	$(BIN)/mypy --python-executable .venv-wheel/bin/python --config-file= --strict tests/support/typed_user.py
 
 # The frameworks' own pins meet in venvs of their own.
 test-flower: .venv-flower/.ready
@@ -77,4 +85,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(wildcard kernels/native/* flora
 	touch $@
 
 clean:
-	rm -rf .venv* build dist out *.egg-info
+	rm -rf .venv* .mypy_cache build dist out *.egg-info
