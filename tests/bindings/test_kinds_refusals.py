@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from fedgram import flora_na
 from fedgram.bindings.peft import load_adapter, load_adapters, save_adapter
 from fedgram.flora_na import Adapter, LoraLayer
-from fedgram_testing.peft_adapters import llama, mlp, write_client
+from fedgram_testing.peft_adapters import edit_config, llama, mlp, write_client
 from fedgram_testing.peft_kinds import KINDS, Kind, experts, mixtral, write_kind
 
 WEIGHTS, CONFIG, INDEX = "adapter_model.safetensors", "adapter_config.json", "adapter_model.safetensors.index.json"
@@ -38,11 +38,6 @@ def copy(originals, tmp_path):
         return tmp_path / to
 
     return make
-
-
-def edit_config(folder, **changes):
-    config = json.loads((folder / CONFIG).read_text()) | changes
-    (folder / CONFIG).write_text(json.dumps(config))
 
 
 def edit_tensors(folder, change):

@@ -1,7 +1,6 @@
 """Everything that is not plain LoRA of linear layers, and every broken file, is refused in one line that says what."""
 
 import dataclasses
-import json
 import pickle
 import shutil
 
@@ -19,7 +18,7 @@ from torch import nn
 
 from fedgram.bindings._peft.config import HARMLESS, IN_FILES, REFUSED
 from fedgram.bindings.peft import load_adapter
-from fedgram_testing.peft_adapters import bert, llama, mlp, quietly, write_client
+from fedgram_testing.peft_adapters import bert, edit_config, llama, mlp, quietly, write_client
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -36,11 +35,6 @@ def folder(client, tmp_path):
     """A fresh copy of a good adapter, to be damaged."""
     shutil.copytree(client, tmp_path / "c")
     return tmp_path / "c"
-
-
-def edit_config(folder, **changes):
-    config = json.loads((folder / CONFIG).read_text()) | changes
-    (folder / CONFIG).write_text(json.dumps(config))
 
 
 def edit_tensors(folder, add=None, drop=()):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedgram.bindings.plain import aggregate_state_dicts, match_state_dicts
+from fedgram_testing.factors import convolution
 
 SHAPES = {"layer.q": (12, 10), "layer.v": (9, 10)}
 
@@ -23,11 +24,6 @@ def states(*ranks):
         }
         for r in ranks
     ]
-
-
-def convolution(*kernel):
-    """A client of one convolution, of 3 channels to 4, rank 2."""
-    return {"c.lora_A.weight": torch.ones(2, 3, *kernel), "c.lora_B.weight": torch.ones(4, 2, 1, 1)}
 
 
 def linear(name, n):

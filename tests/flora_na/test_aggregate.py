@@ -10,7 +10,7 @@ import torch
 from fedgram import flora_na, kernels
 from fedgram.flora_na import Adapter, LoraLayer, ScalarLeastSquares, aggregation, portions
 from fedgram.flora_na._compiled import SOLVER
-from fedgram_testing.factors import clients, dense
+from fedgram_testing.factors import clients, dense_target
 
 SHAPES = {"layer.0.query": (20, 30), "layer.0.value": (12, 30), "layer.1.query": (20, 30)}
 
@@ -27,18 +27,13 @@ def cohort(count=4, ranks=None, seed=0, scaling=2.0):
     return [Adapter(mod, ex, {"r": 3}) for mod, ex in zip(modules, extras, strict=True)]
 
 
-def target(adapters, name, weights=None):
-    layers = [a.modules[name] for a in adapters]
-    return dense([x.B for x in layers], [x.A for x in layers], weights, [x.scaling for x in layers])
-
-
 @pytest.mark.parametrize("method", flora_na.METHODS)
 def test_every_module_is_estimated_and_reported(method):
     adapters = cohort(ranks=[3, 2, 4, 3])
     result = flora_na.aggregate(adapters, [1, 2, 3, 4], method=method)
     errors, energies = 0.0, 0.0
     for name in SHAPES:
-        W, layer = target(adapters, name, [1, 2, 3, 4]), result.adapter.modules[name]
+        W, layer = dense_target(adapters, name, [1, 2, 3, 4]), result.adapter.modules[name]
         assert layer.scaling == 1.0
         error = float((W - layer.B.double() @ layer.A.double()).norm())
         report = result.report.modules[name]
@@ -68,7 +63,7 @@ def test_residual_makes_any_method_exact():
     adapters = cohort()
     result = flora_na.aggregate(adapters, method="fedavg", residual=True)
     for name in SHAPES:
-        W = target(adapters, name)
+        W = dense_target(adapters, name)
         whole = result.adapter.modules[name].delta().double() + result.residual.modules[name].delta().double()
         assert float((W - whole).norm()) < 1e-5 * float(W.norm())
     assert flora_na.aggregate(adapters).residual is None
@@ -83,7 +78,7 @@ def test_missing_modules_follow_the_policy():
     present = [adapters[u] for u in (0, 2, 3)]
     for policy, factor in (("renormalize", 1.0), ("zero", 0.75)):
         layer = flora_na.aggregate(adapters, method="stack", missing=policy).adapter.modules["layer.0.value"]
-        W = factor * target(present, "layer.0.value")
+        W = factor * dense_target(present, "layer.0.value")
         assert float((W - layer.delta().double()).norm()) < 1e-5 * float(W.norm())
     with pytest.raises(ValueError, match="expected one of error, renormalize, zero"):
         flora_na.aggregate(adapters, missing="skip")
@@ -242,7 +237,7 @@ def test_fedavg_reads_the_factors_once(monkeypatch):
     monkeypatch.setattr(kernels, "factor_gram", read_again)
     found = flora_na.aggregate(adapters, [1, 2, 3, 4], method="fedavg")
     for name in SHAPES:
-        W, layer = target(adapters, name, [1, 2, 3, 4]), found.adapter.modules[name]
+        W, layer = dense_target(adapters, name, [1, 2, 3, 4]), found.adapter.modules[name]
         error = float((W - layer.B.double() @ layer.A.double()).norm() / W.norm())
         assert found.report.modules[name].rho == pytest.approx(error, rel=5e-4)
         assert found.report.modules[name].rho == pytest.approx(expected.modules[name].rho_fedavg, rel=1e-6)

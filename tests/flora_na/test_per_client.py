@@ -6,7 +6,7 @@ import torch
 from fedgram import flora_na
 from fedgram.flora_na import Adapter, LoraLayer
 from fedgram.flora_na.cohort import average_extra, make_cohort
-from fedgram_testing.factors import clients, dense, divergence, optimum
+from fedgram_testing.factors import clients, dense_target, divergence, optimum
 
 RANKS = {"q": (2, 3, 5), "v": (1, 4, 2)}
 SHAPES = {"q": (12, 9), "v": (8, 10)}
@@ -23,11 +23,6 @@ def cohort():
     return adapters
 
 
-def target(adapters, name, weights=WEIGHTS):
-    layers = [a.modules[name] for a in adapters]
-    return dense([x.B for x in layers], [x.A for x in layers], weights, [x.scaling for x in layers])
-
-
 @pytest.mark.parametrize("method", ["fedavg", "flora-na", "als", "svd"])
 def test_every_client_gets_the_pair_of_its_own_rank(method):
     adapters = cohort()
@@ -36,7 +31,7 @@ def test_every_client_gets_the_pair_of_its_own_rank(method):
         assert result.adapter.config == {"r": u}
         assert torch.equal(result.adapter.extras["head"], torch.full((2,), 12 / 8))
         for name, ranks in RANKS.items():
-            layer, W = result.adapter.modules[name], target(adapters, name)
+            layer, W = result.adapter.modules[name], dense_target(adapters, name, WEIGHTS)
             assert layer.rank == ranks[u]
             rho = divergence(W, layer.B, layer.A)
             assert rho == pytest.approx(result.report.modules[name].rho, rel=1e-3)

@@ -4,10 +4,10 @@ import itertools
 import math
 
 import pytest
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 
 from fedgram.bindings.flower import FloraNA, Stamp, lora_record, to_arrays
+from fedgram_testing.factors import convolution
 from fedgram_testing.flower_rounds import PREFIX, adapter, answer
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
@@ -88,9 +88,6 @@ def test_an_array_that_cannot_be_read_is_refused_by_node(strategy):
 
 
 def test_layers_with_another_kernel_are_refused_by_node():
-    def convolution(*kernel):
-        return {"c.lora_A.weight": torch.ones(2, 3, *kernel), "c.lora_B.weight": torch.ones(4, 2, 1, 1)}
-
     states = [convolution(2, 3), convolution(2, 3), convolution(3, 2)]
     with pytest.raises(ValueError, match=r"c: node \d+ has lora_A .*, node \d+ lora_A .*: not the same layer"):
         answer(FloraNA(), states)

@@ -27,6 +27,17 @@ def dense(B, A, weights=None, scalings=None):
     return sum(c * b.double() @ a.double() for c, b, a in zip(w, B, A, strict=True))
 
 
+def dense_target(adapters, name, weights=None):
+    """``dense`` of one module of adapters."""
+    layers = [a.modules[name] for a in adapters]
+    return dense([x.B for x in layers], [x.A for x in layers], weights, [x.scaling for x in layers])
+
+
+def convolution(*kernel):
+    """A client's state dict of one convolution, of 3 channels to 4, rank 2."""
+    return {"c.lora_A.weight": torch.ones(2, 3, *kernel), "c.lora_B.weight": torch.ones(4, 2, 1, 1)}
+
+
 def divergence(W, B, A):
     """``||W - BA|| / ||W||`` in float64."""
     return float((W - B.double() @ A.double()).norm() / W.norm())

@@ -71,7 +71,6 @@ PATTERNS = [
     "名前",
     "\n",
 ]
-EXPENSIVE = "(" + "|".join("a" * i for i in range(1, 30)) + ")*" * 3
 
 
 def number(rng: random.Random) -> object:

@@ -1,5 +1,6 @@
 """Real PEFT adapters on tiny models built from configurations: made, filled with seeded values, saved by PEFT."""
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -73,6 +74,12 @@ def write_client(path: Path, base: nn.Module, **options) -> PeftModel:
     model = adapted(base, **options)
     quietly(model.save_pretrained, str(path))
     return model
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Change what an adapter's configuration says."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def peft_deltas(model: PeftModel) -> dict[str, torch.Tensor]:
