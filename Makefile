@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := -m pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
 SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 
-.PHONY: demo test test-wheel test-flower test-nvflare fuzz aot aot36 lint types bench gpu wheel venv-wheel clean
+.PHONY: demo test test-wheel test-flower test-nvflare fuzz aot aot36 sanitize lint types bench gpu wheel venv-wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/fedgram demo flora-na
@@ -45,6 +45,23 @@ test-flower: .venv-flower/.ready
 
 test-nvflare: .venv-nvflare/.ready
 	.venv-nvflare/bin/pytest tests/frameworks/nvflare
+
+# The compiled loops and solvers once more, with GCC's AddressSanitizer and UBSan (minutes to compile, into out/sanitized),
+# under the tests that call them; leaks are Python's own.
+SANITIZED := $(CURDIR)/out/sanitized/lib
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+PRELOADED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+    PYTHONPATH=$(SANITIZED) $(BIN)/python -P
+SANITIZE_TESTS := tests/kernels/test_native.py $(patsubst %,tests/kernels/test_%.py,alignment factor_gram factor_cross \
+    factor_combine gram_combine combine_products grad_gram grad_combine lowrank_sum not_finite) \
+    $(wildcard tests/flora_na/test_*_solver.py) tests/flora_na/test_compiled.py
+LOADED := from fedgram.kernels.native_calls import LOOPS; from fedgram.flora_na._compiled import SOLVER; \
+    assert all(x.loaded._name.startswith('$(SANITIZED)') for x in (LOOPS, SOLVER))
+sanitize: $(VENV)/.ready
+	CC=gcc CFLAGS="-g $(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python -P -c "import setuptools; setuptools.setup()" -q \
+	    build --build-base out/sanitized --build-lib $(SANITIZED)
+	$(PRELOADED) -c "$(LOADED)"
+	$(PRELOADED) -m pytest -n0 -m 'not slow' -k 'not triton' $(SANITIZE_TESTS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
