@@ -34,11 +34,13 @@ class StateDictAggregation:
     """The global adapter of one round.
 
     Attributes:
-        state_dict: name -> tensor, with the names that the first client with a module used; dtypes and devices as
-            they came. Load it with ``set_peft_model_state_dict`` or ``load_state_dict(strict=False)``.
+        state_dict: name -> tensor, with the names that the first client with a module used, wrappers' prefixes
+            included; dtypes and devices as they came. Load it with ``set_peft_model_state_dict`` or
+            ``load_state_dict(strict=False)``.
         report: rho of the aggregate, of the averaged factors and of the optimum, module by module and in all;
             ``report.to_dict()`` is JSON-ready.
-        scalings: module -> factor by which the pair is to be multiplied, ``scalings[m] * B @ A``: the clients' own.
+        scalings: module, as PEFT's patterns see it -> factor by which the pair is to be multiplied,
+            ``scalings[m] * B @ A``: the clients' own.
         residual: what the pair leaves out, a state dict of the same form and scalings, or None.
     """
 
@@ -88,10 +90,10 @@ def aggregate_state_dicts(
 ) -> StateDictAggregation:
     """Aggregate the clients' LoRA state dicts into one (FLoRA-NA, arXiv:2509.26399).
 
-    Names are those of PEFT, with or without ``base_model.model.`` in front, as ``x.lora_A.weight`` or
-    ``x.lora_A.default.weight``; embeddings (``x.lora_embedding_A``), convolutions, and ``x.lora_A``,
-    ``x.lora_a.weight`` of other libraries are read, too. Every other floating-point tensor in the state dicts (a
-    classifier, biases) is averaged by weight.
+    Names are those of PEFT, with or without ``base_model.model.`` in front (and ``module.`` or ``_orig_mod.`` before
+    it, of DistributedDataParallel and torch.compile), as ``x.lora_A.weight`` or ``x.lora_A.default.weight``;
+    embeddings (``x.lora_embedding_A``), convolutions, and ``x.lora_A``, ``x.lora_a.weight`` of other libraries are
+    read, too. Every other floating-point tensor in the state dicts (a classifier, biases) is averaged by weight.
 
     The clients' scalings (``alpha / r``) are told by at most one of ``lora_alpha``, ``scalings`` and ``config``. With
     none of them the clients are taken to share one, whatever it is: the result is then to be used with it. That needs

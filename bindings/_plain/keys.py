@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-PREFIX = "base_model.model."
+# DistributedDataParallel puts ``module.`` before every name and torch.compile ``_orig_mod.``: around a PEFT model they
+# are no part of what patterns see. Without PEFT's prefix, ``module.`` may as well be a layer of the model's own.
+WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)*base_model\.model\.|(?:module\.)*(?:_orig_mod\.(?:module\.)*)+")
+DDP = "module."
 
 # PEFT writes ``x.lora_A.weight`` (adapter files), ``x.lora_A.default.weight`` (model.state_dict()) and
 # ``x.lora_embedding_A`` with or without the adapter's name; loralib and others ``x.lora_A`` and ``x.lora_a.weight``.
@@ -62,7 +65,7 @@ def sort_state(state: Mapping[str, Tensor], label: str) -> StateKeys:
             _refuse_kind(key, label)
             keys.extras.append(key)
             continue
-        module, side, stem = found["module"].removeprefix(PREFIX), found["side"].upper(), found["stem"]
+        module, side, stem = module_name(found["module"]), found["side"].upper(), found["stem"]
         _add(keys, FactorKey(module, side, stem, key, tensor.shape), label)
     for module, pair in keys.factors.items():
         if module.endswith(".base_layer"):
@@ -70,6 +73,12 @@ def sort_state(state: Mapping[str, Tensor], label: str) -> StateKeys:
         if lacking := {"A", "B"} - pair.keys():
             raise ValueError(f"{module}: {label} has no lora_{lacking.pop()}")
     return keys
+
+
+def module_name(name: str) -> str:
+    """A module's name in the model that PEFT was put on, which is what patterns are matched against."""
+    wrapped = WRAPPED.match(name)
+    return name[wrapped.end() :] if wrapped else name
 
 
 def _add(keys: StateKeys, factor: FactorKey, label: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from .._peft.config import LoraSettings, refuse_other_kinds
-from .keys import StateKeys
+from .keys import DDP, StateKeys
 
 Numbers: TypeAlias = float | Sequence[float] | Tensor | None
 Settings: TypeAlias = Any  # a peft.LoraConfig, a mapping, or a sequence of them
@@ -53,14 +53,24 @@ class ScalingRule:
         if self.alphas is not None:
             return self.alphas[client] / max(rank, 1)
         if self.settings is not None:
-            stated = self.settings[client].ranks(module)
-            if rank not in stated:
-                raise ValueError(
-                    f"{module}: {self.labels[client]} has rank {rank}, its config {' or '.join(map(str, stated))}: "
-                    "the scaling is not known"
-                )
-            return self.settings[client].scaling(module, rank)
+            return self._stated(self.settings[client], self.labels[client], module, rank)
         return 1.0
+
+    @staticmethod
+    def _stated(settings: LoraSettings, label: str, module: str, rank: int) -> float:
+        """What a configuration says of a layer, by either reading of a name that begins with ``module.``."""
+        names = [module, module.removeprefix(DDP)] if module.startswith(DDP) else [module]
+        fitting = [name for name in names if rank in settings.ranks(name)]
+        if not fitting:
+            stated = " or ".join(map(str, settings.ranks(module)))
+            raise ValueError(f"{module}: {label} has rank {rank}, its config {stated}: the scaling is not known")
+        scalings = [settings.scaling(name, rank) for name in fitting]
+        if scalings[0] != scalings[-1]:
+            raise ValueError(
+                f"{module}: {label}: its config scales by {scalings[0]:g}, or by {scalings[-1]:g} where {DDP!r} is "
+                "only DistributedDataParallel's: take it off, or send names that begin with 'base_model.model.'"
+            )
+        return scalings[0]
 
 
 def check_scaling_options(*, lora_alpha: Any, scalings: Any, output_scaling: Any, **config: Any) -> None:

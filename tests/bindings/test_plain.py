@@ -110,6 +110,31 @@ def test_rslora_and_patterns_of_a_config_are_heeded():
     assert result.report.modules["layer.q"].norm == pytest.approx(3 * plain.report.modules["layer.q"].norm)
 
 
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("peft", ["base_model.model.", ""])
+def test_anchored_patterns_see_the_names_that_peft_sees(peft, wrapper):
+    if wrapper == "module." and not peft:
+        return  # that may be a layer of the model's own: see the refusals
+    spelling = f"{wrapper}{peft}{{module}}.lora_{{side}}.weight"
+    configs = [{"r": 4, "lora_alpha": 8}, {"r": 4, "lora_alpha": 8, "alpha_pattern": {"^layer.q": 32}}]
+    clients = states(2, spelling=spelling)
+    result = aggregate_state_dicts(clients, config=configs, output_scaling={"layer.q": 1.0, "layer.v": 2.0}, rank=8)
+    assert list(result.state_dict) == list(clients[0])
+    assert list(result.report.modules) == list(result.scalings) == list(SHAPES)
+    for name, scalings in {"layer.q": (2.0, 8.0), "layer.v": (2.0, 2.0)}.items():
+        W = target(clients, name, scalings, [1.0, 1.0], spelling)
+        layer = layers(result.state_dict, spelling, result.scalings[name])[name]
+        assert float((layer.scaling * layer.B.double() @ layer.A.double() - W).norm()) < 1e-5 * float(W.norm())
+
+
+def test_a_layer_of_ones_own_called_module_is_not_taken_for_a_wrapper():
+    spelling = "module.{module}.lora_{side}.weight"
+    clients = states(2, spelling=spelling)
+    config = {"r": 2, "lora_alpha": 8, "rank_pattern": {"module.layer.q": 4, "layer.v": 4}, "alpha_pattern": {"q": 4}}
+    result = aggregate_state_dicts(clients, config=config)
+    assert result.scalings == {"module.layer.q": 1.0, "module.layer.v": 2.0}
+
+
 @pytest.mark.parametrize(
     "options", [{"method": "flora-na", "shared": True}, {"clip": 40.0}, {"clip": "0.9x"}, {"min_cosine": 0.85}]
 )

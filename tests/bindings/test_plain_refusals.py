@@ -56,6 +56,11 @@ REFUSED = {
     "number of alphas": (states(4, 4), {"lora_alpha": [1.0]}, "lora_alpha: expected one number, or 2"),
     "two ways": (states(4, 4), {"lora_alpha": 1.0, "scalings": 1.0}, "lora_alpha: give this or scalings"),
     "config's rank": (states(4, 4), {"config": {"r": 8}}, "client 0 has rank 4, its config 8"),
+    "a wrapper's prefix or a layer's name": (
+        [{f"module.{k.removeprefix('base_model.model.')}": t for k, t in states(4)[0].items()}],
+        {"config": {"r": 4, "lora_alpha": 8, "alpha_pattern": {"^layer.v": 32}}},
+        r"module\.layer\.v: client 0: its config scales by 2, or by 8 where 'module\.' is only Dist",
+    ),
     "config's kind": (states(4, 4), {"config": {"r": 4, "use_dora": True}}, "config of client 0: .*DoRA"),
     "not a config": (states(4, 4), {"config": SimpleNamespace(r=4)}, "expected a peft.LoraConfig"),
     "config of another method": (
