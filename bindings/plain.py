@@ -13,13 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedgram import flora_na, stamp
-from fedgram.flora_na import Adapter, Report
+from fedgram import stamp
+from fedgram.flora_na import Report
+from fedgram.flora_na.aggregation import aggregate_cohort
+from fedgram.flora_na.cohort import make_cohort
+from fedgram.flora_na.inner_products import screen_cohort
 from fedgram.flora_na.weights import normalise_weights
 from fedgram.stamp import Dual, Gramian
 from fedgram.stamp.structure import finite
 
 from ._plain.adapters import Numbers, Settings, read_states
+from ._plain.sent import measured, named_state, residuals, sent_layers
 
 __all__ = ["StateDictAggregation", "StateDictMatch", "aggregate_state_dicts", "match_state_dicts"]
 
@@ -87,6 +91,7 @@ def aggregate_state_dicts(
     residual: bool = False,
     backend: str = "auto",
     names: Sequence[str] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> StateDictAggregation:
     """Aggregate the clients' LoRA state dicts into one (FLoRA-NA, arXiv:2509.26399).
 
@@ -115,10 +120,13 @@ def aggregate_state_dicts(
         align_to: an earlier ``state_dict`` to rotate the result towards (als and svd only).
         residual: also return what the pair leaves out (rank R + r, float32 or wider).
         names: the clients' labels in errors and in the report.
+        dtypes: name -> dtype that the entry is to be returned in; by default the one that the clients' promote to.
 
     Returns:
-        The global state dict, with its report. bfloat16 comes back as bfloat16; everything is computed in float32 or
-        wider and rounded at the end (in modules whose scaling is not that of the first one, once more).
+        The global state dict, with its report, whose rho is that of the state dict as it is returned. bfloat16 comes
+        back as bfloat16; everything is computed in float32 or wider and rounded at the end (with ``shared``, ``clip``
+        or ``min_cosine`` once more in modules whose scaling is not that of the first one; with ``dtypes`` of fewer
+        bits than the clients' once more, too).
 
     Raises:
         ValueError: names the client, module or argument: scalings that cannot be known, other kinds of adapter
@@ -133,25 +141,26 @@ def aggregate_state_dicts(
     except ValueError as error:
         raise ValueError(_named(str(error), labels)) from None
     took_part = [bool(w > 0) for w in shares]
-    clients = read_states(state_dicts, labels, took_part, lora_alpha, scalings, config, output_scaling)
-    result = flora_na.aggregate(
-        clients.adapters,
-        weights,
+    spans_modules = shared or clip is not None or min_cosine is not None
+    clients = read_states(state_dicts, labels, took_part, lora_alpha, scalings, config, output_scaling, spans_modules)
+    cohort = make_cohort(clients.adapters, weights, names=labels, missing=missing)
+    cohort, screening = screen_cohort(cohort, clients.clip(clip), min_cosine, backend)
+    result = aggregate_cohort(
+        cohort,
+        screening,
         method=method,
         rank=rank,
         shared=shared,
         anchor=None if anchor is None else clients.earlier(anchor, "anchor"),
         align_to=None if align_to is None else clients.earlier(align_to, "align_to"),
-        missing=missing,
-        clip=clients.clip(clip),
-        min_cosine=min_cosine,
-        residual=residual,
         backend=backend,
-        names=labels,
     )
-    rest = None if result.residual is None else clients.written(Adapter(result.residual.modules))
+    dtypes = {} if dtypes is None else dtypes
+    sent = sent_layers(clients, result.adapter, dtypes)
+    report = clients.report(measured(result.report, cohort, result.adapter, sent))
+    rest = named_state(clients, sent_layers(clients, residuals(cohort, sent), {}), {}, {}) if residual else None
     return StateDictAggregation(
-        clients.written(result.adapter), clients.report(result.report), dict(clients.scalings), rest
+        named_state(clients, sent, result.adapter.extras, dtypes), report, dict(clients.scalings), rest
     )
 
 

@@ -1,14 +1,13 @@
 """From state dicts to adapters and back: which scaling each layer has, and which one the receivers will use.
 
-A result is used with the receivers' own scaling ``t`` of each module. What is estimated is ``dW / unit``, the unit one
-of these scalings: every client's layer carries ``s_u / unit``. Where clients and receivers share one scaling in all
-modules, every ratio is 1, and nothing is rounded on its account; in a module with another ``t``, the pair that comes
-out is scaled by ``unit / t``, half of it on either factor.
+A result is used with the receivers' own scaling ``t`` of each module. What is estimated is ``dW / unit``: each
+client's layer carries ``s_u / unit``. The unit of a module is its ``t``, so that the pair that comes out is the
+receivers'. Only where modules are weighed against each other (``shared``, ``clip``, ``min_cosine``) all have the unit
+of the first one; the pair of a module with another ``t`` is then scaled by ``unit / t``, half of it on either factor.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from fedgram.flora_na import Adapter, LoraLayer, Report
 
-from .keys import FactorKey, StateKeys, matrices, restored, same_layer, sort_state
+from .keys import FactorKey, StateKeys, matrices, same_layer, sort_state
 from .scalings import Numbers, ScalingRule, Settings, output_scaling_of, require_equal_ranks
 
 Layout: TypeAlias = Mapping[str, Mapping[str, FactorKey]]
@@ -30,14 +29,18 @@ class StateDictClients:
     Attributes:
         adapters: one per client; each layer's scaling is relative to the unit.
         scalings: module -> the output's scaling.
-        unit: what the figures of a report are to be multiplied by.
+        units: module -> what the figures of a report are to be multiplied by.
         layout: module -> names and shapes under which the result is written.
     """
 
     adapters: list[Adapter]
     scalings: dict[str, float]
-    unit: float
+    units: dict[str, float]
     layout: Layout
+
+    def relative(self, module: str) -> float:
+        """The output's scaling in the module's unit."""
+        return self.scalings[module] / self.units[module]
 
     def earlier(self, state: Mapping[str, Tensor], argument: str) -> Adapter:
         """An earlier result as an adapter: its scaling is the output's."""
@@ -45,35 +48,29 @@ class StateDictClients:
         for module, pair in keys.factors.items():
             if module in self.layout:
                 same_layer(pair, argument, self.layout[module], "the clients")
-        scalings = {module: self.scalings.get(module, self.unit) / self.unit for module in keys.factors}
+        scalings = {module: self.relative(module) if module in self.units else 1.0 for module in keys.factors}
         return _adapter(state, keys, scalings, argument)
 
     def clip(self, clip: float | str | None) -> float | str | None:
-        """A bound on norms of updates in the unit; multiples of the median norm need none."""
+        """A bound on norms of updates, in the unit that all modules then have; multiples of the median need none."""
         try:
-            return None if clip is None or isinstance(clip, bool) else float(clip) / abs(self.unit)
+            return None if clip is None or isinstance(clip, bool) else float(clip) / self._unit
         except (TypeError, ValueError):
             return clip
 
-    def written(self, adapter: Adapter) -> dict[str, Tensor]:
-        """A result under the names that the clients used, to be multiplied by the output's scalings."""
-        state = {}
-        for module, layer in adapter.modules.items():
-            ratio, keys = self.unit / self.scalings[module] * layer.scaling, self.layout[module]
-            root = abs(ratio) ** 0.5
-            state[keys["A"].key] = restored(_times(layer.A, root), keys["A"])
-            state[keys["B"].key] = restored(_times(layer.B, math.copysign(root, ratio)), keys["B"])
-        return state | dict(adapter.extras)
-
     def report(self, report: Report) -> Report:
         """The report with its norms in the units of ``dW``; the divergences and cosines are ratios and stay."""
-        unit = abs(self.unit)
-        modules = {name: replace(module, norm=module.norm * unit) for name, module in report.modules.items()}
+        modules = {name: replace(one, norm=one.norm * abs(self.units[name])) for name, one in report.modules.items()}
         screening = report.screening
         if screening is not None:
-            bound = None if screening.bound is None else screening.bound * unit
-            screening = replace(screening, norms=screening.norms * unit, bound=bound)
+            bound = None if screening.bound is None else screening.bound * self._unit
+            screening = replace(screening, norms=screening.norms * self._unit, bound=bound)
         return replace(report, modules=modules, screening=screening)
+
+    @property
+    def _unit(self) -> float:
+        """The size of the first module's unit."""
+        return abs(next(iter(self.units.values()), 1.0))
 
 
 def read_states(
@@ -84,8 +81,11 @@ def read_states(
     scalings: Numbers,
     config: Settings,
     output_scaling: float | Mapping[str, float] | None,
+    one_unit: bool = False,
 ) -> StateDictClients:
     """Sort the names, find every layer's scaling and the output's, and wrap the tensors.
+
+    ``one_unit``: modules are going to be weighed against each other.
 
     Raises:
         ValueError: names the client, module or argument.
@@ -102,11 +102,11 @@ def read_states(
         require_equal_ranks([found[u] for u in active], [labels[u] for u in active])
     common = {m: output_scaling_of(m, [(labels[u], own[u][m]) for u in active if m in own[u]], output_scaling)
               for m in layout}  # fmt: skip
-    unit = next(iter(common.values()), 1.0)
+    units = dict.fromkeys(common, next(iter(common.values()), 1.0)) if one_unit else common
     adapters = []
     for state, keys, scaling, label in zip(states, found, own, labels, strict=True):
-        adapters.append(_adapter(state, keys, {module: s / unit for module, s in scaling.items()}, label))
-    return StateDictClients(adapters, common, unit, layout)
+        adapters.append(_adapter(state, keys, {m: s / units.get(m, 1.0) for m, s in scaling.items()}, label))
+    return StateDictClients(adapters, common, units, layout)
 
 
 def _layout(found: Sequence[StateKeys], labels: Sequence[str]) -> dict[str, dict[str, FactorKey]]:
@@ -117,10 +117,6 @@ def _layout(found: Sequence[StateKeys], labels: Sequence[str]) -> dict[str, dict
         for module, pair in keys.factors.items():
             same_layer(pair, label, layout.setdefault(module, pair), first.setdefault(module, label))
     return layout
-
-
-def _times(factor: Tensor, number: float) -> Tensor:
-    return factor if number == 1 else (factor.double() * number).to(factor.dtype)
 
 
 def _adapter(state: Mapping[str, Tensor], keys: StateKeys, scalings: Mapping[str, float], label: str) -> Adapter:

@@ -10,55 +10,10 @@ from torch import nn
 from fedgram import flora_na, stamp
 from fedgram.bindings.modules import StateDictAggregator, StateDictMatcher
 from fedgram.bindings.plain import aggregate_state_dicts, match_state_dicts
-from fedgram.flora_na import Adapter, LoraLayer
+from fedgram.flora_na import Adapter
 from fedgram_testing.factors import EPS
+from fedgram_testing.lora_states import SHAPES, SPELLINGS, WEIGHTS, layers, states, target
 from fedgram_testing.peft_adapters import adapted, bert, peft_deltas, quietly
-
-SHAPES = {"layer.q": (12, 10), "layer.v": (9, 10)}
-WEIGHTS = [3.0, 1.0, 2.0]
-
-
-def states(count=3, rank=4, *, spelling="base_model.model.{module}.lora_{side}.weight", dtype=torch.float32, seed=0):
-    """Clients around a common part, each with a head; ``rank`` is one number or one per client."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator)
-
-    ranks = [rank] * count if isinstance(rank, int) else rank
-    common = {name: (draw(max(ranks), n), draw(m, max(ranks))) for name, (m, n) in SHAPES.items()}
-    clients = []
-    for r in ranks:
-        state = {}
-        for name, (A, B) in common.items():
-            state[spelling.format(module=name, side="A")] = (A[:r] + 0.5 * draw(*A[:r].shape)).to(dtype)
-            state[spelling.format(module=name, side="B")] = (B[:, :r] + 0.5 * draw(*B[:, :r].shape)).to(dtype)
-        clients.append(state | {"base_model.model.head.weight": draw(3, 5).to(dtype)})
-    return clients
-
-
-def layers(state, spelling, scaling=1.0):
-    def at(name, side):
-        return state[spelling.format(module=name, side=side)]
-
-    return {name: LoraLayer(A=at(name, "A"), B=at(name, "B"), scaling=scaling) for name in SHAPES}
-
-
-def target(clients, module, scalings, weights, spelling):
-    """sum w_u s_u B_u A_u in float64."""
-    w = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    return sum(
-        c * s * (layer := layers(state, spelling)[module]).B.double() @ layer.A.double()
-        for c, s, state in zip(w, scalings, clients, strict=True)
-    )
-
-
-SPELLINGS = [
-    "base_model.model.{module}.lora_{side}.weight",
-    "{module}.lora_{side}.weight",
-    "base_model.model.{module}.lora_{side}.default.weight",
-    "{module}.lora_{side}",
-]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -75,88 +30,6 @@ def test_it_is_aggregate_under_the_clients_own_names(method, spelling):
     assert list(result.report.clients) == ["a", "b", "c"]
     head = sum(w * c["base_model.model.head.weight"].double() for w, c in zip(WEIGHTS, clients, strict=True)) / 6
     torch.testing.assert_close(result.state_dict["base_model.model.head.weight"], head.float())
-
-
-@pytest.mark.parametrize("how", ["lora_alpha", "scalings", "config"])
-def test_unequal_scalings_come_out_at_the_scaling_of_the_receivers(how):
-    clients, alphas, out = states(rank=[4, 2, 3]), [8.0, 16.0, 3.0], 2.5
-    scalings = [a / r for a, r in zip(alphas, [4, 2, 3], strict=True)]
-    given = {
-        "lora_alpha": alphas,
-        "scalings": scalings,
-        "config": [{"r": r, "lora_alpha": a} for r, a in zip([4, 2, 3], alphas, strict=True)],
-    }[how]
-    result = aggregate_state_dicts(clients, WEIGHTS, method="stack", output_scaling=out, **{how: given})
-    assert result.scalings == dict.fromkeys(SHAPES, out)
-    for name in SHAPES:
-        W = target(clients, name, scalings, WEIGHTS, SPELLINGS[0])
-        layer = layers(result.state_dict, SPELLINGS[0], out)[name]
-        # Stacked float32 factors carry one rounding each of sqrt(w s / out): the product moves by eps ||B_u|| ||A_u||,
-        # a few times ||W|| in all for clients that agree as these do.
-        assert float((layer.scaling * layer.B.double() @ layer.A.double() - W).norm()) < 1e-6 * float(W.norm())
-        assert result.report.modules[name].norm == pytest.approx(float(W.norm()), rel=1e-5)
-
-
-def test_rslora_and_patterns_of_a_config_are_heeded():
-    clients = states(rank=4)
-    config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, alpha_pattern={"layer.v": 10}, target_modules={"q", "v"})
-    result = aggregate_state_dicts(clients, config=config)
-    assert result.scalings == {"layer.q": 3.0, "layer.v": 5.0}
-    plain = aggregate_state_dicts(clients)  # one scaling for all clients, whichever: the same factors
-    for name in SHAPES:  # the first module's scaling is the unit, the other's factors are scaled there and back
-        found, expected = (layers(x.state_dict, SPELLINGS[0])[name] for x in (result, plain))
-        assert torch.equal(found.A, expected.A) == (name == "layer.q")
-        torch.testing.assert_close(found.delta(), expected.delta(), rtol=1e-5, atol=1e-5)
-    assert result.report.modules["layer.q"].norm == pytest.approx(3 * plain.report.modules["layer.q"].norm)
-
-
-@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-@pytest.mark.parametrize("peft", ["base_model.model.", ""])
-def test_anchored_patterns_see_the_names_that_peft_sees(peft, wrapper):
-    if wrapper == "module." and not peft:
-        return  # that may be a layer of the model's own: see the refusals
-    spelling = f"{wrapper}{peft}{{module}}.lora_{{side}}.weight"
-    configs = [{"r": 4, "lora_alpha": 8}, {"r": 4, "lora_alpha": 8, "alpha_pattern": {"^layer.q": 32}}]
-    clients = states(2, spelling=spelling)
-    result = aggregate_state_dicts(clients, config=configs, output_scaling={"layer.q": 1.0, "layer.v": 2.0}, rank=8)
-    assert list(result.state_dict) == list(clients[0])
-    assert list(result.report.modules) == list(result.scalings) == list(SHAPES)
-    for name, scalings in {"layer.q": (2.0, 8.0), "layer.v": (2.0, 2.0)}.items():
-        W = target(clients, name, scalings, [1.0, 1.0], spelling)
-        layer = layers(result.state_dict, spelling, result.scalings[name])[name]
-        assert float((layer.scaling * layer.B.double() @ layer.A.double() - W).norm()) < 1e-5 * float(W.norm())
-
-
-def test_a_layer_of_ones_own_called_module_is_not_taken_for_a_wrapper():
-    spelling = "module.{module}.lora_{side}.weight"
-    clients = states(2, spelling=spelling)
-    config = {"r": 2, "lora_alpha": 8, "rank_pattern": {"module.layer.q": 4, "layer.v": 4}, "alpha_pattern": {"q": 4}}
-    result = aggregate_state_dicts(clients, config=config)
-    assert result.scalings == {"module.layer.q": 1.0, "module.layer.v": 2.0}
-
-
-@pytest.mark.parametrize(
-    "options", [{"method": "flora-na", "shared": True}, {"clip": 40.0}, {"clip": "0.9x"}, {"min_cosine": 0.85}]
-)
-def test_what_spans_modules_weighs_them_by_their_scalings(options):
-    clients = states()
-    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"layer.v": -28}}
-    result = aggregate_state_dicts(clients, WEIGHTS, config=config, **options)
-    scaled = [
-        {name: LoraLayer(A=x.A, B=x.B, scaling={"layer.q": 2.0, "layer.v": -7.0}[name]) for name, x in client.items()}
-        for client in (layers(c, SPELLINGS[0]) for c in clients)
-    ]
-    expected = flora_na.aggregate(scaled, WEIGHTS, **options)
-    for name, layer in expected.adapter.modules.items():
-        found = layers(result.state_dict, SPELLINGS[0], result.scalings[name])[name]
-        torch.testing.assert_close(found.delta(), layer.delta(), rtol=1e-4, atol=1e-4)
-    assert result.report.rho == pytest.approx(expected.report.rho, rel=1e-4, abs=1e-6)
-    if expected.report.screening is not None:
-        screening = result.report.screening
-        assert screening.clipped == expected.report.screening.clipped
-        assert screening.dropped == expected.report.screening.dropped
-        torch.testing.assert_close(screening.norms, expected.report.screening.norms)
-        assert bool(screening.clipped) or bool(screening.dropped)
 
 
 def test_one_client_comes_back_as_itself_in_bfloat16():

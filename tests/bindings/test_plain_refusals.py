@@ -86,6 +86,16 @@ REFUSED = {
         "c: anchor has lora_A .*, the clients lora_A .*: not the same layer",
     ),
     "another layer to align to": ([convolution(2, 3)] * 2, {"align_to": linear("c", 18)}, "c: align_to has lora_A"),
+    "beyond float16": (
+        [{name: tensor.half() for name, tensor in state.items()} for state in states(4, 4)],
+        {"scalings": 1.0, "output_scaling": {"layer.q": 1.0, "layer.v": 1e-10}, "clip": "2x"},
+        r"layer\.v\.lora_A\.weight: the new value exceeds 65504, the largest number of torch\.float16",
+    ),
+    "beyond the dtype to return": (
+        [{"a.lora_A.weight": torch.ones(1, 2), "a.lora_B.weight": torch.full((2, 1), 1e6)}],
+        {"dtypes": {"a.lora_B.weight": torch.float16}, "method": "fedavg"},
+        r"a\.lora_B\.weight: the new value exceeds 65504, the largest number of torch\.float16",
+    ),
     "names": (states(4, 4), {"names": ["a"]}, "names: expected 2"),
     "no clients": ([], {}, "at least one client"),
 }
