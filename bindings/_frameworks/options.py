@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fedgram.flora_na.methods import check_method
 from fedgram.flora_na.screening import Clip, check_screening
 from fedgram.kernels import BACKENDS
 
+from .._plain.scalings import config_fields
 from ..modules import ALIGNED
 
 
@@ -61,17 +62,10 @@ def plain_config(config: Any, option: str = "config") -> dict[str, Any]:
     Raises:
         ValueError: it is neither.
     """
-    fields = config if isinstance(config, Mapping) else getattr(config, "to_dict", lambda: None)()
-    if not isinstance(fields, Mapping):
-        raise ValueError(f"{option}: expected a peft.LoraConfig or a mapping, got {type(config).__name__}")
     try:
-        return json.loads(json.dumps(dict(fields), default=_plain))
+        return json.loads(json.dumps(config_fields(config, option), default=str))
     except TypeError as error:
         raise ValueError(f"{option}: {error}") from None
-
-
-def _plain(value: Any) -> Any:
-    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def _check_choice(option: str, value: str, choices: Collection[str]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 from torch import Tensor
+
+from fedgram.flora_na.layer import is_finite_number
 
 from .._peft.config import LoraSettings, refuse_other_kinds
 from .keys import DDP, StateKeys
@@ -106,14 +108,33 @@ def _each_settings(config: Settings, labels: Sequence[str]) -> list[LoraSettings
     return [_settings(one, f"config of {label}") for one, label in zip(configs, labels, strict=True)]
 
 
-def _settings(config: Any, label: str) -> LoraSettings:
-    """What a configuration says of ranks and scalings; kinds whose update is not B A are refused."""
+def config_fields(config: Any, label: str) -> dict[str, Any]:
+    """The fields of a configuration; mappings, lists and sets of any library in it as dicts and lists.
+
+    Raises:
+        ValueError: it is neither a ``peft.LoraConfig`` nor a mapping.
+    """
     fields = config if isinstance(config, Mapping) else getattr(config, "to_dict", lambda: None)()
     if not isinstance(fields, Mapping):
         raise ValueError(f"{label}: expected a peft.LoraConfig or a mapping, got {type(config).__name__}")
-    if (kind := fields.get("peft_type")) not in (None, "LORA"):
+    return {name: _plain(value) for name, value in fields.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, Set):
+        return sorted(map(str, value))
+    return (
+        [_plain(one) for one in value] if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
+    )
+
+
+def _settings(config: Any, label: str) -> LoraSettings:
+    """What a configuration says of ranks and scalings; kinds whose update is not B A are refused."""
+    plain = config_fields(config, label)
+    if (kind := plain.get("peft_type")) not in (None, "LORA"):
         raise ValueError(f"{label}: peft_type {kind!r} is not supported: only 'LORA' is")
-    plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in fields.items()}
     refuse_other_kinds(plain, Path(label))
     return LoraSettings.parse(plain, Path(label))
 
@@ -121,7 +142,7 @@ def _settings(config: Any, label: str) -> LoraSettings:
 def _per_client(numbers: Numbers, labels: Sequence[str], argument: str) -> list[float] | None:
     if numbers is None:
         return None
-    values = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+    values = numbers.tolist() if isinstance(numbers, Tensor | np.ndarray) else numbers
     values = list(values) if isinstance(values, Sequence) else [values] * len(labels)
     if len(values) != len(labels):
         raise ValueError(f"{argument}: expected one number, or {len(labels)} (one per client), got {len(values)}")
@@ -131,9 +152,14 @@ def _per_client(numbers: Numbers, labels: Sequence[str], argument: str) -> list[
     return [float(value) for value in values]
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is one finite number, Python's or numpy's."""
+    of_kind = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return of_kind and is_finite_number(value)
+
+
 def _is_scaling(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < abs(value) <= sys.float_info.max
+    return is_number(value) and bool(value != 0)
 
 
 def _checked(value: Any, option: str) -> float:

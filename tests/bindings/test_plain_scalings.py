@@ -1,5 +1,8 @@
 """State dicts whose clients, modules or receivers have scalings of their own; what is sent, and the rho that it has."""
 
+from collections import UserDict, UserList
+
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -87,6 +90,23 @@ def test_what_spans_modules_weighs_them_by_their_scalings(options):
         assert screening.dropped == expected.report.screening.dropped
         torch.testing.assert_close(screening.norms, expected.report.screening.norms)
         assert bool(screening.clipped) or bool(screening.dropped)
+
+
+@pytest.mark.parametrize("number", [8, np.int64(8), np.float32(8), np.float16(8)])
+def test_numbers_of_numpy_are_numbers(number):
+    expected = aggregate_state_dicts(states(), lora_alpha=8).scalings
+    assert aggregate_state_dicts(states(), lora_alpha=number).scalings == expected
+    assert aggregate_state_dicts(states(), lora_alpha=np.array([number] * 3)).scalings == expected
+
+
+def test_a_config_of_mappings_and_sequences_that_are_no_dicts_and_lists():
+    config = {"r": 2, "lora_alpha": 8, "rank_pattern": {"q|v": 4}, "alpha_pattern": {"^layer.v": 16}, "bias": "none"}
+    wrapped = UserDict(
+        {key: UserDict(value) if isinstance(value, dict) else value for key, value in config.items()}
+        | {"modules_to_save": UserList(["head"]), "target_modules": ("q", "v"), "exclude_modules": frozenset({"x"})}
+    )
+    assert aggregate_state_dicts(states(), config=wrapped).scalings == {"layer.q": 2.0, "layer.v": 4.0}
+    assert aggregate_state_dicts(states(), config=UserList([wrapped] * 3)).scalings["layer.v"] == 4.0
 
 
 PATTERNS = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"layer.v": 7}}
