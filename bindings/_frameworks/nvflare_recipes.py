@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import nvflare
@@ -22,6 +21,12 @@ if not hasattr(FedAvgRecipe, "_get_model_aggregator"):  # FLARE's own recipes ar
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 MODULE = "fedgram.bindings.nvflare"
+
+NOT_HEEDED = {
+    "aggregation_weights": "weights come in the models' meta, under the key that the aggregator's weighted_by names",
+    "exclude_vars": "let the clients leave out what is not to be aggregated",
+}
+"""Options of FLARE's recipe that it does not hand to an aggregator, and what to do instead."""
 
 _aggregators: dict[str, type] = {}
 
@@ -68,6 +73,12 @@ class AdapterModel(nn.Module):
 class _InstalledRecipe(FedAvgRecipe):
     """FedAvg whose aggregator is named by its import path and options, not shipped as source with every job."""
 
+    def __init__(self, *, aggregator: Any, **recipe: Any) -> None:
+        for option, instead in NOT_HEEDED.items():
+            if recipe.get(option):
+                raise ValueError(f"{option}: FLARE heeds it in its own weighted mean only; {instead}")
+        super().__init__(aggregator=aggregator, **{"server_expected_format": ExchangeFormat.PYTORCH, **recipe})
+
     def _get_model_aggregator(self) -> Any:
         aggregator = super()._get_model_aggregator()
         if not type(aggregator).__module__.startswith("fedgram."):
@@ -80,21 +91,25 @@ class FloraNARecipe(_InstalledRecipe):
 
     Args:
         aggregator: a configured one; the default is ``FloraNAAggregator()``.
-        adapter: the PEFT adapter directory that all clients start from, on the server; or give ``model``.
+        adapter: the PEFT adapter directory that all clients start from, on the server; or give ``model`` or
+            ``model_persistor``.
         recipe: everything else that ``nvflare.app_opt.pt.recipes.fedavg.FedAvgRecipe`` takes (``name``,
-            ``min_clients``, ``num_rounds``, ``train_script``, ...).
+            ``min_clients``, ``num_rounds``, ``train_script``, ...), but ``aggregation_weights`` and ``exclude_vars``.
 
     Raises:
-        ValueError: both ``adapter`` and ``model`` are given, or neither.
+        ValueError: ``adapter`` and another first model are given, or none; or one of the two options.
     """
 
     def __init__(self, *, aggregator: Any = None, adapter: str | os.PathLike[str] | None = None, **recipe: Any) -> None:
-        if (adapter is None) == (recipe.get("model") is None):
-            raise ValueError("adapter: give this or model, what the clients start from")
+        others = [option for option in ("model", "model_persistor") if recipe.get(option) is not None]
+        if adapter is None and not others:
+            raise ValueError("adapter: give this, model or model_persistor, what the clients start from")
+        if adapter is not None and others:
+            raise ValueError(f"adapter: give this or {others[0]}, not both")
         if adapter is not None:
             model = {"class_path": f"{MODULE}.AdapterModel", "args": {"path": os.path.abspath(adapter)}}
             recipe = {**recipe, "model": model}
-        super().__init__(aggregator=aggregator or _aggregators["FloraNAAggregator"](), **_defaults(recipe))
+        super().__init__(aggregator=aggregator or _aggregators["FloraNAAggregator"](), **recipe)
 
 
 class StampRecipe(_InstalledRecipe):
@@ -102,15 +117,15 @@ class StampRecipe(_InstalledRecipe):
 
     Args:
         aggregator: a configured one; the default is ``StampAggregator()``.
-        recipe: everything else that ``nvflare.app_opt.pt.recipes.fedavg.FedAvgRecipe`` takes.
+        recipe: everything else that ``nvflare.app_opt.pt.recipes.fedavg.FedAvgRecipe`` takes, but
+            ``aggregation_weights`` and ``exclude_vars``.
+
+    Raises:
+        ValueError: one of the two is given.
     """
 
     def __init__(self, *, aggregator: Any = None, **recipe: Any) -> None:
-        super().__init__(aggregator=aggregator or _aggregators["StampAggregator"](), **_defaults(recipe))
-
-
-def _defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {"server_expected_format": ExchangeFormat.PYTORCH, **recipe}
+        super().__init__(aggregator=aggregator or _aggregators["StampAggregator"](), **recipe)
 
 
 def _options(component: Any) -> dict[str, Any]:

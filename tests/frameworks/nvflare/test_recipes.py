@@ -11,9 +11,10 @@ pytest.importorskip("nvflare", reason="runs in the venv of the extra 'nvflare'")
 
 with warnings.catch_warnings():  # what FLARE warns of while it is imported is FLARE's to mend
     warnings.simplefilter("ignore")
+    from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
     from nvflare.fuel.utils.component_builder import ComponentBuilder
 
-    from fedgram.bindings.nvflare import AdapterModel, FloraNAAggregator, FloraNARecipe
+    from fedgram.bindings.nvflare import AdapterModel, FloraNAAggregator, FloraNARecipe, StampRecipe
     from fedgram_testing.nvflare_rounds import adapters, aggregated, models, same
 
 from safetensors.torch import save_file
@@ -72,9 +73,31 @@ def test_a_job_names_the_aggregator_and_the_server_builds_it_again(config, tmp_p
     assert aggregated(built, models(adapters(2)), start=adapters()[0]).meta["fedgram"]["method"] == "svd"
 
 
-def test_a_recipe_wants_one_first_model():
-    with pytest.raises(ValueError, match="adapter: give this or model"):
-        FloraNARecipe(min_clients=2, train_script="client.py")
+JOB = {"min_clients": 2, "train_script": __file__}
+
+
+def test_a_recipe_wants_one_first_model(tmp_path):
+    with pytest.raises(ValueError, match="adapter: give this, model or model_persistor"):
+        FloraNARecipe(**JOB)
+    persistor = PTFileModelPersistor(model=torch.nn.Linear(2, 2))
+    for other in ({"model": torch.nn.Linear(2, 2)}, {"model_persistor": persistor}):
+        with pytest.raises(ValueError, match=f"adapter: give this or {next(iter(other))}, not both"):
+            FloraNARecipe(adapter=tmp_path, **other, **JOB)
+    for recipe in (FloraNARecipe, StampRecipe):
+        assert recipe(model_persistor=persistor, **JOB).model_persistor is persistor
+
+
+@pytest.mark.parametrize("recipe", [FloraNARecipe, StampRecipe])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"aggregation_weights": {"site-1": 9.0}}, "aggregation_weights: FLARE heeds it .* weighted_by"),
+        ({"exclude_vars": "head"}, "exclude_vars: FLARE heeds it .* let the clients leave out"),
+    ],
+)
+def test_options_that_flare_would_not_hand_on_are_refused(recipe, option, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(model=torch.nn.Linear(2, 2), **option, **JOB)
 
 
 @pytest.mark.parametrize(
