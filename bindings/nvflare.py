@@ -55,13 +55,17 @@ class _RoundAggregator(ModelAggregator):
         """
         collected, self._collected = self._collected, Collected()
         current = collected.round(self.weighted_by, global_params(self.fl_ctx))
-        params, evidence, summary = self._combined(current)
+        state, evidence, summary = self._combined(current)
+        params = current.completed(state)
+        evidence["carried_over"] = [key for key in params if key not in state]
         if self.report:
             write_report(self.fl_ctx, current, evidence)
         shown = [(key, value) for key, value in summary.items() if value is not None]
         self.info(
             ", ".join(f"{key} {format(value, '.4g' if isinstance(value, float) else '')}" for key, value in shown)
         )
+        if evidence["carried_over"]:
+            self.info(f"sent by no client, and carried over as it was: {', '.join(evidence['carried_over'])}")
         metrics, meta = current.mean_metrics(), {"fedgram": summary}
         return FLModel(params=like_sent(params, current), metrics=metrics, meta=meta)
 
@@ -70,7 +74,7 @@ class _RoundAggregator(ModelAggregator):
         self._collected = Collected()
 
     def _combined(self, current: Round) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
-        """The new global params, the evidence in full, and its summary in numbers and words."""
+        """The new state, the evidence in full, and its summary in numbers and words."""
         raise NotImplementedError
 
 
@@ -93,7 +97,8 @@ class FloraNAAggregator(_RoundAggregator):
             counts all equally.
         report: write ``fedgram_round_<n>.json`` (rho of every module, and the yardsticks) into the server's app folder.
 
-    The global model's meta carries ``fedgram``: rho, rho_fedavg, rho_optimal in all.
+    The global model's meta carries ``fedgram``: rho, rho_fedavg, rho_optimal in all, of the model as it goes back.
+    What no client of a round sent stays in it as it was; the report lists it (``carried_over``).
 
     Raises:
         ValueError: an option that is none of these, or does not go with another.
@@ -131,7 +136,7 @@ class FloraNAAggregator(_RoundAggregator):
         check_scaling_options(lora_alpha=lora_alpha, scalings=scalings, output_scaling=output_scaling, config=config)
         # FLARE rebuilds the object on the server from attributes that are called as the arguments are, by way of JSON.
         self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
-        self.lora_alpha, self.scalings = lora_alpha, scalings
+        self.lora_alpha, self.scalings = (None if x is None else float(x) for x in (lora_alpha, scalings))
         self.config = None if config is None else plain_config(config)
         self.clip, self.min_cosine, self.output_scaling = clip, min_cosine, output_scaling
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
@@ -155,10 +160,11 @@ class FloraNAAggregator(_RoundAggregator):
             min_cosine=self.min_cosine,
             backend=self.backend,
             names=current.names,
+            dtypes=current.dtypes(),
         )
         evidence = result.report.to_dict()
         summary = {key: evidence[key] for key in ("method", "rho", "rho_fedavg", "rho_optimal")}
-        return current.returned(result.state_dict), evidence, summary
+        return result.state_dict, evidence, summary
 
     def _alphas(self, current: Round) -> float | Sequence[float] | None:
         """The clients' own alphas where they state them."""
@@ -227,7 +233,7 @@ class StampAggregator(_RoundAggregator):
             "coefficients": dual.coefficients.tolist(),
             "gramian": result.gramian.dense().tolist(),
         }
-        return current.completed(result.state_dict), evidence, summary
+        return result.state_dict, evidence, summary
 
 
 def _sender(fl_ctx: FLContext | None) -> str | None:

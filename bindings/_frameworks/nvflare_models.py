@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +18,8 @@ from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from torch import Tensor
 
-from fedgram.stamp.structure import finite
-
+from .._plain.keys import completed
+from .._plain.scalings import is_number
 from .arrays import from_numpy, to_numpy
 
 StateDict = Mapping[str, Tensor]
@@ -101,12 +100,9 @@ class Round:
             for name, state in zip(self.names, self.sent, strict=True)
         ]
 
-    def returned(self, state: StateDict) -> StateDict:
-        """A new state in the dtypes that it goes back in: where differences came, those of the global model."""
-        if not self.differences:
-            return state
-        base = self.base()
-        return {key: _cast(key, value, base[key].dtype) for key, value in state.items()}
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes that entries go back in: where differences came, those of the global model."""
+        return {key: value.dtype for key, value in self.base().items()} if self.differences else {}
 
     def base(self) -> StateDict:
         """The global state as far as any of the clients sent it.
@@ -128,7 +124,7 @@ class Round:
 
     def completed(self, state: StateDict) -> dict[str, Any]:
         """The new global params: what the clients did not send stays as it was."""
-        return {**(self.global_params or {}), **state}
+        return completed(self.global_params or {}, state)
 
     def stated(self, key: str) -> list[Any]:
         """What each client's meta says under ``key``."""
@@ -138,7 +134,7 @@ class Round:
         """The weighted mean of every numeric metric that all clients report."""
         reported = [model.metrics or {} for model in self.models]
         weights = self.weights or [1.0] * len(reported)
-        shared = [key for key in reported[0] if all(_is_number(metrics.get(key)) for metrics in reported)]
+        shared = [key for key in reported[0] if all(is_number(metrics.get(key)) for metrics in reported)]
         means = {
             key: sum(w * float(metrics[key]) for w, metrics in zip(weights, reported, strict=True)) / sum(weights)
             for key in shared
@@ -160,17 +156,19 @@ def global_params(fl_ctx: FLContext | None) -> Mapping[str, Any] | None:
 def like_sent(params: Mapping[str, Any], current: Round) -> dict[str, Any]:
     """The params as numpy arrays where the clients sent arrays; bfloat16 then as float32."""
     sent: Mapping[str, Any] = current.models[0].params or {}
-    arrays = not any(isinstance(value, Tensor) for value in sent.values())
+    arrays = not any(isinstance(value, Tensor) or _offloaded(value) for value in sent.values())
     return {k: to_numpy(v) if arrays and isinstance(v, Tensor) else v for k, v in params.items()}
 
 
 def write_report(fl_ctx: FLContext | None, current: Round, evidence: Mapping[str, Any]) -> None:
-    """Write the round's evidence into the server's app folder, where there is one."""
+    """Write the round's evidence into the server's app folder, where there is one; whole or not at all."""
     folder = fl_ctx.get_prop(FLContextKey.APP_ROOT) if fl_ctx is not None else None
     if folder and os.path.isdir(folder):
-        with open(os.path.join(folder, f"fedgram_round_{current.number}.json"), "w", encoding="utf-8") as file:
+        path = os.path.join(folder, f"fedgram_round_{current.number}.json")
+        with open(f"{path}.part", "w", encoding="utf-8") as file:
             json.dump(evidence, file, indent=2)
             file.write("\n")
+        os.replace(f"{path}.part", path)
 
 
 def _tensors(params: Any, label: str) -> StateDict:
@@ -183,7 +181,7 @@ def _tensors(params: Any, label: str) -> StateDict:
 
 
 def _tensor(value: Any, key: str, label: str) -> Tensor:
-    if hasattr(value, "materialize"):  # left on disk by FLARE's tensor offload
+    if _offloaded(value):
         value = value.materialize()
     if isinstance(value, Tensor):
         return value
@@ -195,6 +193,11 @@ def _tensor(value: Any, key: str, label: str) -> Tensor:
     raise ValueError(f"{key}: {label} has a {type(value).__name__}; expected a tensor or an array")
 
 
+def _offloaded(value: Any) -> bool:
+    """Whether it is a tensor that FLARE's offload has left on disk."""
+    return hasattr(value, "materialize")
+
+
 def _sum(start: Tensor, difference: Tensor, label: str) -> Tensor:
     if difference.shape != start.shape:
         shapes = tuple(difference.shape), tuple(start.shape)
@@ -202,27 +205,13 @@ def _sum(start: Tensor, difference: Tensor, label: str) -> Tensor:
     return start + difference
 
 
-def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    whole = tensor.is_floating_point() and not dtype.is_floating_point
-    result = (tensor.round() if whole else tensor).to(dtype)
-    if dtype.is_floating_point and not finite([result]) and finite([tensor]):
-        raise ValueError(f"{key}: the new value exceeds {torch.finfo(dtype).max:.5g}, the largest number of {dtype}")
-    return result
-
-
 def _weights(names: Sequence[str], metas: Sequence[Mapping[str, Any]], key: str | None) -> list[float] | None:
     stated = [None if key is None else meta.get(key) for meta in metas]
     if all(weight is None for weight in stated):
         return None
     for name, weight in zip(names, stated, strict=True):
-        if not _is_number(weight):
+        if not is_number(weight):
             raise ValueError(f"{key}: {name} states {weight!r} in its meta; expected a number, as other clients have")
         if weight < 0:
             raise ValueError(f"{key}: {name} states {weight!r} in its meta; expected a number of at least 0")
     return [float(weight) for weight in stated if weight is not None]
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        return False
-    return bool(abs(value) <= sys.float_info.max)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 # are no part of what patterns see. Without PEFT's prefix, ``module.`` may as well be a layer of the model's own.
 WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)*base_model\.model\.|(?:module\.)*(?:_orig_mod\.(?:module\.)*)+")
 DDP = "module."
+
+T = TypeVar("T")
 
 # PEFT writes ``x.lora_A.weight`` (adapter files), ``x.lora_A.default.weight`` (model.state_dict()) and
 # ``x.lora_embedding_A`` with or without the adapter's name; loralib and others ``x.lora_A`` and ``x.lora_a.weight``.
@@ -79,6 +82,18 @@ def module_name(name: str) -> str:
     """A module's name in the model that PEFT was put on, which is what patterns are matched against."""
     wrapped = WRAPPED.match(name)
     return name[wrapped.end() :] if wrapped else name
+
+
+def entry_name(key: str) -> str:
+    """What an entry is, however it is spelled: a module's factor, or a tensor beside the factors."""
+    found = FACTOR.fullmatch(key)
+    return module_name(key) if found is None else f"{module_name(found['module'])}.lora_{found['side'].upper()}"
+
+
+def completed(start: Mapping[str, T], state: Mapping[str, T]) -> dict[str, T]:
+    """A round's new state, and of what it started from the entries that nobody sent, as they were."""
+    answered = {entry_name(key) for key in state}
+    return {key: value for key, value in start.items() if key in state or entry_name(key) not in answered} | dict(state)
 
 
 def _add(keys: StateKeys, factor: FactorKey, label: str) -> None:

@@ -14,9 +14,12 @@ with warnings.catch_warnings():  # what FLARE warns of while it is imported is F
     from nvflare.apis.fl_context import FLContextManager
     from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
     from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+    from nvflare.app_opt.pt.lazy_tensor_dict import LazyTensorDict
 
     from fedgram.bindings.nvflare import FloraNAAggregator, StampAggregator
     from fedgram_testing.nvflare_rounds import adapters, aggregated, models, same
+
+from safetensors.torch import save_file
 
 from fedgram.bindings.plain import aggregate_state_dicts, match_state_dicts
 
@@ -61,6 +64,21 @@ def test_arrays_come_back_as_arrays_and_bfloat16_as_bfloat16():
     assert {value.dtype for value in wide.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("kind", [FloraNAAggregator, StampAggregator])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tensors_that_flare_left_on_disk_are_tensors(kind, dtype, tmp_path):
+    [start, *states] = adapters(3, dtype=dtype)
+    files = []
+    for number, state in enumerate(states):
+        file = str(tmp_path / f"{number}.safetensors")
+        save_file(state, file)
+        lazy = LazyTensorDict({name: (file, name) for name in state}, str(tmp_path))
+        files.append({name: lazy.make_lazy_ref(name) for name in state})
+    result = aggregated(kind(), models(files), start=start).params
+    assert {value.dtype for value in result.values()} == {dtype}
+    assert same(result, aggregated(kind(), models(states), start=start).params)
+
+
 def test_arrays_that_move_a_bfloat16_model_come_back_as_float32():
     [start, *states] = adapters(3)
     start = {name: tensor.bfloat16() for name, tensor in start.items()}
@@ -90,10 +108,39 @@ def test_clients_state_their_own_alpha():
     result = aggregated(FloraNAAggregator(output_scaling=4.0), sent)
     expected = aggregate_state_dicts(states, lora_alpha=[8, 32], output_scaling=4.0, names=["site-0", "site-1"])
     assert same(result.params, expected.state_dict)
+    for model, alpha in zip(sent, (np.int64(8), np.float32(32)), strict=True):
+        model.meta["lora_alpha"] = alpha
+    assert same(aggregated(FloraNAAggregator(output_scaling=4.0), sent).params, expected.state_dict)
     del sent[1].meta["lora_alpha"]
     with pytest.raises(ValueError, match="site-1 does not state its own"):
         aggregated(FloraNAAggregator(output_scaling=4.0), sent)
     assert aggregated(FloraNAAggregator(lora_alpha=8), sent).params.keys() == states[0].keys()
+
+
+@pytest.mark.parametrize("arrays", [False, True])
+@pytest.mark.parametrize("differences", [False, True])
+def test_what_no_client_of_a_round_sent_stays_in_the_global_adapter(differences, arrays, tmp_path):
+    [start, *states] = adapters(3)
+    other = {name.replace("base_model.model.q", "module.base_model.model.v"): t for name, t in start.items()}
+    start = {"head": torch.ones(2)} | start | other
+    aggregator = FloraNAAggregator("svd", missing="zero", align_previous=True)
+    sent = [{k: t - start[k] if differences else t for k, t in state.items()} for state in states]
+    sent = [{k: t.numpy() for k, t in state.items()} for state in sent] if arrays else sent
+    kind = ParamsType.DIFF if differences else ParamsType.FULL
+    result = aggregated(aggregator, models(sent, params_type=kind), start=start, folder=tmp_path)
+    assert list(result.params) == list(start)
+    assert all(np.array_equal(np.asarray(result.params[name]), start[name].numpy()) for name in ("head", *other))
+    assert json.loads((tmp_path / "fedgram_round_0.json").read_text())["carried_over"] == ["head", *other]
+    assert [path.name for path in tmp_path.iterdir()] == ["fedgram_round_0.json"]
+    whole = [{**start, **state} for state in states]  # the module is back in the next round
+    again = aggregated(aggregator, models(whole), start=result.params).params
+    assert again.keys() == start.keys()
+
+
+def test_an_entry_that_comes_under_another_spelling_is_not_there_twice():
+    [start, *states] = adapters(3)
+    wrapped = [{f"_orig_mod.{name}": tensor for name, tensor in state.items()} for state in states]
+    assert list(aggregated(FloraNAAggregator(), models(wrapped), start=start).params) == list(wrapped[0])
 
 
 def test_what_clients_did_not_send_stays_in_the_global_state():

@@ -61,6 +61,18 @@ def test_the_result_has_the_global_models_dtype(kind, held, sent):
     assert found["count"] == 10
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["fedavg", "als", "svd", "stack"])
+def test_rho_is_that_of_the_model_that_goes_back(method, dtype):
+    [start, *steps] = adapters(3)
+    start = {name: tensor.to(dtype) for name, tensor in start.items()}
+    result = aggregated(FloraNAAggregator(method), models(steps, params_type="DIFF"), start=start)
+    W = sum(update({name: start[name].float() + step[name] for name in step}) for step in steps) / 2
+    rho = float((update(result.params) - W).norm() / W.norm())
+    assert result.meta["fedgram"]["rho"] == pytest.approx(rho, rel=1e-3)
+    assert rho > 1e-4  # rounding to 16 bits is seen
+
+
 @pytest.mark.parametrize("missing", ["renormalize", "zero"])
 @pytest.mark.parametrize("lacking", [0, 1])
 def test_it_does_not_matter_which_client_lacks_a_module(missing, lacking):
