@@ -12,7 +12,7 @@ from typing import Any
 
 from ._frameworks.flower_base import Combined, GramStrategy, number
 from ._frameworks.flower_replies import Reply
-from ._frameworks.options import check_aggregation, check_matching
+from ._frameworks.options import AGGREGATION, check_aggregation, check_matching, passed
 from ._frameworks.records import lora_record, to_arrays, to_state_dict
 from ._plain.scalings import check_scaling_options
 from .plain import aggregate_state_dicts, match_state_dicts
@@ -28,7 +28,7 @@ class FloraNA(GramStrategy):
     averaged by weight.
 
     The clients' scalings (alpha / r) come, client by client, from the ``lora_record(config)`` of its reply, else from
-    ``lora_config``, ``lora_alpha`` or ``scalings`` here. With none of these all clients are taken to share one
+    ``config``, ``lora_alpha`` or ``scalings`` here. With none of these all clients are taken to share one
     scaling, which is right when they share alpha; unequal ranks are then refused.
 
     The metrics of a round hold, beside the clients' own: ``fedgram-rho``, ``fedgram-rho-fedavg`` and
@@ -41,9 +41,11 @@ class FloraNA(GramStrategy):
         rank: of the result; None is, per module, the largest client rank; ``"auto:0.99"`` as in
             ``flora_na.aggregate``.
         shared: ``flora-na`` with one pair of coefficients for all modules.
-        missing: ``error``, ``renormalize`` or ``zero``, for a module that a client lacks.
+        missing: ``error``, ``renormalize`` or ``zero``, for a module that a client lacks. What no client of a round
+            sends stays as it was sent out.
+        clip, min_cosine: as in ``flora_na.aggregate``.
         residual: keep what the pair leaves out in ``.residual`` (a state dict), for the server to merge.
-        lora_config: a ``peft.LoraConfig`` or the mapping in ``adapter_config.json``, of all clients that send none.
+        config: a ``peft.LoraConfig`` or the mapping in ``adapter_config.json``, of all clients that send none.
         lora_alpha: one number; the scaling of a layer is ``lora_alpha / r``.
         scalings: one number: the scaling itself.
         output_scaling: what the receivers multiply by; needed where the clients' scalings differ.
@@ -65,6 +67,8 @@ class FloraNA(GramStrategy):
             scalings.
     """
 
+    OPTIONS = (*AGGREGATION, "lora_alpha", "scalings", "output_scaling")
+
     def __init__(
         self,
         *,
@@ -72,8 +76,10 @@ class FloraNA(GramStrategy):
         rank: int | str | None = None,
         shared: bool = False,
         missing: str = "error",
+        clip: float | str | None = None,
+        min_cosine: float | None = None,
         residual: bool = False,
-        lora_config: Any = None,
+        config: Any = None,
         lora_alpha: float | None = None,
         scalings: float | None = None,
         output_scaling: float | Mapping[str, float] | None = None,
@@ -84,16 +90,13 @@ class FloraNA(GramStrategy):
         **fedavg: Any,
     ) -> None:
         super().__init__(reply_order=reply_order, **fedavg)
-        check_aggregation(
-            method=method, rank=rank, shared=shared, missing=missing, align_previous=align_previous, backend=backend
-        )
-        check_scaling_options(
-            lora_alpha=lora_alpha, scalings=scalings, output_scaling=output_scaling, lora_config=lora_config
-        )
+        check_scaling_options(lora_alpha=lora_alpha, scalings=scalings, output_scaling=output_scaling, config=config)
         self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
-        self.lora_config, self.lora_alpha, self.scalings = lora_config, lora_alpha, scalings
+        self.clip, self.min_cosine = clip, min_cosine
+        self.config, self.lora_alpha, self.scalings = config, lora_alpha, scalings
         self.output_scaling, self.keeps_residual = output_scaling, residual
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
+        check_aggregation(self)
         self.residual: dict[str, Any] | None = None
 
     def _combine(self, clients: Sequence[Reply]) -> Combined:
@@ -101,16 +104,10 @@ class FloraNA(GramStrategy):
         result = aggregate_state_dicts(
             [client.state_dict() for client in clients],
             [client.weight for client in clients],
-            method=self.method,
-            rank=self.rank,
-            shared=self.shared,
-            missing=self.missing,
             residual=self.keeps_residual,
-            anchor=previous if self.anchor_previous else None,
-            align_to=previous if self.align_previous else None,
             output_scaling=self.output_scaling,
-            backend=self.backend,
             names=[client.label for client in clients],
+            **passed(self, previous),
             **self._scaling(clients),
         )
         self.residual = result.residual
@@ -122,18 +119,14 @@ class FloraNA(GramStrategy):
         """How ``aggregate_state_dicts`` is told the scalings: by the clients' own settings as soon as one sent them."""
         sent = [client.lora_config() for client in clients]
         if all(config is None for config in sent):
-            return {"config": self.lora_config, "lora_alpha": self.lora_alpha, "scalings": self.scalings}
+            return {"config": self.config, "lora_alpha": self.lora_alpha, "scalings": self.scalings}
         for client, config in zip(clients, sent, strict=True):
-            if config is None and self.lora_config is None:
+            if config is None and self.config is None:
                 raise ValueError(
                     f"replies: {client.label} sent no lora_record, others did: its scaling is not known; "
-                    "give lora_config for those that send none"
+                    "give config for those that send none"
                 )
-        return {"config": [self.lora_config if config is None else config for config in sent]}
-
-    def _options(self) -> dict[str, Any]:
-        names = ("method", "rank", "shared", "missing", "anchor_previous", "align_previous", "backend", "reply_order")
-        return {name: getattr(self, name) for name in names}
+        return {"config": [self.config if config is None else config for config in sent]}
 
 
 class Stamp(GramStrategy):
@@ -160,6 +153,8 @@ class Stamp(GramStrategy):
     Raises:
         ValueError: an option out of range.
     """
+
+    OPTIONS = ("c", "lr", "rescale", "precise", "deltas", "backend")
 
     def __init__(
         self,
@@ -207,6 +202,3 @@ class Stamp(GramStrategy):
             "coefficients": dict(zip(labels, dual.coefficients.tolist(), strict=True)),
         }
         return Combined(result.state_dict, figures, report)
-
-    def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("c", "lr", "rescale", "deltas", "backend", "reply_order")}

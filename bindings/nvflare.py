@@ -26,7 +26,7 @@ except ImportError as error:
         f"fedgram.bindings.nvflare needs NVIDIA FLARE 2.9 or newer ({error}): pip install 'fedgram[nvflare]'"
     ) from error
 
-from ._frameworks.options import check_aggregation, check_matching, plain_config
+from ._frameworks.options import check_aggregation, check_matching, passed, plain_config
 from ._plain.scalings import check_scaling_options
 from .plain import aggregate_state_dicts, match_state_dicts
 
@@ -123,16 +123,6 @@ class FloraNAAggregator(_RoundAggregator):
         backend: str = "auto",
     ) -> None:
         super().__init__(weighted_by, report)
-        check_aggregation(
-            method=method,
-            rank=rank,
-            shared=shared,
-            missing=missing,
-            align_previous=align_previous,
-            backend=backend,
-            clip=clip,
-            min_cosine=min_cosine,
-        )
         check_scaling_options(lora_alpha=lora_alpha, scalings=scalings, output_scaling=output_scaling, config=config)
         # FLARE rebuilds the object on the server from attributes that are called as the arguments are, by way of JSON.
         self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
@@ -140,6 +130,7 @@ class FloraNAAggregator(_RoundAggregator):
         self.config = None if config is None else plain_config(config)
         self.clip, self.min_cosine, self.output_scaling = clip, min_cosine, output_scaling
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
+        check_aggregation(self)
 
     def _combined(self, current: Round) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
         previous = current.earlier() if self.anchor_previous or self.align_previous else None
@@ -150,17 +141,9 @@ class FloraNAAggregator(_RoundAggregator):
             scalings=self.scalings,
             config=self.config,
             output_scaling=self.output_scaling,
-            method=self.method,
-            rank=self.rank,
-            shared=self.shared,
-            anchor=previous if self.anchor_previous else None,
-            align_to=previous if self.align_previous else None,
-            missing=self.missing,
-            clip=self.clip,
-            min_cosine=self.min_cosine,
-            backend=self.backend,
             names=current.names,
             dtypes=current.dtypes(),
+            **passed(self, previous),
         )
         evidence = result.report.to_dict()
         summary = {key: evidence[key] for key in ("method", "rho", "rho_fedavg", "rho_optimal")}

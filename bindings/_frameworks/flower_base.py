@@ -6,12 +6,14 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .._plain.keys import completed
 from .flower_compat import ArrayRecord, ConfigRecord, FedAvg, Grid, Message, MetricRecord
 from .flower_replies import ORDERS, Reply, mean_metrics, read_replies
+from .options import shown
 from .records import to_arrays, to_state_dict
 
 PREFIX = "fedgram-"
@@ -31,8 +33,11 @@ class GramStrategy(FedAvg):
     """FedAvg whose combination of the replies a subclass provides.
 
     Attributes:
+        OPTIONS: names of the subclass's own options.
         reports: round -> the whole report, JSON-ready.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, reply_order: str = "content", **fedavg: Any) -> None:
         if reply_order not in ORDERS:
@@ -56,6 +61,8 @@ class GramStrategy(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Combine the clients' arrays, and average their metrics; the round's figures stand beside these.
 
+        What was sent out and no node sent back stays in the arrays as it was; the report lists it.
+
         Raises:
             ValueError: names the node, the tensor and the reason.
         """
@@ -63,7 +70,9 @@ class GramStrategy(FedAvg):
         if not clients:
             return None, None
         combined = self._combine(clients)
-        arrays = to_arrays(combined.state, pack_bf16=True)  # bfloat16 is there only if it came packed
+        own = to_arrays(combined.state, pack_bf16=True)  # bfloat16 is there only if it came packed
+        arrays = ArrayRecord(completed(self._sent or {}, own))
+        combined.report["carried_over"] = [name for name in arrays if name not in own]
         metrics = mean_metrics(clients, self.train_metrics_aggr_fn, self.weighted_by_key)
         figures = combined.metrics | {
             "clients": len(clients),
@@ -74,6 +83,8 @@ class GramStrategy(FedAvg):
             metrics[PREFIX + name] = value
         self.reports[server_round] = combined.report
         logger.info("aggregate_train: %s", ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        if carried := combined.report["carried_over"]:
+            logger.info("aggregate_train: sent by no node, and carried over as it was: %s", ", ".join(carried))
         return arrays, metrics
 
     def _combine(self, clients: Sequence[Reply]) -> Combined:
@@ -83,13 +94,10 @@ class GramStrategy(FedAvg):
         """What the clients of this round started from."""
         return None if self._sent is None else to_state_dict(self._sent, label="the global arrays")
 
-    def _options(self) -> dict[str, Any]:
-        raise NotImplementedError
-
     def summary(self) -> None:
         """Log the configuration: FedAvg's, then this strategy's own."""
         super().summary()
-        logger.info("\t└──> Aggregation: %s", ", ".join(f"{k}={v!r}" for k, v in self._options().items()))
+        logger.info("\t└──> Aggregation: %s", shown(self, (*self.OPTIONS, "reply_order")))
 
 
 def number(value: float | None) -> float:

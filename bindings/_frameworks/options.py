@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,35 +11,42 @@ import torch
 from fedgram import stamp
 from fedgram.flora_na.cohort import MISSING
 from fedgram.flora_na.methods import check_method
-from fedgram.flora_na.screening import Clip, check_screening
+from fedgram.flora_na.screening import check_screening
 from fedgram.kernels import BACKENDS
 
 from .._plain.scalings import config_fields
-from ..modules import ALIGNED
+
+ALIGNED = ("als", "svd")
+PASSED = ("method", "rank", "shared", "missing", "clip", "min_cosine", "backend")
+"""Options of ``flora_na.aggregate``, which all that aggregate round after round have."""
+AGGREGATION = (*PASSED, "anchor_previous", "align_previous")
 
 
-def check_aggregation(
-    *,
-    method: str,
-    rank: int | str | None,
-    shared: bool,
-    missing: str,
-    align_previous: bool,
-    backend: str,
-    clip: Clip = None,
-    min_cosine: float | None = None,
-) -> None:
-    """Options of ``flora_na.aggregate``.
+def check_aggregation(holder: Any) -> None:
+    """Check the options of ``AGGREGATION``, which ``holder`` has as attributes.
 
     Raises:
         ValueError: names the option that is none of these, or does not go with another.
     """
-    check_method(method, rank, shared)
-    check_screening(clip, min_cosine)
-    _check_choice("missing", missing, MISSING)
-    _check_choice("backend", backend, BACKENDS)
-    if align_previous and method not in ALIGNED:
-        raise ValueError(f"align_previous: only {' and '.join(ALIGNED)} can be aligned, not {method!r}")
+    check_method(holder.method, holder.rank, holder.shared)
+    check_screening(holder.clip, holder.min_cosine)
+    _check_choice("missing", holder.missing, MISSING)
+    _check_choice("backend", holder.backend, BACKENDS)
+    if holder.align_previous and holder.method not in ALIGNED:
+        raise ValueError(f"align_previous: only {' and '.join(ALIGNED)} can be aligned, not {holder.method!r}")
+
+
+def passed(holder: Any, previous: Any) -> dict[str, Any]:
+    """The options that ``holder`` has of a round's aggregation; ``previous`` is the global adapter before it."""
+    return {name: getattr(holder, name) for name in PASSED} | {
+        "anchor": previous if holder.anchor_previous else None,
+        "align_to": previous if holder.align_previous else None,
+    }
+
+
+def shown(holder: Any, names: Sequence[str]) -> str:
+    """The options of these names, as ``print`` shows them."""
+    return ", ".join(f"{name}={getattr(holder, name)!r}" for name in names)
 
 
 def check_matching(*, backend: str, **options: Any) -> None:
@@ -52,20 +59,19 @@ def check_matching(*, backend: str, **options: Any) -> None:
     _check_choice("backend", backend, BACKENDS)
 
 
-def plain_config(config: Any, option: str = "config") -> dict[str, Any]:
+def plain_config(config: Any) -> dict[str, Any]:
     """LoRA settings in what JSON has: sets of names in order, everything else that it has no form for as its text.
 
     Args:
         config: a ``peft.LoraConfig``, or the mapping in ``adapter_config.json``.
-        option: what messages call it.
 
     Raises:
         ValueError: it is neither.
     """
     try:
-        return json.loads(json.dumps(config_fields(config, option), default=str))
+        return json.loads(json.dumps(config_fields(config, "config"), default=str))
     except TypeError as error:
-        raise ValueError(f"{option}: {error}") from None
+        raise ValueError(f"config: {error}") from None
 
 
 def _check_choice(option: str, value: str, choices: Collection[str]) -> None:

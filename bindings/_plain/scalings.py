@@ -75,22 +75,21 @@ class ScalingRule:
         return scalings[0]
 
 
-def check_scaling_options(*, lora_alpha: Any, scalings: Any, output_scaling: Any, **config: Any) -> None:
-    """Check options that hold for all clients, before there are any; ``config`` is whatever the caller names it.
+def check_scaling_options(*, lora_alpha: Any, scalings: Any, output_scaling: Any, config: Any) -> None:
+    """Check options that hold for all clients, before there are any.
 
     Raises:
         ValueError: names the option: not a finite number other than 0, not a LoRA configuration, or more than one way
             to tell the scalings.
     """
-    _require_one(lora_alpha=lora_alpha, scalings=scalings, **config)
+    _require_one(lora_alpha=lora_alpha, scalings=scalings, config=config)
     many = output_scaling if isinstance(output_scaling, Mapping) else {"": output_scaling}
     outputs = {f"output_scaling: {module}" if module else "output_scaling": value for module, value in many.items()}
     for option, value in {"lora_alpha": lora_alpha, "scalings": scalings, **outputs}.items():
         if value is not None:
             _checked(value, option)
-    for option, value in config.items():
-        if value is not None:
-            _settings(value, option)
+    if config is not None:
+        _settings(config, "config")
 
 
 def _require_one(**told: Any) -> None:

@@ -111,7 +111,7 @@ def test_settings_of_the_server_serve_those_who_send_none():
     records = {1: {"lora": lora_record(config | {"lora_alpha": 4})}}
     with pytest.raises(ValueError, match=r"node \d+ sent no lora_record, others did"):
         answer(FloraNA(), states, more=records)
-    strategy = FloraNA(method="svd", rank=9, lora_config=config, output_scaling=1.0)
+    strategy = FloraNA(method="svd", rank=9, config=config, output_scaling=1.0)
     back = to_state_dict(answer(strategy, states, more=records)[0])
     expected = weighted(states, (2.0, 1.0, 2.0), "encoder.1.value")
     assert (update(back, "encoder.1.value") - expected).norm() <= 10 * EPS * expected.norm()
@@ -181,6 +181,35 @@ def test_modules_that_a_client_lacks():
     back = to_state_dict(answer(FloraNA(missing="renormalize", method="svd", rank=9), states)[0])
     expected = (30 * update(states[0], "encoder.1.value") + 60 * update(states[2], "encoder.1.value")) / 90
     assert (update(back, "encoder.1.value") - expected).norm() <= 10 * EPS * expected.norm()
+
+
+def test_what_no_node_of_a_round_sent_stays_as_it_was(caplog):
+    strategy, start = FloraNA(missing="zero", anchor_previous=True), {"extra": torch.ones(2)} | adapter(99)
+    part = [{name: t for name, t in adapter(k).items() if "encoder.1" not in name} for k in range(3)]
+    with caplog.at_level("INFO", logger="flwr"):
+        arrays, _ = answer(strategy, part, start=start)
+    back = to_state_dict(arrays)
+    assert list(back) == list(start)
+    lacking = [name for name in start if name not in part[0]]
+    assert strategy.reports[1]["carried_over"] == lacking
+    assert "carried over as it was: extra, " in caplog.text
+    assert all(torch.equal(back[name], start[name]) for name in lacking)
+    arrays, _ = answer(strategy, [adapter(k) for k in range(3)], start=back)  # the module is back, and has its anchor
+    assert list(arrays) == list(start)
+    assert strategy.reports[1]["carried_over"] == ["extra"]
+
+
+@pytest.mark.parametrize("option", [{"clip": "0.9x"}, {"min_cosine": 0.5}])
+def test_long_and_odd_updates_are_screened(option):
+    states = [adapter(k) for k in range(3)]
+    strategy = FloraNA(reply_order="node", **option)
+    arrays, metrics = answer(strategy, states)
+    order = sorted(range(3), key=lambda k: NODES[k])
+    expected = flora_na.aggregate([layers(states[k]) for k in order], [COUNTS[k] for k in order], **option)
+    assert metrics["fedgram-rho"] == expected.report.rho
+    assert strategy.reports[1]["screening"]["clipped"] or strategy.reports[1]["screening"]["dropped"]
+    for name, layer in expected.adapter.modules.items():
+        assert torch.equal(to_state_dict(arrays)[f"{PREFIX}{name}.lora_A.weight"], layer.A)
 
 
 def test_what_the_pair_leaves_out_is_kept_for_the_server():
