@@ -12,9 +12,9 @@ from fedgram.flora_na import Adapter, AdapterLike, LoraLayer, Report
 from fedgram.stamp import Dual
 from fedgram.stamp.spatial import copied
 
+from ._frameworks.options import AGGREGATION, check_aggregation, passed, shown
+from ._plain.keys import completed
 from .plain import aggregate_state_dicts, match_state_dicts
-
-ALIGNED = ("als", "svd")
 
 
 class LoraAggregator(nn.Module):
@@ -23,15 +23,12 @@ class LoraAggregator(nn.Module):
     The result of the last round is part of the ``state_dict``, so that a server's checkpoint holds it.
 
     Args:
-        method: ``fedavg``, ``flora-na``, ``als``, ``svd`` or ``stack``.
-        rank: of the result; None is, per module, the largest client rank.
-        shared: ``flora-na`` with one pair of coefficients for all modules.
-        missing: ``error``, ``renormalize`` or ``zero``, for a module that a client lacks.
+        method, rank, shared, missing, clip, min_cosine, backend: as in ``flora_na.aggregate``. What no client of a
+            round has stays as the last round's result has it.
         residual: also keep what the pair leaves out, in ``.residual``.
         anchor_previous: estimate the step from the last round's result (``anchor``), from the second round on.
         align_previous: rotate the result to the last round's (``align_to``, als and svd only), from the second round
             on, so that the clients' optimizer state stays meaningful.
-        backend: ``auto``, ``triton``, ``native`` or ``torch``.
 
     Attributes:
         report: of the last round, or None.
@@ -39,26 +36,28 @@ class LoraAggregator(nn.Module):
         previous: the last round's result, or None; set it to start from a given global adapter.
 
     Raises:
-        ValueError: ``method`` is not one of these, or cannot be aligned.
+        ValueError: an option that is none of these, or does not go with another.
     """
 
     def __init__(
         self,
         method: str = "als",
-        rank: int | None = None,
+        rank: int | str | None = None,
         *,
         shared: bool = False,
         missing: str = "error",
+        clip: float | str | None = None,
+        min_cosine: float | None = None,
         residual: bool = False,
         anchor_previous: bool = False,
         align_previous: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_options(method, align_previous)
-        self.method, self.rank, self.shared, self.missing = method, rank, shared, missing
-        self.keeps_residual, self.backend = residual, backend
+        self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
+        self.clip, self.min_cosine, self.keeps_residual = clip, min_cosine, residual
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
+        check_aggregation(self)
         self.report: Report | None = None
         self.residual: Adapter | None = None
         self.previous: Adapter | None = None
@@ -82,21 +81,11 @@ class LoraAggregator(nn.Module):
         Raises:
             ValueError: as ``flora_na.aggregate``; the state is then as before.
         """
-        result = flora_na.aggregate(
-            adapters,
-            weights,
-            method=self.method,
-            rank=self.rank,
-            shared=self.shared,
-            anchor=self.previous if self.anchor_previous else None,
-            align_to=self.previous if self.align_previous else None,
-            missing=self.missing,
-            residual=self.keeps_residual,
-            backend=self.backend,
-            names=names,
-        )
-        self.report, self.residual, self.previous = result.report, result.residual, result.adapter
-        return result.adapter
+        options = passed(self, self.previous)
+        result = flora_na.aggregate(adapters, weights, residual=self.keeps_residual, names=names, **options)
+        self.report, self.residual = result.report, result.residual
+        self.previous = result.adapter if self.previous is None else _carried(self.previous, result.adapter)
+        return self.previous
 
     def get_extra_state(self) -> dict[str, Any]:
         """The last round's layers and extras with their roles, as tensors, numbers and strings."""
@@ -119,8 +108,7 @@ class LoraAggregator(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, as ``print`` shows them."""
-        options = ("method", "rank", "shared", "missing", "anchor_previous", "align_previous", "backend")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+        return shown(self, AGGREGATION)
 
 
 class StateDictAggregator(nn.Module):
@@ -129,7 +117,9 @@ class StateDictAggregator(nn.Module):
     The last result is part of the ``state_dict``, so that a server's checkpoint holds it.
 
     Args:
-        method, rank, shared, missing, clip, min_cosine, backend: as in ``flora_na.aggregate``.
+        method, rank, shared, missing, clip, min_cosine, backend: as in ``flora_na.aggregate``. What no client of a
+            round sends stays as the last round's result has it.
+        residual: also keep what the pair leaves out, in ``.residual``.
         output_scaling: as in ``plain.aggregate_state_dicts``.
         anchor_previous: estimate the step from the last round's result (``anchor``), from the second round on.
         align_previous: rotate the result to the last round's (``align_to``, als and svd only), from the second round
@@ -137,11 +127,12 @@ class StateDictAggregator(nn.Module):
 
     Attributes:
         report: of the last round, or None.
+        residual: state dict of the last round's residual, or None.
         scalings: of the last round's result, module -> number.
         previous: the last round's state dict, or None; set it to start from a given global adapter.
 
     Raises:
-        ValueError: ``method`` is not one of these, or cannot be aligned.
+        ValueError: an option that is none of these, or does not go with another.
     """
 
     def __init__(
@@ -153,17 +144,19 @@ class StateDictAggregator(nn.Module):
         missing: str = "error",
         clip: float | str | None = None,
         min_cosine: float | None = None,
+        residual: bool = False,
         output_scaling: float | Mapping[str, float] | None = None,
         anchor_previous: bool = False,
         align_previous: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_options(method, align_previous)
         self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
-        self.clip, self.min_cosine, self.output_scaling = clip, min_cosine, output_scaling
-        self.anchor_previous, self.align_previous = anchor_previous, align_previous
+        self.clip, self.min_cosine, self.keeps_residual = clip, min_cosine, residual
+        self.anchor_previous, self.align_previous, self.output_scaling = anchor_previous, align_previous, output_scaling
+        check_aggregation(self)
         self.report: Report | None = None
+        self.residual: dict[str, Tensor] | None = None
         self.scalings: dict[str, float] = {}
         self.previous: dict[str, Tensor] | None = None
 
@@ -193,21 +186,16 @@ class StateDictAggregator(nn.Module):
         result = aggregate_state_dicts(
             state_dicts,
             weights,
-            method=self.method,
-            rank=self.rank,
-            shared=self.shared,
-            missing=self.missing,
-            clip=self.clip,
-            min_cosine=self.min_cosine,
             output_scaling=self.output_scaling,
-            anchor=self.previous if self.anchor_previous else None,
-            align_to=self.previous if self.align_previous else None,
-            backend=self.backend,
+            residual=self.keeps_residual,
             names=names,
+            **passed(self, self.previous),
             **scaling,
         )
-        self.report, self.scalings, self.previous = result.report, result.scalings, result.state_dict
-        return dict(result.state_dict)
+        self.report, self.residual = result.report, result.residual
+        self.scalings = self.scalings | result.scalings
+        self.previous = completed(self.previous or {}, result.state_dict)
+        return dict(self.previous)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The last round's state dict and scalings."""
@@ -215,12 +203,12 @@ class StateDictAggregator(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up from a checkpoint."""
-        self.report, self.previous, self.scalings = None, state["previous"], state["scalings"]
+        self.report, self.residual = None, None
+        self.previous, self.scalings = state["previous"], state["scalings"]
 
     def extra_repr(self) -> str:
         """The options, as ``print`` shows them."""
-        options = ("method", "rank", "shared", "missing", "clip", "min_cosine", "anchor_previous", "align_previous")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+        return shown(self, (*AGGREGATION, "output_scaling"))
 
 
 class StateDictMatcher(nn.Module):
@@ -302,11 +290,11 @@ class StateDictMatcher(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, as ``print`` shows them."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in ("c", "lr", "rescale", "precise", "backend"))
+        return shown(self, ("c", "lr", "rescale", "precise", "backend"))
 
 
-def _check_options(method: str, align_previous: bool) -> None:
-    if method not in flora_na.METHODS:
-        raise ValueError(f"method: expected one of {', '.join(flora_na.METHODS)}, got {method!r}")
-    if align_previous and method not in ALIGNED:
-        raise ValueError(f"align_previous: only {' and '.join(ALIGNED)} can be aligned, not {method!r}")
+def _carried(previous: Adapter, adapter: Adapter) -> Adapter:
+    """The new adapter with what only the previous one has."""
+    modules = {**previous.modules, **adapter.modules}
+    extras, roles = {**previous.extras, **adapter.extras}, {**previous.roles, **adapter.roles}
+    return Adapter(modules, extras, adapter.config, roles)

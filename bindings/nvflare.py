@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 try:
     from nvflare.apis.fl_context import FLContext
     from nvflare.app_common.abstract.fl_model import FLModel
@@ -126,9 +128,11 @@ class FloraNAAggregator(_RoundAggregator):
         check_scaling_options(lora_alpha=lora_alpha, scalings=scalings, output_scaling=output_scaling, config=config)
         # FLARE rebuilds the object on the server from attributes that are called as the arguments are, by way of JSON.
         self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
-        self.lora_alpha, self.scalings = (None if x is None else float(x) for x in (lora_alpha, scalings))
+        self.lora_alpha, self.scalings, self.output_scaling = (
+            x.item() if isinstance(x, np.generic) else x for x in (lora_alpha, scalings, output_scaling)
+        )
         self.config = None if config is None else plain_config(config)
-        self.clip, self.min_cosine, self.output_scaling = clip, min_cosine, output_scaling
+        self.clip, self.min_cosine = clip, min_cosine
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
         check_aggregation(self)
 

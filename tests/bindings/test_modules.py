@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fedgram import flora_na
-from fedgram.bindings.modules import LoraAggregator
+from fedgram.bindings.modules import LoraAggregator, StateDictAggregator
 from fedgram.flora_na import Adapter, LoraLayer
+from fedgram_testing.lora_states import states
 
 WEIGHTS = [8.0, 1.0, 1.0]
 
@@ -64,6 +65,41 @@ def test_the_previous_round_anchors_the_next():
     assert not same(second, flora_na.aggregate(clients(1), WEIGHTS, method="flora-na").adapter)
 
 
+def test_what_no_client_of_a_round_has_stays_as_it_was():
+    aggregator = LoraAggregator(missing="zero", anchor_previous=True)
+    first = aggregator(clients(0), WEIGHTS)
+    part = [Adapter({"q": client.modules["q"]}) for client in clients(1)]
+    second = aggregator(part, WEIGHTS)
+    assert list(second.modules) == ["q", "v"]
+    assert second.modules["v"] is first.modules["v"]
+    assert second.extras["head"] is first.extras["head"]
+    expected = flora_na.aggregate(part, WEIGHTS, anchor=first)
+    assert torch.equal(second.modules["q"].A, expected.adapter.modules["q"].A)
+    assert list(aggregator.report.modules) == ["q"]
+    assert list(aggregator(clients(2), WEIGHTS).modules) == ["q", "v"]  # "v" is back, and has its anchor
+
+
+def test_state_dicts_that_no_client_of_a_round_has_stay_as_they_were():
+    spelling = "base_model.model.{module}.lora_{side}.weight"
+    aggregator = StateDictAggregator("svd", residual=True, align_previous=True)
+    first = aggregator(states(seed=1), WEIGHTS, lora_alpha=8)
+    part = [{f"module.{k}": t for k, t in state.items() if ".v." not in k} for state in states(seed=2)]
+    second = aggregator(part, WEIGHTS, lora_alpha=8)
+    kept = [spelling.format(module="layer.v", side=side) for side in "AB"]
+    assert sorted(second) == sorted([*part[0], *kept])
+    assert all(second[name] is first[name] for name in kept)
+    assert aggregator.scalings == {"layer.q": 2.0, "layer.v": 2.0}
+    assert aggregator.residual.keys() == {name for name in part[0] if "lora" in name}
+    assert aggregator(states(seed=3), WEIGHTS, lora_alpha=8).keys() == first.keys()
+
+
+def test_clip_and_an_automatic_rank_are_passed_on():
+    aggregator = LoraAggregator("svd", rank="auto:0.8", clip="0.9x", min_cosine=-1.0)
+    expected = flora_na.aggregate(clients(0), method="svd", rank="auto:0.8", clip="0.9x", min_cosine=-1.0)
+    assert same(aggregator(clients(0)), expected.adapter)
+    assert aggregator.report.screening.clipped == expected.report.screening.clipped != []
+
+
 @pytest.mark.parametrize("method", ["als", "svd"])
 def test_the_previous_round_aligns_the_next(method):
     aggregator = LoraAggregator(method, align_previous=True)
@@ -116,16 +152,23 @@ def test_a_round_that_fails_leaves_the_state():
     assert aggregator.report is report
 
 
+@pytest.mark.parametrize("make", [LoraAggregator, StateDictAggregator])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"method": "mean"}, "method: expected one of fedavg"),
         ({"method": "fedavg", "align_previous": True}, "align_previous: only als and svd"),
+        ({"rank": -1}, "rank: expected an integer"),
+        ({"shared": True}, "shared: "),
+        ({"missing": "skip"}, "missing: expected one of error"),
+        ({"clip": "much"}, "clip: "),
+        ({"min_cosine": 3}, "min_cosine: "),
+        ({"backend": "cuda"}, "backend: "),
     ],
 )
-def test_options_that_cannot_work_are_refused_at_once(options, message):
+def test_options_that_cannot_work_are_refused_at_once(make, options, message):
     with pytest.raises(ValueError, match=message):
-        LoraAggregator(**options)
+        make(**options)
 
 
 def test_it_prints_its_options():

@@ -4,6 +4,7 @@ import json
 import warnings
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,7 +43,7 @@ def test_a_job_names_the_aggregator_and_the_server_builds_it_again(config, tmp_p
     script = tmp_path / "client.py"
     script.write_text("")
     save_file(adapters()[0], tmp_path / "adapter_model.safetensors")
-    aggregator = FloraNAAggregator("svd", rank=4, config=config, align_previous=True)
+    aggregator = FloraNAAggregator("svd", rank=4, config=config, align_previous=True, output_scaling=np.float32(2))
     recipe = FloraNARecipe(
         name="named", adapter=tmp_path, aggregator=aggregator, min_clients=2, train_script=str(script)
     )
@@ -64,7 +65,7 @@ def test_a_job_names_the_aggregator_and_the_server_builds_it_again(config, tmp_p
     built = Builder().build_component(described)
     assert type(built) is FloraNAAggregator
     assert vars(built).keys() == vars(aggregator).keys()
-    for name in ("method", "rank", "config", "align_previous", "weighted_by", "report"):
+    for name in ("method", "rank", "config", "align_previous", "output_scaling", "weighted_by", "report"):
         assert getattr(built, name) == getattr(aggregator, name)
     [persistor] = [c for c in configs[0]["components"] if c["id"] == "persistor"]
     model = Builder().build_component(persistor["args"]["model"])
