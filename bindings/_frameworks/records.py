@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files.documents import parse_json
 from .arrays import from_numpy, to_numpy
 from .flower_compat import Array, ArrayRecord, ConfigRecord, RecordDict
 from .options import plain_config
@@ -89,10 +90,7 @@ def sent_lora_config(content: RecordDict, label: str) -> dict[str, Any] | None:
     texts = [record[CONFIG_KEY] for record in content.config_records.values() if CONFIG_KEY in record]
     if not texts:
         return None
-    try:
-        config = json.loads(str(texts[0]))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{label}: {CONFIG_KEY}: not valid JSON ({error})") from error
+    config = parse_json(str(texts[0]).encode("utf-8", "surrogatepass"), f"{label}: {CONFIG_KEY}")
     if not isinstance(config, dict):
         raise ValueError(f"{label}: {CONFIG_KEY}: expected a JSON object, got {type(config).__name__}")
     return config

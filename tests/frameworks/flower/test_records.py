@@ -157,7 +157,7 @@ def test_lora_settings_travel_in_a_config_record():
     assert sent_lora_config(RecordDict({"other": ConfigRecord({"lr": 0.1})}), "node 1") is None
 
 
-@pytest.mark.parametrize("text", ["{", json.dumps([1]), "[" * 100000])
+@pytest.mark.parametrize("text", ["{", json.dumps([1]), "[" * 100000, '{"r": 4, "r": 8}', "\ud800"])
 def test_broken_lora_settings_are_refused_by_sender(text):
     with pytest.raises(ValueError, match="node 3: lora-config: "):
         sent_lora_config(RecordDict({"lora": ConfigRecord({"lora-config": text})}), "node 3")
