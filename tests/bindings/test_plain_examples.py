@@ -42,7 +42,9 @@ def test_the_loop_learns(capsys):
 
 def test_appfl_aggregates_by_sample_size_whatever_the_order():
     sent = {c: get_peft_model_state_dict(adapted(network(), seed=s, **OPTIONS)) for s, c in enumerate(["b", "a"])}
-    aggregator = example("appfl_aggregator").FloraNAAggregator({"method": "svd", "lora_alpha": 6, "num_clients": 2})
+    aggregator = example("appfl_aggregator").FloraNAAggregator(
+        {"method": "svd", "lora_alpha": 6, "num_clients": 2, "gradient_based": False}
+    )
     assert aggregator.get_parameters() == {}
     for client, size in (("a", 10), ("b", 30)):
         aggregator.set_client_sample_size(client, size)
@@ -54,7 +56,37 @@ def test_appfl_aggregates_by_sample_size_whatever_the_order():
     assert all(torch.equal(aggregator.get_parameters()[name], tensor) for name, tensor in expected.items())
 
 
-def test_fluke_models_with_lora_are_aggregated_and_others_matched():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_based": True}, "gradient_based: the clients' whole state is needed"),
+        ({"method": "mean"}, "method: expected one of"),
+        ({"client_weights": "equal"}, "aggregator_kwargs: .*'client_weights'"),
+    ],
+)
+def test_appfl_is_told_of_wrong_options_at_the_start(options, message):
+    with pytest.raises(ValueError, match=message):
+        example("appfl_aggregator").FloraNAAggregator(options)
+
+
+def test_fluke_models_with_lora_have_their_running_statistics_averaged():
+    def make(seed):
+        return adapted(nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)), seed=seed, **OPTIONS)
+
+    server, clients = make(0), [make(1), make(2)]
+    for k, client in enumerate(clients):
+        client.train()
+        for _ in range(k + 1):
+            client(torch.randn(16, 6, generator=torch.Generator().manual_seed(k)))
+    example("fluke_server").aggregate_into(server, clients, [0.25, 0.75])
+    for name in ("running_mean", "running_var"):
+        key = f"base_model.model.1.{name}"
+        one, two = (client.state_dict()[key] for client in clients)
+        torch.testing.assert_close(server.state_dict()[key], 0.25 * one + 0.75 * two)
+        assert not torch.equal(one, two)
+
+
+def test_fluke_models_with_lora_are_are_aggregated_and_others_matched():
     module, weights = example("fluke_server"), [0.25, 0.75]
     clients = [adapted(network(), seed=seed, **OPTIONS) for seed in range(2)]
     server = quietly(lambda: get_peft_model(network(), LoraConfig(**OPTIONS)))
