@@ -136,11 +136,7 @@ def aggregate_state_dicts(
     labels = [f"client {u}" for u in range(len(state_dicts))] if names is None else list(names)
     if len(labels) != len(state_dicts):
         raise ValueError(f"names: expected {len(state_dicts)} (one per client), got {len(labels)}")
-    try:
-        shares = normalise_weights(weights, len(state_dicts))
-    except ValueError as error:
-        raise ValueError(_named(str(error), labels)) from None
-    took_part = [bool(w > 0) for w in shares]
+    took_part = [w > 0 for w in normalise_weights(weights, len(state_dicts), labels).tolist()]
     spans_modules = shared or clip is not None or min_cosine is not None
     clients = read_states(state_dicts, labels, took_part, lora_alpha, scalings, config, output_scaling, spans_modules)
     cohort = make_cohort(clients.adapters, weights, names=labels, missing=missing)

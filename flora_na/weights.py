@@ -11,10 +11,11 @@ from torch import Tensor
 Weights = Sequence[float] | Tensor | None
 
 
-def normalise_weights(weights: Weights, count: int) -> Tensor:
+def normalise_weights(weights: Weights, count: int, names: Sequence[str] | None = None) -> Tensor:
     """Return ``count`` non-negative weights of sum 1, shape (count,), float64 on the CPU; uniform for None.
 
     Weights that sum to 1 already (to rounding) are returned as they are: to normalise twice is to normalise once.
+    ``names`` are the clients' labels in errors.
 
     Raises:
         ValueError: no clients, or weights of the wrong number, negative, not finite or all zero.
@@ -31,7 +32,8 @@ def normalise_weights(weights: Weights, count: int) -> Tensor:
     values = w.tolist()
     for u, value in enumerate(values):
         if not 0.0 <= value < float("inf"):
-            raise ValueError(f"weights: client {u} has {value}; expected a finite number >= 0")
+            label = f"client {u}" if names is None else names[u]
+            raise ValueError(f"weights: {label} has {value}; expected a finite number >= 0")
     if not any(values):
         raise ValueError("weights: all are zero; at least one must be positive")
     if max(values) <= 2.0 and abs(math.fsum(values) - 1.0) <= count * torch.finfo(w.dtype).eps:
