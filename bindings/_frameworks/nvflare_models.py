@@ -209,9 +209,12 @@ def _weights(names: Sequence[str], metas: Sequence[Mapping[str, Any]], key: str 
     stated = [None if key is None else meta.get(key) for meta in metas]
     if all(weight is None for weight in stated):
         return None
-    for name, weight in zip(names, stated, strict=True):
-        if not is_number(weight):
-            raise ValueError(f"{key}: {name} states {weight!r} in its meta; expected a number, as other clients have")
-        if weight < 0:
-            raise ValueError(f"{key}: {name} states {weight!r} in its meta; expected a number of at least 0")
-    return [float(weight) for weight in stated if weight is not None]
+    return [_weight(weight, name, str(key)) for name, weight in zip(names, stated, strict=True)]
+
+
+def _weight(stated: Any, name: str, key: str) -> float:
+    if not is_number(stated):
+        raise ValueError(f"{key}: {name} states {stated!r} in its meta; expected a number, as other clients have")
+    if stated < 0:
+        raise ValueError(f"{key}: {name} states {stated!r} in its meta; expected a number of at least 0")
+    return float(stated)

@@ -58,7 +58,10 @@ class AdapterModel(nn.Module):
             *parts, leaf = name.split(".")
             parent: nn.Module = self
             for part in parts:
-                parent = parent._modules.setdefault(part, nn.Module())
+                child = parent._modules.get(part)
+                if child is None:
+                    child = parent._modules[part] = nn.Module()
+                parent = child
             parent._buffers[leaf] = tensor  # register_buffer refuses names that a module has as attributes
 
     def forward(self) -> None:
