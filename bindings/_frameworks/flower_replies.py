@@ -133,5 +133,6 @@ def _extent(value: Any) -> str:
 def _content(reply: Reply) -> tuple[Any, ...]:
     """Bytes are compared up to the first difference, which is near: this costs next to nothing."""
     arrays = tuple((name, a.dtype, a.shape, a.data) for name, a in sorted(reply.arrays.items()))
-    others = [*reply.content.config_records.items(), *reply.content.metric_records.items()]
-    return (reply.weight, arrays, repr(sorted((name, sorted(record.items())) for name, record in others)))
+    others = [(name, sorted(record.items())) for name, record in reply.content.config_records.items()]
+    others += [(name, sorted(record.items())) for name, record in reply.content.metric_records.items()]
+    return (reply.weight, arrays, repr(sorted(others)))
