@@ -84,14 +84,16 @@ def _old_experts(config: Mapping[str, Any]) -> bool:
 def merge_configs(configs: Iterable[Mapping[str, Any] | None]) -> dict[str, Any] | None:
     """The first client's configuration, without its selection of modules where the clients' selections differ.
 
-    ``modules_to_save`` and ``bias`` are those of all clients together.
+    A selection that does more than list names stays: ``save_adapter`` then writes the modules' own names so that no
+    other module matches. ``modules_to_save`` and ``bias`` are those of all clients together.
     """
     stated = [config for config in configs if config is not None]
     if not stated:
         return None
     merged = dict(stated[0])
     if any(_selection(config) != _selection(merged) for config in stated[1:]):
-        merged |= dict.fromkeys(SELECTION)
+        kept = next((config for config in stated if not _only_names(config)), {})
+        merged |= {field: kept.get(field) for field in SELECTION}
     saved = dict.fromkeys(entry for config in stated for entry in config.get("modules_to_save") or [])
     biases = {config.get("bias", "none") for config in stated}
     merged["modules_to_save"] = list(saved) or None
@@ -120,11 +122,36 @@ def output_config(config: Mapping[str, Any] | None, layout: FileLayout, extras: 
     out |= _parts(out, names)
     full = [name for name in names if not name.endswith((LORA_BIAS, MAGNITUDE, TOKENS))]
     out |= _saved_extras(out, full, layout.paths)
-    if _has_expression(out):
-        out |= dict.fromkeys(SELECTION) | {"target_modules": "|".join(map(re.escape, sorted(layout.selected)))}
-    elif not all(_targeted(out, module) for module in layout.selected):
-        out |= dict.fromkeys(SELECTION) | {"target_modules": sorted(layout.selected)}
-    return out
+    _check_apart(out["modules_to_save"] or [], layout.selected)
+    return out | _written_selection(out, layout.selected)
+
+
+def _check_apart(saved: Iterable[str], modules: Iterable[str]) -> None:
+    """Refuse low-rank factors of a module that is saved whole: PEFT would pass over the factors.
+
+    Raises:
+        ValueError: names the module.
+    """
+    for entry in saved:
+        for module in modules:
+            if f".{entry}." in f".{module}.":
+                raise ValueError(f"{module}: has low-rank factors, and is saved whole (modules_to_save {entry!r})")
+
+
+def _written_selection(config: Mapping[str, Any], modules: Collection[str]) -> dict[str, Any]:
+    """The selection that leads PEFT to the modules, where that of the configuration is not to be kept.
+
+    A list of names that leads to all of them is kept, and one of the modules' own names takes the place of one that
+    does not. Where the clients' selection does more, their modules may be fewer than those whose names end like
+    theirs: an expression of their own names then says which. The clients' expressions do not go into the output: PEFT
+    runs them over the names of the base model wherever it is loaded, and a stranger's may take for ever.
+    """
+    names = sorted(modules)
+    if not _only_names(config):
+        return dict.fromkeys(SELECTION) | {"target_modules": "|".join(map(re.escape, names))}
+    if all(_targeted(config, module) for module in names):
+        return {}
+    return dict.fromkeys(SELECTION) | {"target_modules": names}
 
 
 def _default_rank(layout: FileLayout) -> int:
@@ -202,23 +229,26 @@ def _saved_extras(config: Mapping[str, Any], extras: list[str], modules: Collect
     return kept
 
 
-def _has_expression(config: Mapping[str, Any]) -> bool:
-    """Whether the clients select modules by regular expressions.
-
-    They do not go into the output: PEFT runs them over the names of the base model wherever it is loaded, and a
-    stranger's may take for ever. One of the modules' own names, which cannot, says the same.
-    """
-    expressions = [config.get("target_modules"), config.get("exclude_modules")]
-    return any(isinstance(x, str) and x != "all-linear" for x in expressions) or bool(config.get("layers_pattern"))
+def _only_names(config: Mapping[str, Any]) -> bool:
+    """Whether modules are selected by the ends of their names alone: no expression, none left out, no layers chosen."""
+    targets, *others = _selection(config)
+    expression = isinstance(targets, str) and targets != "all-linear"
+    return not expression and all(other is None for other in others)
 
 
 def _targeted(config: Mapping[str, Any], module: str) -> bool:
-    """Whether the configuration's selection leads PEFT to this module."""
+    """Whether a selection by names alone leads PEFT to this module."""
     targets = config.get("target_modules")
     names = targets if isinstance(targets, list | set) else ()
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _selection(config: Mapping[str, Any]) -> list[Any]:
-    values = (config.get(field) or None for field in SELECTION)
-    return [sorted(map(str, value)) if isinstance(value, list) else value for value in values]
+    """The fields of ``SELECTION``, comparable; one that selects nothing and leaves nothing out is None."""
+    return [_comparable(config.get(field)) for field in SELECTION]
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, list | set):
+        return sorted(map(str, value)) or None
+    return None if value == "" else value

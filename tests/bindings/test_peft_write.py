@@ -7,7 +7,9 @@ import torch
 from peft import PeftModelForSequenceClassification
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
+from fedgram import flora_na
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
 from fedgram.flora_na import Adapter, LoraLayer
 from fedgram_testing.peft_adapters import bert, llama, load_with_peft, mlp, peft_deltas, quietly, write_client
@@ -128,17 +130,70 @@ def test_names_that_end_like_others_keep_their_ranks(tmp_path):
     assert load_adapter(tmp_path / "out").modules["block.proj"].rank == 2
 
 
-def test_selections_that_differ_between_clients_become_a_list_of_names(tmp_path):
+def test_selections_that_differ_between_clients_become_the_modules_names(tmp_path):
     write_client(tmp_path / "a", mlp(), target_modules=["0", "2"], r=2)
     write_client(tmp_path / "b", mlp(), target_modules="[02]", r=2)
     write_client(tmp_path / "c", mlp(), target_modules=["2", "0"], r=2)
-    a, b, c = load_adapters([tmp_path / x for x in "abc"])
+    write_client(tmp_path / "d", mlp(), target_modules=["2"], r=2)
+    a, b, c, d = load_adapters([tmp_path / x for x in "abcd"])
     assert sorted(merge_configs([a.config, c.config, None])["target_modules"]) == ["0", "2"]
-    merged = merge_configs([a.config, b.config])
-    assert merged["target_modules"] is None
-    save_adapter(a, tmp_path / "out", config=merged)
-    assert config_of(tmp_path / "out")["target_modules"] == ["0", "2"]
+    for other, written in ((d, ["0", "2"]), (b, "0|2")):  # names, or an expression where a client has one
+        save_adapter(a, tmp_path / "out", config=merge_configs([a.config, other.config]))
+        assert config_of(tmp_path / "out")["target_modules"] == written
+        load_with_peft(mlp(), tmp_path / "out")
     assert merge_configs([None, None]) is None
+
+
+NAMES = {"target_modules": ["q_proj", "v_proj"]}
+FIRST = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        ({"layers_to_transform": [1]}, {"layers_to_transform": [0, 1]}),
+        ({"layers_to_transform": 0}, {}),
+        ({"layers_to_transform": [1]}, {"layers_to_transform": [0]}),
+        ({"layers_to_transform": [1], "layers_pattern": "layers"}, {}),
+        ({"exclude_modules": [FIRST]}, {}),
+        ({"exclude_modules": ".*0.*"}, {"exclude_modules": [FIRST]}),
+    ],
+)
+def test_peft_loads_every_layer_whichever_each_client_chose(tmp_path, options, others, merged):
+    write_client(tmp_path / "a", llama(), r=2, **NAMES | options)
+    write_client(tmp_path / "b", llama(), r=3, **NAMES | others)
+    adapters = [load_adapter(tmp_path / x) for x in "ab"]
+    result = flora_na.aggregate(adapters, missing="zero", method="stack").adapter
+    config = merge_configs(adapter.config for adapter in adapters) if merged else adapters[0].config
+    save_adapter(result, tmp_path / "out", config=config)
+    assert_same_update(tmp_path / "out", llama(), {name: x.delta() for name, x in result.modules.items()})
+
+
+class Nested(nn.Sequential):
+    """Linear maps whose names are the ends of each other's: ``0`` and ``1.0``."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 3)))
+
+
+def test_what_all_clients_left_out_is_not_adapted_by_the_end_of_its_name(tmp_path):
+    for client, options in {"a": {"exclude_modules": ["1.0"]}, "b": {"exclude_modules": "1.0"}}.items():
+        write_client(tmp_path / client, Nested(), target_modules=["0"], r=2, **options)
+    adapters = load_adapters([tmp_path / "a", tmp_path / "b"])
+    result = flora_na.aggregate(adapters).adapter
+    assert list(result.modules) == ["0"]
+    save_adapter(result, tmp_path / "out", config=merge_configs(adapter.config for adapter in adapters))
+    assert_same_update(tmp_path / "out", Nested(), {"0": result.modules["0"].delta()})
+
+
+def test_a_module_that_one_client_saves_whole_and_another_adapts_is_refused(tmp_path):
+    write_client(tmp_path / "a", mlp(), target_modules=["0", "3"], r=2)
+    write_client(tmp_path / "b", mlp(), target_modules=["0"], modules_to_save=["3"], r=2)
+    adapters = load_adapters([tmp_path / "a", tmp_path / "b"])
+    result = flora_na.aggregate(adapters, missing="renormalize").adapter
+    with pytest.raises(ValueError, match=r"3: has low-rank factors, and is saved whole \(modules_to_save '3'\)"):
+        save_adapter(result, tmp_path / "out", config=merge_configs(adapter.config for adapter in adapters))
 
 
 def test_a_layer_of_rank_zero_is_written_as_zeros(tmp_path):
