@@ -137,10 +137,9 @@ def aggregate_cohort(
             reports[target.name] = module_report(e, target)
             if progress is not None:
                 progress(len(layers), len(cohort.modules), target.name)
-    config = cohort.adapters[0].config
     return Aggregation(
-        Adapter(layers, extras, config, extra_roles(cohort)),
-        Adapter(rests, {}, config) if residual else None,
+        Adapter(layers, extras, cohort.config, extra_roles(cohort)),
+        Adapter(rests, {}, cohort.config) if residual else None,
         Report(method, dict(zip(cohort.names, cohort.weights.tolist(), strict=True)), reports, screening),
     )
 

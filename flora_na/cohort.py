@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .finite import is_finite
-from .layer import Adapter, AdapterLike, LoraLayer, as_adapter
+from .layer import Adapter, AdapterLike, LoraLayer, MergingConfig, as_adapter
 from .target import Target, make_target
 from .weights import Weights, normalise_weights
 
@@ -39,6 +40,7 @@ class Cohort:
         names: their labels, for messages and reports.
         modules: the union of their modules, in the order of first appearance.
         missing: the policy for a module that a client lacks.
+        config: of the result.
     """
 
     adapters: tuple[Adapter, ...]
@@ -46,6 +48,7 @@ class Cohort:
     names: tuple[str, ...]
     modules: tuple[str, ...]
     missing: str = "error"
+    config: Mapping[str, Any] | None = None
 
     def present(self, module: str) -> list[int]:
         """Positions of the clients that have the module."""
@@ -95,8 +98,8 @@ def make_cohort(
     """Check weights, names and modules of the clients, and leave out clients of weight zero.
 
     Raises:
-        ValueError: no clients, bad weights, wrong number of names, unknown policy, no modules, or a module that a
-            client lacks under ``missing="error"``.
+        ValueError: no clients, bad weights, wrong number of names, unknown policy, no modules, a module that a client
+            lacks under ``missing="error"``, or configurations that do not go together (see ``MergingConfig``).
     """
     if missing not in MISSING:
         raise ValueError(f"missing: expected one of {', '.join(MISSING)}, got {missing!r}")
@@ -107,12 +110,20 @@ def make_cohort(
     active = [u for u, weight in enumerate(w.tolist()) if weight > 0]
     kept = [as_adapter(adapters[u]) for u in active]
     modules = tuple(dict.fromkeys(name for adapter in kept for name in adapter.modules))
-    cohort = Cohort(tuple(kept), w[active], tuple(labels[u] for u in active), modules, missing)
+    chosen = [labels[u] for u in active]
+    config = _merged_config([adapter.config for adapter in kept], chosen)
+    cohort = Cohort(tuple(kept), w[active], tuple(chosen), modules, missing, config)
     if not modules:
         raise ValueError("adapters: no client has a LoRA module")
     if missing == "error":
         _require_all(cohort)
     return cohort
+
+
+def _merged_config(configs: Sequence[Mapping[str, Any] | None], names: Sequence[str]) -> Mapping[str, Any] | None:
+    """What the first configuration that can merge makes of all; the first client's where none can."""
+    merging = next((config for config in configs if isinstance(config, MergingConfig)), None)
+    return configs[0] if merging is None else merging.merged(configs, names)
 
 
 def _require_all(cohort: Cohort) -> None:

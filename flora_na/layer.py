@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -73,6 +73,23 @@ class LoraLayer:
         return (self.B @ self.A) * self.scaling
 
 
+@runtime_checkable
+class MergingConfig(Protocol):
+    """A configuration that knows which clients' updates can be added up, and what describes the result."""
+
+    def merged(self, configs: Sequence[Mapping[str, Any] | None], names: Sequence[str]) -> Mapping[str, Any] | None:
+        """The configuration of the result.
+
+        Args:
+            configs: of all clients, this one included; None of a client without configuration.
+            names: the clients' labels, for messages.
+
+        Raises:
+            ValueError: names two clients that do not go together, and why.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A whole adapter of one client, or the global one.
@@ -80,7 +97,9 @@ class Adapter:
     Attributes:
         modules: module name -> LoraLayer. May be a lazy mapping that reads a layer when it is asked for.
         extras: tensor name -> full tensor trained beside the factors (``modules_to_save``, biases); averaged by weight.
-        config: the adapter's configuration as its file states it (for PEFT, ``adapter_config.json``), or None.
+        config: the adapter's configuration as its file states it (for PEFT, ``adapter_config.json``), or None. One that
+            is a ``MergingConfig`` is checked and merged with the other clients'; of others the first client's is the
+            result's.
         roles: tensor name -> what an extra is, where it is not a trained state to be averaged (``mean``):
             ``update``, added to a base tensor (a LoRA bias, its scaling multiplied in), so that a client without it
             can count as zero; ``frozen``, a base tensor that nobody trains, which must be the same in all clients.

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -314,3 +315,30 @@ def test_inspection_agrees_with_aggregation():
     assert float(found.outlier_scores[4]) > 3
     assert float(found.cosines[4]) > 0 > float(found.cosines[0])
     json.dumps(found.to_dict())
+
+
+class Merging(dict):
+    """A configuration that allows one rank, and adds up what it is given."""
+
+    def merged(self, configs, names):
+        for config, name in zip(configs, names, strict=True):
+            if config is not None and config["r"] != self["r"]:
+                raise ValueError(f"{name}: rank {config['r']} is not {self['r']}")
+        return {"of": sum(config is not None for config in configs)}
+
+
+def test_configurations_that_can_are_checked_and_merged():
+    given = [replace(a, config=c) for a, c in zip(cohort(), (None, Merging(r=3), {"r": 3}, {"r": 9}), strict=True)]
+    for weights in ([1, 1, 1, 0], [0, 1, 1, 0]):  # clients without weight do not count
+        result = flora_na.aggregate(given, weights, residual=True)
+        assert result.adapter.config == result.residual.config == {"of": 2}
+        assert [part.adapter.config for part in flora_na.iter_aggregate(given, weights)] == [{"of": 2}]
+    for run in (flora_na.aggregate, flora_na.inspect, flora_na.client_gramian, flora_na.aggregate_for_clients):
+        with pytest.raises(ValueError, match="d: rank 9 is not 3"):
+            run(given, names="abcd")
+
+
+@pytest.mark.parametrize("configs", [(None, {"r": 2}, None, None), ({"r": 3}, {"r": 2}, None, None)])
+def test_of_plain_configurations_the_first_clients_is_the_results(configs):
+    given = [replace(a, config=config) for a, config in zip(cohort(), configs, strict=True)]
+    assert flora_na.aggregate(given).adapter.config == configs[0]
