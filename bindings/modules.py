@@ -95,7 +95,7 @@ class LoraAggregator(nn.Module):
         return {
             "layers": {name: (layer.A, layer.B, layer.scaling) for name, layer in previous.modules.items()},
             "extras": dict(previous.extras),
-            "config": previous.config,
+            "config": None if previous.config is None else dict(previous.config),
             "roles": dict(previous.roles),
         }
 
