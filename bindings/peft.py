@@ -26,7 +26,8 @@ from ._peft.initial import check_same_start, since
 from ._peft.layers import LastPair, read_update
 from ._peft.layout import FileLayout, LayerShape
 from ._peft.lazy_tensors import LazyMapping, LazyTensors
-from ._peft.output import BASE, check_shared, merge_configs, output_config
+from ._peft.merging import BASE, AdapterConfig, check_shared, merge_configs
+from ._peft.output import output_config
 from ._peft.shards import ShardedTensors, TensorSource
 from ._peft.stored_layers import StoredLayers
 from .files.staging import check_writable, staged_directory
@@ -71,7 +72,8 @@ def load_adapter(
     Returns:
         An Adapter: ``modules`` by the module's name in the base model, each with its own scaling (names of other kinds
         than linear maps end in a bracket that says the kind); ``extras`` by the tensor's name in the file;
-        ``config`` as the file states it.
+        ``config`` as the file states it; aggregating refuses clients that ``check_compatible`` refuses, and gives the
+        result the configuration that ``merge_configs`` makes.
 
     Raises:
         ValueError: names file, module and reason: no such adapter, broken file, ranks that do not fit the
@@ -137,7 +139,7 @@ def _open(path: Path, adapter_name: str | None, *, allow_dora: bool = False, ini
     special = {key: role for key, role in contents.roles.items() if role != "mean"}
     extras = LazyTensors(sorted(contents.roles), extra, file, contents.scalings)
     files = (folder / CONFIG_NAME, *file.files)
-    return Adapter(LazyMapping(contents.layers, layer, files), extras, config, special)
+    return Adapter(LazyMapping(contents.layers, layer, files), extras, AdapterConfig(config), special)
 
 
 def _warn_of_dora(adapters: Sequence[Adapter], paths: Sequence[PathLike]) -> None:

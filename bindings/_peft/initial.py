@@ -10,7 +10,7 @@ import torch
 from fedgram.flora_na import Adapter, LoraLayer
 
 from .config import mutating_init
-from .output import BASE, check_shared
+from .merging import BASE, AdapterConfig, check_shared
 
 
 def since(adapter: Adapter, start: Adapter, label: str) -> Adapter:
@@ -32,7 +32,7 @@ def since(adapter: Adapter, start: Adapter, label: str) -> Adapter:
     for name in adapter.modules:
         if name not in start.modules:
             raise ValueError(f"{label}: {name}: the initial adapter (init) has no such module")
-    config = None if adapter.config is None else {**adapter.config, "init_lora_weights": True}
+    config = None if adapter.config is None else AdapterConfig({**adapter.config, "init_lora_weights": True})
     return Adapter(_Since(adapter.modules, start.modules, label), adapter.extras, config, adapter.roles)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from fedgram import flora_na
 from fedgram.bindings.peft import load_adapter, load_adapters, save_adapter
 from fedgram.flora_na import Adapter, LoraLayer
-from fedgram_testing.peft_adapters import edit_config, llama, mlp, write_client
+from fedgram_testing.peft_adapters import edit_config, llama, mlp, quietly, write_client
 from fedgram_testing.peft_kinds import KINDS, Kind, experts, mixtral, write_kind
 
 WEIGHTS, CONFIG, INDEX = "adapter_model.safetensors", "adapter_config.json", "adapter_model.safetensors.index.json"
@@ -134,6 +134,9 @@ def test_clients_whose_updates_cannot_be_added(copy, originals, name, field, val
     message = refusal(load_adapters, [originals(name), other], allow_dora=True)
     assert f"{other}: {label} " in message
     assert "differs from" in message
+    adapters = [quietly(load_adapter, path, allow_dora=True) for path in (originals(name), other)]
+    for aggregate in (flora_na.aggregate, flora_na.aggregate_for_clients, flora_na.inspect):
+        assert refusal(aggregate, adapters, names=[originals(name), other]) == message
 
 
 def test_experts_of_two_layouts_are_refused(copy, originals):

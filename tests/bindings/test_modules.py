@@ -7,6 +7,7 @@ import torch
 
 from fedgram import flora_na
 from fedgram.bindings.modules import LoraAggregator, StateDictAggregator
+from fedgram.bindings.peft import load_adapter, save_adapter
 from fedgram.flora_na import Adapter, LoraLayer
 from fedgram_testing.lora_states import states
 
@@ -124,6 +125,17 @@ def test_a_checkpoint_takes_up_where_it_was():
     assert same(resumed(clients(1), WEIGHTS), aggregator(clients(1), WEIGHTS))
     resumed.load_state_dict(LoraAggregator().state_dict())
     assert resumed.previous is None
+
+
+def test_a_checkpoint_holds_an_adapter_that_was_loaded(tmp_path):
+    save_adapter(Adapter(clients(0)[0].modules), tmp_path / "global")
+    aggregator, resumed, file = LoraAggregator(), LoraAggregator(), io.BytesIO()
+    aggregator.previous = load_adapter(tmp_path / "global")
+    torch.save(aggregator.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert same_layers(resumed.previous, aggregator.previous)
+    assert resumed.previous.config == aggregator.previous.config
 
 
 def test_a_checkpoint_keeps_what_the_extras_are():

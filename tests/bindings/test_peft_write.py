@@ -170,6 +170,18 @@ def test_peft_loads_every_layer_whichever_each_client_chose(tmp_path, options, o
     assert_same_update(tmp_path / "out", llama(), {name: x.delta() for name, x in result.modules.items()})
 
 
+def test_adapters_loaded_one_by_one_are_merged_as_those_loaded_together(tmp_path):
+    write_client(tmp_path / "a", mlp(), target_modules=["0"], r=2)
+    write_client(tmp_path / "b", mlp(), target_modules=["0", "2"], modules_to_save=["3"], bias="all", r=3)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    result = flora_na.aggregate([load_adapter(path) for path in paths], missing="renormalize", residual=True)
+    merged = merge_configs(adapter.config for adapter in load_adapters(paths))
+    assert result.adapter.config == result.residual.config == merged
+    save_adapter(result.adapter, tmp_path / "out")
+    assert config_of(tmp_path / "out")["modules_to_save"] == ["3"]
+    load_with_peft(mlp(), tmp_path / "out")
+
+
 class Nested(nn.Sequential):
     """Linear maps whose names are the ends of each other's: ``0`` and ``1.0``."""
 
