@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 try:
-    import rich  # noqa: F401 - the tables
     import typer
+    from rich.text import Text
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"{error}; the command line needs: pip install 'fedgram[cli]'", name=error.name
@@ -119,10 +119,10 @@ def aggregate(
                           "--align-to": align_to, "--resume": resume})  # fmt: skip
         refuse_launched("aggregate --rank-per-client")
         with one_line_errors():
-            document, table = aggregate_per_client(
+            document, parts = aggregate_per_client(
                 dirs,
                 output,
-                open_clients(dirs, adapter_name, allow_dora, init),
+                open_clients(dirs, adapter_name, allow_dora, init, warn=not quiet),
                 read_weights(weights, dirs),
                 shown=not (quiet or as_json),
                 method=method.value,
@@ -134,13 +134,14 @@ def aggregate(
             if as_json:
                 _print_json(document)
             elif not quiet:
-                tables.console().print(table)
+                for part in parts:
+                    tables.console().print(part, soft_wrap=isinstance(part, Text))
         return
     if resume:
         refuse_launched("aggregate --resume")
     with alone_or_on_ranks(rank_timeout) as watch:
         first = watch is None or watch.rank == 0
-        adapters = open_clients(dirs, adapter_name, allow_dora, init, warn=first)
+        adapters = open_clients(dirs, adapter_name, allow_dora, init, warn=first and not quiet)
         outputs = check_outputs(output, residual, adapters) if first else []
         if residual is not None:
             check_residual(adapters)
@@ -209,7 +210,7 @@ def inspect(
     with one_line_errors():
         if plot is not None:
             picture.check(plot)
-        adapters = open_clients(dirs, adapter_name, allow_dora, init)
+        adapters = open_clients(dirs, adapter_name, allow_dora, init, warn=not quiet)
         counts = read_weights(weights, dirs)
         with progress_bar("inspecting", shown=not (quiet or as_json)) as progress:
             result = flora_na.inspect(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from fedgram import flora_na
 from fedgram.flora_na import Adapter
@@ -17,7 +18,7 @@ from fedgram.flora_na.report import SCHEMA_VERSION
 from .._peft.files import check_kept, check_separate
 from ..console import progress_bar, shown_warnings
 from ..peft import check_output, load_adapters, load_global, save_adapter
-from .tables import per_client_table
+from .tables import per_client_table, screening_text
 
 AdapterNameOption = Annotated[
     str | None, typer.Option("--adapter-name", help="Of several adapters in each directory, the one to read.")
@@ -112,7 +113,7 @@ def aggregate_per_client(
     *,
     shown: bool,
     **options: Any,
-) -> tuple[dict[str, Any], Table]:
+) -> tuple[dict[str, Any], list[Table | Text]]:
     """Aggregate, and write every client's result; each appears whole or not at all.
 
     Args:
@@ -123,7 +124,7 @@ def aggregate_per_client(
         options: of ``flora_na.aggregate_for_clients``.
 
     Returns:
-        Every client's output and report, JSON-ready and as a table.
+        Every client's output and report, JSON-ready; and to be printed, also what screening did.
     """
     outputs = client_outputs(output, dirs, adapters)
     with progress_bar("aggregating", shown=shown) as progress:
@@ -137,4 +138,7 @@ def aggregate_per_client(
         str(client): {"output": str(path), **report.to_dict()}
         for client, path, report in zip(dirs, outputs, reports, strict=True)
     }
-    return {"schema_version": SCHEMA_VERSION, "clients": document}, per_client_table(reports, outputs)
+    shown_parts: list[Table | Text] = [per_client_table(reports, outputs)]
+    if reports[0].screening is not None:  # one and the same for all
+        shown_parts.append(screening_text(reports[0].screening))
+    return {"schema_version": SCHEMA_VERSION, "clients": document}, shown_parts

@@ -44,6 +44,9 @@ def test_dora_needs_its_flag_and_warns(tmp_path):
         torch.testing.assert_close(found[key], (one[key] + other[key]) / 2, rtol=1e-5, atol=1e-5)
     assert "residual: DoRA" in refused("aggregate", *dirs, "-o", out, "--allow-dora", "--residual", tmp_path / "rest")
     assert "DoRA" in done("inspect", *dirs, "--allow-dora", "--json").stderr
+    for command in (("inspect", *dirs), ("aggregate", *dirs, "-o", out)):
+        assert not done(*command, "--allow-dora", "--quiet").stderr
+    assert not done("aggregate", *dirs, "-o", tmp_path / "each", "--rank-per-client", "--allow-dora", "-q").stderr
 
 
 def test_the_library_warns_of_dora(tmp_path):

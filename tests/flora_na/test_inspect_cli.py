@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -65,12 +66,17 @@ def test_screening_is_the_same_in_inspect_and_aggregate(cohort, tmp_path):
 
 
 def test_screening_is_told_in_the_tables(cohort, tmp_path):
-    for command in (("inspect", *cohort), ("aggregate", *cohort, "-o", tmp_path / "out")):
+    aggregate = ("aggregate", *cohort, "-o", tmp_path / "out")
+    for command in (("inspect", *cohort), aggregate, (*aggregate, "--rank-per-client")):
         text = run(*command, "--clip", "2x", "--min-cosine", "-0.9").stdout
         assert (
             f"clipped to norm {flora_na.aggregate(load_adapters(cohort), clip='2x').report.screening.bound:.4g}" in text
         )
         assert f": {cohort[4]}; dropped for a cosine below -0.9: none" in text
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        text = run(*command, "--min-cosine", "0.99").stdout
+        assert re.search(r"dropped for a cosine below 0.99: .*; warning: that is \d+% of the weight", text)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 def test_auto_rank_is_written_module_by_module(cohort, tmp_path):
