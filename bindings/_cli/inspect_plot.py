@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 STYLES = {"fedavg": ("#E69F00", "o"), "flora-na": ("#0072B2", "s"), "als": ("#009E73", "^"), "svd": ("#CC79A7", "D")}
 INK, GRID, FAR = "#333333", "#DDDDDD", "#D55E00"
 MODULES, LABELS, CURVES = 32, 40, 64
+FORMATS = ("png", "svg", "svgz", "pdf", "eps", "ps", "jpg", "jpeg", "webp", "tif", "tiff")
+"""Those that matplotlib writes by itself: its pgf, say, needs LaTeX."""
 
 
 def check(path: Path) -> None:
@@ -28,19 +30,22 @@ def check(path: Path) -> None:
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message has the line that installs it.
-        ValueError: the file's ending is of no format that matplotlib writes, or its directory does not exist.
+        ValueError: the file's ending is none of ``FORMATS``, it is a directory, or its directory does not exist.
+        OSError: the file cannot be written.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        import matplotlib.figure  # noqa: F401 - draws it
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{error}; the picture needs: pip install 'fedgram[plot]'", name=error.name
         ) from error
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in known:
-        raise ValueError(f"{path}: --plot takes a picture's file name, ending in .png or {', '.join(sorted(known))}")
+    if path.suffix.lstrip(".").lower() not in FORMATS:
+        raise ValueError(f"{path}: --plot takes a picture's file name, ending in .{', '.join(FORMATS)}")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory: --plot takes a picture's file name")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: no such directory: {path.parent}")
+    _write(path, None)
 
 
 def draw(inspection: Inspection, path: Path) -> None:
@@ -61,10 +66,22 @@ def draw(inspection: Inspection, path: Path) -> None:
     _matrix(axes[1, 1], inspection)
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix.lstrip(".").lower())
+    _write(path, picture.getvalue())
+
+
+def _write(path: Path, content: bytes | None) -> None:
+    """Write a file beside ``path`` and give it that name; without content, only try whether it can be written.
+
+    Raises:
+        OSError: it cannot; the error names ``path``.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(picture.getvalue())
-        partial.replace(path)
+        partial.write_bytes(content or b"")
+        if content is not None:
+            partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """``fedgram inspect`` and the options that it shares with ``aggregate``: files in, tables, JSON and a picture out."""
 
+import io
 import json
 import math
 import re
@@ -117,7 +118,24 @@ def test_odd_cohorts_can_be_drawn(kind, tmp_path):
     assert b"<svg" in (tmp_path / "found.svg").read_bytes()
 
 
-def test_what_cannot_be_drawn_is_refused_before_the_work(cohort, tmp_path):
+def test_every_format_is_written_without_other_programs(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(1, 1))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for ending in picture.FORMATS:
+        picture.check(tmp_path / f"found.{ending}")
+        figure.savefig(content := io.BytesIO(), format=ending)
+        assert content.getvalue()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_drawn_is_refused_before_the_work(cohort, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(flora_na, "inspect", None)
+    (tmp_path / "found.png").mkdir()
+    assert "found.pgf: --plot takes" in refused("inspect", *cohort, "--plot", tmp_path / "found.pgf")
+    assert "found.png: is a directory" in refused("inspect", *cohort, "--plot", tmp_path / "found.png")
+    line = refused("inspect", *cohort, "--plot", "/proc/found.png")
+    assert line == "fedgram: /proc/found.png: No such file or directory"
     assert "ending in .png" in refused("inspect", *cohort, "--plot", tmp_path / "adapter_model.safetensors")
     assert "no such directory" in refused("inspect", *cohort, "--plot", tmp_path / "nowhere" / "found.png")
 
