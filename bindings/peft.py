@@ -209,7 +209,8 @@ def save_adapter(adapter: Adapter, path: PathLike, *, config: Mapping[str, Any] 
 
     Raises:
         ValueError: no layers, layers of names that do not go together, extras that the configuration does not
-            declare, a layer that is not finite after scaling, or an output directory that holds other files.
+            declare, a layer that is not finite after scaling or has a rank above 1,024 and both sides of its matrix
+            (``load_adapter`` would not read it), or an output directory that holds other files.
         OSError: the output cannot be written.
     """
     if not adapter.modules:

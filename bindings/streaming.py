@@ -23,6 +23,7 @@ from fedgram.flora_na.streamed import Stream, stream
 from fedgram.flora_na.weights import Weights
 
 from ._peft.files import check_kept, check_separate, size_of
+from ._peft.layout import check_rank
 from ._streaming.extras import extra_pieces, extra_shapes
 from ._streaming.identity import run_identity
 from ._streaming.journal import Journal, open_journal
@@ -234,8 +235,10 @@ class _Run:
         part, results = parts.pop(), {}
         for name, layer in part.adapter.modules.items():
             report: ModuleReport = part.report.modules[name]
+            check_rank(name, layer.rank, *layer.shape)
             results[LAYER + name] = layer_result(layer, report)
         for name, layer in (part.residual.modules if part.residual is not None else {}).items():
+            check_rank(f"{name} (residual)", layer.rank, *layer.shape)
             results[RESIDUAL + name] = layer_result(layer)
         self.journal.append(results)
         return list(part.adapter.modules)

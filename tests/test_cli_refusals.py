@@ -173,6 +173,19 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(clients, tmp
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--rank", "1025", "--method", "svd"), "query: rank 1025 of a 16 x 16 matrix: at most 1024 is read"),
+        (("--rank", "1020", "--method", "svd", "--residual", "rest"), "query (residual): rank 1029 of a 16 x 16"),
+    ],
+)
+def test_ranks_that_nobody_reads_again_are_refused(clients, tmp_path, monkeypatch, options, reason):
+    monkeypatch.chdir(tmp_path)
+    assert reason in refused("aggregate", *clients, "-o", "out", *options)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in clients}
+
+
 def test_a_refusal_leaves_the_previous_output(clients, tmp_path):
     run("aggregate", *clients, "-o", tmp_path / "out")
     before = (tmp_path / "out" / WEIGHTS).read_bytes()

@@ -13,14 +13,13 @@ from fedgram.flora_na import LoraLayer
 
 from .config import LoraSettings
 from .keys import AdapterKeys
+from .layout import check_rank
 from .names import LayerName, owner_of
 from .parameters import Parameter, TargetParameters, wrappers
 from .shards import TensorSource
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 CONVOLUTIONS = (3, 4, 5)
-MAX_RANK = 1024
-"""Of a layer, unless both sides of its matrix are longer."""
 MAX_EXPERTS = 1 << 18
 MAX_TIED = 64
 """Comparisons of tied factors: PEFT ties heads to one embedding."""
@@ -107,18 +106,12 @@ def stored_layers(file: TensorSource, keys: AdapterKeys, settings: LoraSettings)
         layer = _layer(file, keys, settings, path, shapes[path][0], tied.get(path, ()))
         layers += [] if path in heads else [layer]
     for layer in layers:
-        _check_rank(file, layer, *shapes[layer.name.path])
+        A, B = shapes[layer.name.path]
+        try:
+            check_rank(layer.name, layer.rank, m=B[0], n=prod(A[1:]))
+        except ValueError as error:
+            raise ValueError(f"{file.path}: {error}") from None
     return {str(layer.name): layer for layer in layers}
-
-
-def _check_rank(file: TensorSource, layer: StoredLayer, A: tuple[int, ...], B: tuple[int, ...]) -> None:
-    """Refuse ranks that make a small file much work: it grows with their cube, and means no more above m or n."""
-    n, m = prod(A[1:]), B[0]
-    if layer.rank > max(MAX_RANK, min(m, n)):
-        raise ValueError(
-            f"{file.path}: {layer.name}: rank {layer.rank} of a {m} x {n} matrix: "
-            f"more than {MAX_RANK} and than the matrix can have"
-        )
 
 
 def _layer(

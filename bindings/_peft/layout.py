@@ -15,6 +15,24 @@ from ..files.tensor_file import TensorSpec
 from .names import LayerName, factor_key
 
 FactorOf = Callable[[str, str], tuple[Tensor, float]]
+MAX_RANK = 1024
+"""Of a layer, unless both sides of its matrix are longer."""
+
+
+def check_rank(layer: object, rank: int, m: int, n: int) -> None:
+    """Refuse ranks that make a small file much work: it grows with their cube, and means no more above m or n.
+
+    Args:
+        layer: what the layer is called, for the message.
+        rank: of the layer.
+        m, n: the sides of its matrix.
+
+    Raises:
+        ValueError: names the layer and the largest rank.
+    """
+    most = max(MAX_RANK, min(m, n))
+    if rank > most:
+        raise ValueError(f"{layer}: rank {rank} of a {m} x {n} matrix: at most {most} is read and written")
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,8 @@ class FileLayout:
         specs: name -> dtype and shape of every tensor.
 
     Raises:
-        ValueError: names that are not whole or do not go together (an expert missing, a path in two kinds).
+        ValueError: names that are not whole or do not go together (an expert missing, a path in two kinds), or a rank
+            that would not be read.
     """
 
     def __init__(self, shapes: Mapping[str, LayerShape]) -> None:
@@ -95,6 +114,7 @@ class FileLayout:
             if (shapes[name].dtype, shapes[name].m, shapes[name].n) != (shape.dtype, shape.m, shape.n):
                 raise ValueError(f"{path}: {name} differs from {names[0]} in dtype or shape")
         rank = (self.parameter_rank or 1) if first.kind == "expert" else self.ranks[first.owner]
+        check_rank(names[0], rank, shape.m, shape.n)
         self._rank |= dict.fromkeys(names, rank)
         size = prod(first.kernel)
         if shape.n % size:

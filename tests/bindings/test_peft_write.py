@@ -227,6 +227,15 @@ def test_a_scaling_that_overflows_the_dtype_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ranks_that_would_not_be_read_again_are_not_written(tmp_path):
+    save_adapter(Adapter({"0": layer(3, 2, 1024)}), tmp_path / "out")
+    assert load_adapter(tmp_path / "out").modules["0"].rank == 1024
+    for name in ("0", "0 [embedding]"):
+        with pytest.raises(ValueError, match=r"0.*: rank 1025 of a 3 x 2 matrix: at most 1024 is read and written"):
+            save_adapter(Adapter({name: layer(3, 2, 1025)}), tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
 def test_no_layers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="adapter: holds no layers"):
         save_adapter(Adapter({}), tmp_path / "out")
