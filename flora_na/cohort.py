@@ -133,7 +133,7 @@ def _require_all(cohort: Cohort) -> None:
                 others = len(cohort.present(module))
                 raise ValueError(
                     f"{module}: {cohort.names[u]} has no such module, {others} other client(s) have; "
-                    "choose missing='renormalize' or 'zero' to go on"
+                    "choose missing='renormalize' or 'zero' (--missing) to go on"
                 )
 
 
