@@ -64,6 +64,7 @@ def test_a_missing_module_is_named_or_handled_as_told(clients, tmp_path):
     line = refused("aggregate", *clients, "-o", tmp_path / "out")
     assert "bert.encoder.layer.0.attention.self.query" in line
     assert str(clients[2]) in line
+    assert line.endswith("choose missing='renormalize' or 'zero' (--missing) to go on")
     for policy in ("renormalize", "zero"):
         result = run("aggregate", *clients, "-o", tmp_path / policy, "--missing", policy)
         assert result.exit_code == 0, result.output
@@ -135,7 +136,10 @@ def test_names_in_files_cannot_break_the_line_or_the_terminal(clients):
         ("[1, 2]", "2 weights for 3 clients"),
         (f"[1, 2, 3{'0' * 400}]", "client 'c2': expected a number of at least 0, got 300"),
         ("[1, 2, NaN]", "client 'c2': expected a number of at least 0, got nan"),
-        ("[0, 0, 0]", "all are zero"),
+        ("[0, 0, 0]", "w.json: weights: all are zero"),
+        ('{"c0": 1, "c1": 2, "c1/": 2, "c2": 3}', "'c1' and 'c1/' are the same client"),
+        ('{"c0": 1, "c1": 2, "\\u0000": 3}', r"'\x00' is not the directory of a client"),
+        ("[" * 40 + "]" * 40, "not valid JSON here (nested more than 32 deep)"),
         ("3", "expected an object from directory name to number, or a list"),
         ("[1, 2", "not valid JSON"),
     ],
@@ -156,6 +160,19 @@ def test_clients_of_one_name_are_told_apart_by_path(clients, tmp_path, monkeypat
     (tmp_path / "w.json").write_text('{"c0": 1, "other/c0": 3}')
     document = json.loads(run("inspect", "c0", "other/c0", "--weights", "w.json", "--json").stdout)
     assert [client["weight"] for client in document["clients"].values()] == [0.25, 0.75]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "c0").rename(tmp_path / "x" / "c0")
+    (tmp_path / "w.json").write_text('{"c0": 1}')
+    line = refused("inspect", "x/c0", "other/c0", "--weights", "w.json")
+    assert line == "fedgram: w.json: 'c0' is the name of x/c0 and other/c0: give their paths"
+
+
+def test_weights_may_be_written_with_any_form_of_a_path(clients, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = json.dumps({"c0/": 1, str(tmp_path / "c1"): 2, "./c1/../c2/": 5})
+    (tmp_path / "w.json").write_text(text, encoding="utf-8-sig")  # with a byte order mark, as some editors write it
+    result = run("inspect", "c0", "./c1/", clients[2], "--weights", "w.json", "--json")
+    assert [client["weight"] for client in json.loads(result.stdout)["clients"].values()] == [0.125, 0.25, 0.625]
 
 
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(clients, tmp_path):
@@ -163,7 +180,10 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(clients, tmp
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     assert "file: not a directory" in refused("aggregate", *clients, "-o", tmp_path / "file")
-    assert "file" in refused("aggregate", *clients, "-o", tmp_path / "file" / "below")
+    for below in ("below", "further/below"):
+        line = refused("aggregate", *clients, "-o", tmp_path / "file" / below)
+        assert line.startswith(f"fedgram: {tmp_path / 'file'}")
+        assert line.endswith(": Not a directory")
     assert "holds 'notes.txt'" in refused("aggregate", *clients, "-o", tmp_path / "full")
     assert "is one of the clients' directories" in refused("aggregate", *clients, "-o", clients[0])
     out = tmp_path / "out"

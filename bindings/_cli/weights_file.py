@@ -3,50 +3,66 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files.documents import unambiguous
+from ..files.documents import parse_json
 
 
 def read_weights(path: Path | None, clients: Sequence[Path]) -> list[float] | None:
     """One weight per client from a JSON file: an object by directory name (or path), or a list in the given order.
 
     Raises:
-        ValueError: not such JSON, a client without a weight, a name that is no client, or a weight below zero.
+        ValueError: not such JSON, a client without a weight, a name that is no client or that of several, a weight
+            below zero, or none above.
         OSError: the file cannot be read.
     """
     if path is None:
         return None
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unambiguous)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    document = parse_json(path.read_bytes(), str(path))  # it may be a pipe: the user's own
     if isinstance(document, dict):
         document = _in_order(path, document, clients)
     if not isinstance(document, list):
         raise ValueError(f"{path}: expected an object from directory name to number, or a list of numbers")
     if len(document) != len(clients):
         raise ValueError(f"{path}: {len(document)} weights for {len(clients)} clients")
-    return [_weight(path, client, value) for client, value in zip(clients, document, strict=True)]
+    weights = [_weight(path, client, value) for client, value in zip(clients, document, strict=True)]
+    if not any(weights):
+        raise ValueError(f"{path}: weights: all are zero")
+    return weights
 
 
 def _in_order(path: Path, document: dict[str, Any], clients: Sequence[Path]) -> list[Any]:
-    names = [_name(client) for client in clients]
-    keys = [
-        name if names.count(name) == 1 and name in document else str(c) for name, c in zip(names, clients, strict=True)
-    ]
-    missing = [name for name, key in zip(names, keys, strict=True) if key not in document]
-    if missing:
-        raise ValueError(f"{path}: no weight for client {missing[0]!r}")
-    unknown = sorted(document.keys() - set(keys))
-    if unknown:
-        raise ValueError(f"{path}: {unknown[0]!r} is not the directory of a client")
-    return [document[key] for key in keys]
+    """The values in the order of the clients, each under its path, however written, or a name that no other has."""
+    places = {_real(client): client for client in clients}
+    names: dict[str, list[Path]] = {}
+    for client in clients:
+        names.setdefault(_name(client), []).append(client)
+    keys: dict[Path, str] = {}
+    for key in document:
+        place = places.get(_real(key))
+        found = names.get(key.rstrip("/"), []) if place is None else [place]
+        if not found:
+            raise ValueError(f"{path}: {key!r} is not the directory of a client")
+        if len(found) > 1:
+            raise ValueError(f"{path}: {key!r} is the name of {' and '.join(map(str, found))}: give their paths")
+        if found[0] in keys:
+            raise ValueError(f"{path}: {keys[found[0]]!r} and {key!r} are the same client")
+        keys[found[0]] = key
+    for client in clients:
+        if client not in keys:
+            raise ValueError(f"{path}: no weight for client {_name(client)!r} ({client})")
+    return [document[keys[client]] for client in clients]
+
+
+def _real(path: str | Path) -> str:
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # characters that no path has
+        return str(path)
 
 
 def _name(client: Path) -> str:

@@ -62,7 +62,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """A JSON document: UTF-8, no name twice in one object, nesting up to 32.
+    """A JSON document: UTF-8 (a byte order mark is passed over), no name twice in one object, nesting up to 32.
 
     ``NaN`` and ``Infinity``, which JSON does not have but Python writes, are read.
 
@@ -70,7 +70,7 @@ def parse_json(data: bytes, where: str) -> Any:
         ValueError: something else; the message begins with ``where``.
     """
     try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=unambiguous)
+        document = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unambiguous)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from error
     level = [document]

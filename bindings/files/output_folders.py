@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import stat
@@ -21,12 +22,21 @@ def made_parents(target: Path) -> Iterator[None]:
     """
     missing = list(itertools.takewhile(lambda folder: not folder.exists(), target.parents))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make(target.parent)
         yield
     finally:
         for folder in missing:
             with contextlib.suppress(OSError):  # it holds something, or was not made
                 folder.rmdir()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        if not os.path.lexists(error.filename):  # another run has just removed it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), error.filename) from None
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from None
 
 
 def is_mount(folder: Path) -> bool:

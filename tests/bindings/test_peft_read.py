@@ -146,6 +146,13 @@ def test_adapters_in_subdirectories_are_read_by_name(tmp_path):
             load_adapter(tmp_path / "x", trick)
 
 
+def test_a_byte_order_mark_before_the_configuration_is_passed_over(tmp_path):
+    write_client(tmp_path / "c", mlp(), target_modules=["0"], r=3)
+    config = tmp_path / "c" / "adapter_config.json"
+    config.write_text(config.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert load_adapter(tmp_path / "c").config == json.loads(config.read_text(encoding="utf-8-sig"))
+
+
 def test_clients_of_one_model_are_opened_together(tmp_path):
     for i in range(3):
         write_client(tmp_path / f"c{i}", mlp(), target_modules=["0"], r=i + 1, seed=i)
