@@ -150,7 +150,7 @@ def aggregate(
             "method": method.value,
             "rank": parse_rank(rank),
             "shared": shared,
-            "anchor": open_global(anchor, adapters, dirs[0], allow_dora),
+            "anchor": open_global(anchor, adapters, dirs[0], allow_dora, covered=missing is Missing.error),
             "align_to": open_global(align_to, adapters, dirs[0], allow_dora),
             "missing": missing.value,
             "clip": clip,

@@ -163,7 +163,9 @@ def check_compatible(adapters: Sequence[Adapter], names: Sequence[str] | None = 
     check_shared([adapter.config for adapter in adapters], labels)
 
 
-def load_global(path: PathLike, clients: Sequence[Adapter], name: str, *, allow_dora: bool = False) -> Adapter:
+def load_global(
+    path: PathLike, clients: Sequence[Adapter], name: str, *, allow_dora: bool = False, covered: bool = False
+) -> Adapter:
     """Open an earlier global adapter that the clients' updates are taken together with (anchor, align_to).
 
     Args:
@@ -171,6 +173,8 @@ def load_global(path: PathLike, clients: Sequence[Adapter], name: str, *, allow_
         clients: as ``load_adapters`` returns them.
         name: what the first of them is called.
         allow_dora: as in ``load_adapter``.
+        covered: refuse modules that no client has. Of an anchor, which the result takes the place of, they would be
+            lost.
 
     Raises:
         ValueError, OSError: as ``load_adapter``; or it is an adapter of another base model, or its experts lie
@@ -178,6 +182,12 @@ def load_global(path: PathLike, clients: Sequence[Adapter], name: str, *, allow_
     """
     adapter = load_adapter(path, allow_dora=allow_dora)
     check_shared([clients[0].config, adapter.config], [name, str(path)], BASE)
+    for module in adapter.modules if covered else ():
+        if not any(module in client.modules for client in clients):
+            raise ValueError(
+                f"{path}: {module}: no client has this module, and so the result would not; "
+                "missing='renormalize' or 'zero' (--missing) leaves it out"
+            )
     return adapter
 
 

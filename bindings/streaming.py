@@ -68,13 +68,15 @@ def aggregate_directories(
         paths: one adapter directory of PEFT per client.
         output, residual, resume, progress: as in ``aggregate_to_directory``.
         weights: as in ``flora_na.aggregate``.
-        anchor, align_to: directories of earlier global adapters.
+        anchor, align_to: directories of earlier global adapters. Unless ``missing`` allows it, the anchor may have no
+            module that no client has.
         options: all others of ``flora_na.aggregate``.
 
     Raises:
         ValueError, OSError: as ``load_adapters``, ``load_global`` and ``aggregate_to_directory``.
     """
     adapters = load_adapters(paths)
+    covered = options.get("missing", "error") == "error"
     return aggregate_to_directory(
         adapters,
         output,
@@ -83,7 +85,7 @@ def aggregate_directories(
         resume=resume,
         progress=progress,
         names=[str(path) for path in paths],
-        anchor=None if anchor is None else load_global(anchor, adapters, str(paths[0])),
+        anchor=None if anchor is None else load_global(anchor, adapters, str(paths[0]), covered=covered),
         align_to=None if align_to is None else load_global(align_to, adapters, str(paths[0])),
         **options,
     )

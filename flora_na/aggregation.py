@@ -64,7 +64,7 @@ def aggregate(
         rank: of the result; None is, per module, the largest client rank; ``"auto:0.99"`` the smallest rank whose best
             pair keeps that share of ``||dW||^2``, which may be above or below the clients'.
         shared: ``flora-na`` with one pair of coefficients for all modules, as the authors' code has it.
-        anchor: last round's global adapter; see ``estimate``.
+        anchor: last round's global adapter; see ``estimate``. What it has and no client has is not in the result.
         align_to: an earlier global adapter to rotate the result towards (als and svd only).
         missing: a module that a client lacks is an ``error``; or the others' weights are scaled to sum 1
             (``renormalize``); or its update counts as ``zero``. ``cohort.MISSING`` defines the targets, and what

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedgram import flora_na
+from fedgram.bindings.peft import load_adapter
+from fedgram.bindings.streaming import aggregate_directories
 from fedgram.flora_na import streamed
 from fedgram_testing.cli_clients import CONFIG, WEIGHTS, clients, deltas, refused, run
 from fedgram_testing.peft_adapters import bert, load_with_peft
@@ -117,6 +119,23 @@ def test_earlier_adapters_of_another_base_model_are_refused(clients, tmp_path, o
     if option == "--init":
         reason = f"{clients[0]}: {label} 'this' differs from 'another' of the initial adapter (init)"
     assert reason in refused("aggregate", *clients, "-o", tmp_path / "out", option, earlier)
+
+
+def test_an_anchor_with_modules_that_no_client_has_is_refused_or_cut(clients, tmp_path):
+    module = "bert.encoder.layer.0.attention.self.query"
+    last = shutil.copytree(clients[0], tmp_path / "last")
+    for client in clients:
+        drop(client, module)
+    options = ("-o", tmp_path / "out", "--method", "flora-na", "--rank", "2")
+    line = refused("aggregate", *clients, *options, "--anchor", last)
+    assert line.startswith(f"fedgram: {last}: {module}: no client has this module")
+    with pytest.raises(ValueError, match="no client has this module"):
+        aggregate_directories(clients, tmp_path / "out", method="flora-na", rank=2, anchor=last)
+    assert not (tmp_path / "out").exists()
+    for more in (("--anchor", last, "--missing", "zero"), ("--align-to", last, "--method", "svd")):
+        result = run("aggregate", *clients, *options, *more)
+        assert result.exit_code == 0, result.output
+        assert module not in load_adapter(tmp_path / "out").modules
 
 
 def test_names_in_files_cannot_break_the_line_or_the_terminal(clients):

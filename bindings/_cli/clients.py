@@ -45,10 +45,12 @@ def open_clients(
         return load_adapters(dirs, adapter_name=adapter_name, allow_dora=allow_dora, init=init)
 
 
-def open_global(path: Path | None, clients: Sequence[Adapter], first: Path, allow_dora: bool) -> Adapter | None:
-    """An earlier result for clients of which the first lies in ``first``, or None."""
+def open_global(
+    path: Path | None, clients: Sequence[Adapter], first: Path, allow_dora: bool, *, covered: bool = False
+) -> Adapter | None:
+    """``load_global`` for clients of which the first lies in ``first``, or None."""
     with shown_warnings(False):
-        return None if path is None else load_global(path, clients, str(first), allow_dora=allow_dora)
+        return None if path is None else load_global(path, clients, str(first), allow_dora=allow_dora, covered=covered)
 
 
 def check_residual(adapters: Sequence[Adapter]) -> None:

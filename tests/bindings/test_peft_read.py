@@ -1,5 +1,6 @@
 """The reader against PEFT: the delta weights, the scalings and the extra tensors are those that PEFT itself has."""
 
+import json
 import math
 
 import pytest
