@@ -19,18 +19,17 @@ except ModuleNotFoundError as error:
     ) from error
 
 from fedgram import flora_na
-from fedgram.flora_na import Adapter, Aggregation
 from fedgram.flora_na.cohort import MISSING
 from fedgram.kernels import BACKENDS
 
 from ._cli import inspect_plot as picture
 from ._cli import tables
+from ._cli.aggregations import Findings, aggregate_alone, aggregate_on_ranks, aggregate_per_client
 from ._cli.clients import (
     AdapterNameOption,
     AllowDoraOption,
     InitOption,
     RankPerClientOption,
-    aggregate_per_client,
     check_outputs,
     check_per_client,
     check_residual,
@@ -41,9 +40,6 @@ from ._cli.options import ClipOption, MinCosineOption, RankOption, parse_rank
 from ._cli.weights_file import read_weights
 from ._distributed.launch import alone_or_on_ranks, refuse_launched
 from .console import one_line_errors, print_always, progress_bar
-from .distributed import aggregate_sharded
-from .peft import merge_configs, save_adapter
-from .streaming import aggregate_to_directory
 
 app = typer.Typer(
     name="fedgram",
@@ -114,80 +110,48 @@ def aggregate(
     quiet: Quiet = False,
 ) -> None:
     """Aggregate the clients' adapters into one adapter that PEFT loads."""
+    options = {
+        "method": method.value,
+        "missing": missing.value,
+        "clip": clip,
+        "min_cosine": min_cosine,
+        "backend": backend.value,
+        "names": [str(path) for path in dirs],
+    }
     if rank_per_client:
         check_per_client({"--rank": rank, "--residual": residual, "--shared": shared, "--anchor": anchor,
                           "--align-to": align_to, "--resume": resume})  # fmt: skip
         refuse_launched("aggregate --rank-per-client")
         with one_line_errors():
-            document, parts = aggregate_per_client(
-                dirs,
-                output,
-                open_clients(dirs, adapter_name, allow_dora, init, warn=not quiet),
-                read_weights(weights, dirs),
-                shown=not (quiet or as_json),
-                method=method.value,
-                missing=missing.value,
-                clip=clip,
-                min_cosine=min_cosine,
-                backend=backend.value,
-            )
-            if as_json:
-                _print_json(document)
-            elif not quiet:
-                for part in parts:
-                    tables.console().print(part, soft_wrap=isinstance(part, Text))
+            adapters = open_clients(dirs, adapter_name, allow_dora, init, warn=not quiet)
+            counts = read_weights(weights, dirs)
+            shown = not (quiet or as_json)
+            _tell(aggregate_per_client(dirs, output, adapters, counts, shown=shown, **options), as_json, quiet)
         return
     if resume:
         refuse_launched("aggregate --resume")
     with alone_or_on_ranks(rank_timeout) as watch:
         first = watch is None or watch.rank == 0
         adapters = open_clients(dirs, adapter_name, allow_dora, init, warn=first and not quiet)
-        outputs = check_outputs(output, residual, adapters) if first else []
+        if first:
+            check_outputs(output, residual, adapters)
         if residual is not None:
             check_residual(adapters)
         counts = read_weights(weights, dirs)
-        options = {
-            "method": method.value,
+        options |= {
             "rank": parse_rank(rank),
             "shared": shared,
             "anchor": open_global(anchor, adapters, dirs[0], allow_dora, covered=missing is Missing.error),
             "align_to": open_global(align_to, adapters, dirs[0], allow_dora),
-            "missing": missing.value,
-            "clip": clip,
-            "min_cosine": min_cosine,
-            "backend": backend.value,
-            "names": [str(path) for path in dirs],
         }
         with progress_bar("aggregating", shown=first and not (quiet or as_json)) as progress:
+            options["progress"] = progress
             if watch is None:
-                streamed = aggregate_to_directory(
-                    adapters,
-                    output,
-                    counts,
-                    residual=residual,
-                    resume=resume is not False,
-                    progress=progress,
-                    **options,
-                )
-                report = streamed.report
+                found = aggregate_alone(adapters, counts, output, residual, resume=resume is not False, **options)
             else:
-                keep = residual is not None
-                result = aggregate_sharded(adapters, counts, residual=keep, progress=progress, watch=watch, **options)
-                if first:
-                    _save(result, merge_configs(adapter.config for adapter in adapters), output, residual)
-                report = result.report
-        if not first:
-            return
-        if as_json:
-            _print_json({"output": str(output), "residual": residual and str(residual), **report.to_dict()})
-        elif not quiet:
-            console = tables.console()
-            if watch is None and streamed.resumed:
-                console.print(f"{streamed.resumed} of {len(report.modules)} modules were done by an interrupted run")
-            console.print(tables.aggregate_table(report))
-            if report.screening is not None:
-                console.print(tables.screening_text(report.screening), soft_wrap=True)
-            console.print(f"wrote {' and '.join(map(str, outputs))}", markup=False, highlight=False, soft_wrap=True)
+                found = aggregate_on_ranks(adapters, counts, output, residual, watch=watch, **options)
+        if first:
+            _tell(found, as_json, quiet)
 
 
 @app.command()
@@ -247,12 +211,13 @@ def _print_inspection(result: flora_na.Inspection) -> None:
         console.print(warning, soft_wrap=True)
 
 
-def _save(result: Aggregation, config: dict[str, Any] | None, output: Path, residual: Path | None) -> None:
-    if residual is not None and result.residual is not None:
-        # Without a task type: PEFT would look for the head of a classification task, which a residual has not.
-        rest = Adapter(result.residual.modules, {}, config)
-        save_adapter(rest, residual, config=None if config is None else config | {"task_type": None})
-    save_adapter(result.adapter, output, config=config)
+def _tell(found: Findings, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        _print_json(found.document)
+    elif not quiet:
+        console = tables.console()
+        for part in found.parts:
+            console.print(part, soft_wrap=isinstance(part, Text))
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "load_global",
     "merge_configs",
     "save_adapter",
+    "save_residual",
 ]
 
 CONFIG_NAME = "adapter_config.json"
@@ -244,6 +245,18 @@ def save_adapter(adapter: Adapter, path: PathLike, *, config: Mapping[str, Any] 
         if not _linked(adapter.modules, stage / WEIGHTS_NAME, specs, layout.verbatim(shapes)):
             write_tensors(stage / WEIGHTS_NAME, specs, tensor)
         _write_json(stage / CONFIG_NAME, document)
+
+
+def save_residual(residual: Adapter, path: PathLike) -> None:
+    """Write what an aggregation leaves out, as ``save_adapter`` writes an adapter.
+
+    Its configuration states no task type: PEFT would look for the head of a classification task, which it has not.
+
+    Raises:
+        ValueError, OSError: as ``save_adapter``.
+    """
+    config = residual.config
+    save_adapter(residual, path, config=None if config is None else {**config, "task_type": None})
 
 
 def _shapes(modules: Mapping[str, LoraLayer]) -> dict[str, LayerShape]:

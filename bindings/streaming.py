@@ -32,7 +32,16 @@ from .files.buffers import Trimmer
 from .files.linked_file import header_room
 from .files.read_behind import reading_once
 from .files.staging import reserved_output
-from .peft import OUTPUT_FILES, LazyMapping, PathLike, load_adapters, load_global, merge_configs, save_adapter
+from .peft import (
+    OUTPUT_FILES,
+    LazyMapping,
+    PathLike,
+    load_adapters,
+    load_global,
+    merge_configs,
+    save_adapter,
+    save_residual,
+)
 
 Progress = Callable[[int, int, str], None]
 
@@ -96,7 +105,6 @@ def aggregate_to_directory(
     output: PathLike,
     weights: Weights = None,
     *,
-    sources: Sequence[PathLike] = (),
     residual: PathLike | None = None,
     resume: bool = True,
     progress: Progress | None = None,
@@ -115,7 +123,6 @@ def aggregate_to_directory(
         adapters: as ``load_adapters`` returns them.
         output: directory of the result: a new one, or one that holds nothing but an earlier output.
         weights, names, anchor, align_to, options: as in ``flora_na.aggregate``.
-        sources: not needed, and not looked at: adapters that were loaded tell which files they read.
         residual: directory for the factored residual, or None.
         resume: whether finished modules of an interrupted run are used. They are if place, size and times of every
             file that a client, the anchor or align_to reads are the same, and so are the order of the clients, their
@@ -145,10 +152,8 @@ def aggregate_to_directory(
             run.solve(progress)
         config = merge_configs(adapter.config for adapter in adapters)
         if residual is not None:
-            # Without a task type: PEFT would look for the head of a classification task, which a residual has not.
-            rest = run.adapter(RESIDUAL, config)
-            save_adapter(rest, residual, config=None if config is None else config | {"task_type": None})
-        save_adapter(run.adapter(LAYER, config), output, config=config)
+            save_residual(run.adapter(RESIDUAL, config), residual)
+        save_adapter(run.adapter(LAYER, config), output)
         return Streamed(run.report(), len(resumed))
 
 

@@ -1,4 +1,4 @@
-"""Opening the clients' directories, and one output per client, for the command line."""
+"""Opening the clients' directories and checking the outputs, for the command line."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from fedgram import flora_na
 from fedgram.flora_na import Adapter
-from fedgram.flora_na.report import SCHEMA_VERSION
 
 from .._peft.files import check_kept, check_separate
-from ..console import progress_bar, shown_warnings
-from ..peft import check_output, load_adapters, load_global, save_adapter
-from .tables import per_client_table, screening_text
+from ..console import shown_warnings
+from ..peft import check_output, load_adapters, load_global
 
 AdapterNameOption = Annotated[
     str | None, typer.Option("--adapter-name", help="Of several adapters in each directory, the one to read.")
@@ -105,42 +100,3 @@ def client_outputs(output: Path, dirs: Sequence[Path], adapters: Sequence[Adapte
     for path in outputs:
         check_output(path)
     return outputs
-
-
-def aggregate_per_client(
-    dirs: Sequence[Path],
-    output: Path,
-    adapters: Sequence[Adapter],
-    weights: Sequence[float] | None,
-    *,
-    shown: bool,
-    **options: Any,
-) -> tuple[dict[str, Any], list[Table | Text]]:
-    """Aggregate, and write every client's result; each appears whole or not at all.
-
-    Args:
-        dirs: the clients' directories.
-        output: the directory of the outputs.
-        adapters, weights: the clients' in the same order.
-        shown: whether to show a progress bar.
-        options: of ``flora_na.aggregate_for_clients``.
-
-    Returns:
-        Every client's output and report, JSON-ready; and to be printed, also what screening did.
-    """
-    outputs = client_outputs(output, dirs, adapters)
-    with progress_bar("aggregating", shown=shown) as progress:
-        results = flora_na.aggregate_for_clients(
-            adapters, weights, progress=progress, names=[str(path) for path in dirs], **options
-        )
-    for result, path in zip(results, outputs, strict=True):
-        save_adapter(result.adapter, path)
-    reports = [result.report for result in results]
-    document = {
-        str(client): {"output": str(path), **report.to_dict()}
-        for client, path, report in zip(dirs, outputs, reports, strict=True)
-    }
-    shown_parts: list[Table | Text] = [per_client_table(reports, outputs)]
-    if reports[0].screening is not None:  # one and the same for all
-        shown_parts.append(screening_text(reports[0].screening))
-    return {"schema_version": SCHEMA_VERSION, "clients": document}, shown_parts
