@@ -202,15 +202,6 @@ class LoraSettings:
         return any(saved_by(entry, key) for entry in self.modules_to_save)
 
 
-def matches(key: str, module: str) -> bool:
-    """Whether a pattern matches a module by PEFT's rule: its whole name, or all that follows one of its dots.
-
-    Raises:
-        ValueError: it is no regular expression, or one that ``PatternTable`` does not take.
-    """
-    return bool(PatternTable({key: True}).matching(module))
-
-
 def matching(pattern: Mapping[str, T], module: str) -> list[T]:
     """The different values of all entries that match the module, the one that PEFT takes first.
 

@@ -10,10 +10,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from fedgram.bindings._peft.config import matches
 from fedgram.bindings._peft.patterns import PatternTable
 from fedgram.bindings.peft import load_adapter, save_adapter
 from fedgram_testing.peft_adapters import llama, load_with_peft, peft_deltas, write_client
+
+
+def matches(pattern: str, name: str) -> bool:
+    return bool(PatternTable({pattern: True}).matching(name))
+
 
 NAMES = [
     "q_proj",
