@@ -9,83 +9,22 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from ..files.buffers import bytes_of
 from ..files.documents import filed_errors
 from ..files.output_lock import beside
 from ..files.tensor_file import DTYPE_CODES
 from ..files.tensor_header import DTYPES
 from ..files.write_behind import WriteBehind
+from .records import Record, Records, StoredTensor
 
 RUN, LINES, DATA = "run.json", "done.jsonl", "results.bin"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies in the data of the journal, and the checksum of its bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-    crc: int
-
-    def document(self) -> dict[str, Any]:
-        """What JSON holds of it."""
-        return {"dtype": self.dtype, "shape": self.shape, "start": self.start, "nbytes": self.nbytes, "crc": self.crc}
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One finished result: its facts (JSON), and its tensors by name."""
-
-    facts: dict[str, Any]
-    tensors: dict[str, StoredTensor] = field(default_factory=dict)
-
-    @staticmethod
-    def of(document: Mapping[str, Any]) -> Record:
-        """The record of what JSON holds of it."""
-        tensors = {n: StoredTensor(**{**t, "shape": tuple(t["shape"])}) for n, t in document["tensors"].items()}
-        return Record(document["facts"], tensors)
-
-    def text(self) -> bytes:
-        """As JSON."""
-        document = {"facts": self.facts, "tensors": {name: t.document() for name, t in self.tensors.items()}}
-        return json.dumps(document, separators=(",", ":")).encode()
-
-
-class Records(Mapping[str, Record]):
-    """Results by key, kept as JSON: a third of the memory, which counts where modules are many and small."""
-
-    def __init__(self) -> None:
-        self._texts: dict[str, bytes] = {}
-        self._last: tuple[str, Record] | None = None
-
-    def __getitem__(self, key: str) -> Record:
-        last = self._last  # what is asked of a record is asked in a row
-        if last is None or last[0] != key:
-            self._last = last = key, Record.of(json.loads(self._texts[key]))
-        return last[1]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._texts)
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._texts
-
-    def add(self, texts: Mapping[str, bytes]) -> None:
-        """Keep records as their JSON."""
-        self._texts |= texts
-        self._last = None
 
 
 class Journal:
@@ -145,7 +84,7 @@ class Journal:
         """
         start, nbytes, crc, code = self._data.seek(0, os.SEEK_END), 0, 0, ""
         for piece in pieces:
-            part, code = _bytes_of(piece), DTYPE_CODES[piece.dtype]
+            part, code = bytes_of(piece), DTYPE_CODES[piece.dtype]
             self._write(self._data, part)
             nbytes, crc = nbytes + len(part), zlib.crc32(part, crc)
         self._finish({key: Record(dict(facts), {key: StoredTensor(code, shape, start, nbytes, crc)})})
@@ -159,13 +98,13 @@ class Journal:
         stored = self.records[key].tensors[key if name is None else name]
         tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
         self._data.seek(stored.start)
-        if not _fill(self._data, _bytes_of(tensor)):
+        if not _fill(self._data, bytes_of(tensor)):
             raise OSError(errno.EIO, "lost bytes while it was being read", str(self.directory / DATA))
         return tensor
 
     def _store(self, tensor: Tensor) -> StoredTensor:
         tensor = tensor.detach().cpu().contiguous()
-        part, start = _bytes_of(tensor), self._data.seek(0, os.SEEK_END)
+        part, start = bytes_of(tensor), self._data.seek(0, os.SEEK_END)
         self._write(self._data, part)
         return StoredTensor(DTYPE_CODES[tensor.dtype], tuple(tensor.shape), start, len(part), zlib.crc32(part))
 
@@ -302,7 +241,3 @@ def _fill(file: BinaryIO, part: memoryview) -> bool:
             return False
         part = part[count:]
     return True
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

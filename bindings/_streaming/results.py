@@ -16,7 +16,8 @@ from .._peft.layout import LayerShape
 from .._peft.stored_layers import StoredLayers
 from ..files.linked_file import link_tensors
 from ..files.tensor_header import TensorSpec
-from .journal import Journal, StoredTensor
+from .journal import Journal
+from .records import StoredTensor
 
 LAYER, RESIDUAL, EXTRA = "layer ", "residual ", "extra "
 """What the keys of a journal begin with."""

@@ -52,6 +52,11 @@ def tensor_in(buffer: Buffer, dtype: torch.dtype, shape: tuple[int, ...], offset
     return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
 class Trimmer:
     """Gives freed memory that the C library keeps back to the system, now and then (glibc only).
 

@@ -8,10 +8,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from .buffers import Buffer, empty_buffer, tensor_in
+from .buffers import Buffer, bytes_of, empty_buffer, tensor_in
 from .documents import filed_errors, named_error, open_regular
 from .kept_file import KeptFile
 from .tensor_header import DTYPES, TensorSpec, read_header
@@ -98,7 +97,7 @@ def write_tensors(path: Path, specs: Mapping[str, TensorSpec], read: Callable[[s
             if spec_of(tensor, key) != TensorSpec(specs[key].dtype, specs[key].shape):
                 raise ValueError(f"{key}: {tuple(tensor.shape)} {tensor.dtype} is not what was announced: {specs[key]}")
             with filed_errors(path):
-                file.write(_bytes_of(tensor))
+                file.write(bytes_of(tensor))
         with filed_errors(path):
             file.flush()
             os.fsync(file.fileno())
@@ -126,10 +125,6 @@ def header_of(specs: Mapping[str, TensorSpec], order: Sequence[str], room: int |
     text = json.dumps(header, separators=(",", ":")).encode()
     length = len(text) + -len(text) % 8 if room is None else room - 8
     return length.to_bytes(8, "little") + text.ljust(length) if len(text) <= length else None
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedgram.bindings._streaming.journal import LINES, Journal, Record, Records, StoredTensor
+from fedgram.bindings._streaming.journal import LINES, Journal
+from fedgram.bindings._streaming.records import Record, Records, StoredTensor
 from fedgram.bindings.files.buffers import empty_buffer, tensor_in
 from fedgram.bindings.files.tensor_header import DTYPES
 
