@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .._peft.keys import KINDS
+
 # DistributedDataParallel puts ``module.`` before every name and torch.compile ``_orig_mod.``: around a PEFT model they
 # are no part of what patterns see. Without PEFT's prefix, ``module.`` may as well be a layer of the model's own.
 WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)*base_model\.model\.|(?:module\.)*(?:_orig_mod\.(?:module\.)*)+")
@@ -23,12 +25,6 @@ FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<stem>lora(?:_embedding)?)_(?P<side>[ABab])"
     r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?P<ending>\.weight)?"
 )
-KINDS = {
-    "lora_magnitude_vector": "DoRA",
-    "lora_diag": "KaSA",
-    "lora_E": "AdaLoRA",
-    "trainable_tokens_delta": "trainable tokens",
-}
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def _refuse_kind(key: str, label: str) -> None:
     parts = key.split(".")
     for i, part in enumerate(parts):
         if part in KINDS:
-            raise ValueError(f"{'.'.join(parts[:i])}: {label}: {KINDS[part]} is not supported ({part})")
+            raise ValueError(f"{'.'.join(parts[:i])}: {label}: {KINDS[part]} not supported ({part})")
         if part.lower() in ("lora_a", "lora_b") and parts[i + 1 :][-1:] == ["bias"]:
             raise ValueError(f"{'.'.join(parts[:i])}: {label}: lora_bias is not supported")
         if part.lower().startswith("lora_"):
