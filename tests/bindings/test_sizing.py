@@ -1,17 +1,13 @@
-"""The cost model: bytes by hand, loads near the best possible, and the page that is made from it."""
+"""The cost model: bytes by hand, and loads near the best possible."""
 
 import itertools
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgram.bindings import sizing
-from fedgram.bindings.sizing import Host, Module, aggregation, assign, flops, llama_7b, table, working_memory
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "sizing.md"
+from fedgram.bindings.sizing import Host, Module, aggregation, assign, flops, llama_7b, working_memory
 
 
 def test_the_workload_is_a_7b_llama():
@@ -88,16 +84,3 @@ def test_bad_numbers_are_refused():
     for arguments in ((llama_7b(), 0, 1), (llama_7b(), 1, 0), ([], 1, 1)):
         with pytest.raises(ValueError, match="expected at least one"):
             aggregation(*arguments, own=True)
-
-
-@pytest.mark.parametrize("own", [False, True])
-def test_the_page_holds_the_tables_of_the_model(own):
-    assert table(llama_7b(), own=own) in PAGE.read_text()
-    assert table(llama_7b(), own=own, host=replace(Host(), storage=3e9)) not in PAGE.read_text()
-
-
-def test_tables_are_written_into_the_page_in_place(tmp_path):
-    page = tmp_path / "sizing.md"
-    page.write_text(PAGE.read_text().replace("800 GB", "1 GB"))
-    sizing.write_tables(page)
-    assert page.read_text() == PAGE.read_text()
