@@ -122,8 +122,10 @@ def make_cohort(
 
 def _merged_config(configs: Sequence[Mapping[str, Any] | None], names: Sequence[str]) -> Mapping[str, Any] | None:
     """What the first configuration that can merge makes of all; the first client's where none can."""
-    merging = next((config for config in configs if isinstance(config, MergingConfig)), None)
-    return configs[0] if merging is None else merging.merged(configs, names)
+    for config in configs:
+        if isinstance(config, MergingConfig):
+            return config.merged(configs, names)
+    return configs[0]
 
 
 def _require_all(cohort: Cohort) -> None:
