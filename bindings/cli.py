@@ -49,9 +49,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Method = Enum("Method", {name: name for name in flora_na.METHODS}, type=str)
-Backend = Enum("Backend", {name: name for name in BACKENDS}, type=str)
-Missing = Enum("Missing", {name: name for name in MISSING}, type=str)
+# The members are those that the library has.
+Method = Enum("Method", {name: name for name in flora_na.METHODS}, type=str)  # type: ignore[misc]
+Backend = Enum("Backend", {name: name for name in BACKENDS}, type=str)  # type: ignore[misc]
+Missing = Enum("Missing", {name: name for name in MISSING}, type=str)  # type: ignore[misc]
+ALS, ERROR, AUTO = Method("als"), Missing("error"), Backend("auto")
 
 Directories = Annotated[list[Path], typer.Argument(metavar="DIRS", help="The clients' adapter directories.")]
 WeightsFile = Annotated[
@@ -87,7 +89,7 @@ def _root(context: typer.Context) -> None:
 def aggregate(
     dirs: Directories,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the global adapter.")],
-    method: Annotated[Method, typer.Option(help="How the pair of factors is estimated.")] = Method.als,
+    method: Annotated[Method, typer.Option(help="How the pair of factors is estimated.")] = ALS,
     weights: WeightsFile = None,
     rank: RankOption = None,
     residual: Annotated[
@@ -96,14 +98,14 @@ def aggregate(
     shared: Annotated[bool, typer.Option("--shared", help="flora-na: one P and Q for all modules.")] = False,
     anchor: Annotated[Path | None, typer.Option(help="Last global adapter: estimate the step from it.")] = None,
     align_to: Annotated[Path | None, typer.Option(help="Earlier global adapter to rotate the result to.")] = None,
-    missing: MissingPolicy = Missing.error,
+    missing: MissingPolicy = ERROR,
     clip: ClipOption = None,
     min_cosine: MinCosineOption = None,
     rank_per_client: RankPerClientOption = False,
     adapter_name: AdapterNameOption = None,
     allow_dora: AllowDoraOption = False,
     init: InitOption = None,
-    backend: BackendName = Backend.auto,
+    backend: BackendName = AUTO,
     resume: ResumeOption = None,
     rank_timeout: RankTimeout = 30.0,
     as_json: Json = False,
@@ -141,7 +143,7 @@ def aggregate(
         options |= {
             "rank": parse_rank(rank),
             "shared": shared,
-            "anchor": open_global(anchor, adapters, dirs[0], allow_dora, covered=missing is Missing.error),
+            "anchor": open_global(anchor, adapters, dirs[0], allow_dora, covered=missing is ERROR),
             "align_to": open_global(align_to, adapters, dirs[0], allow_dora),
         }
         with progress_bar("aggregating", shown=first and not (quiet or as_json)) as progress:
@@ -159,13 +161,13 @@ def inspect(
     dirs: Directories,
     rank: RankOption = None,
     weights: WeightsFile = None,
-    missing: MissingPolicy = Missing.error,
+    missing: MissingPolicy = ERROR,
     clip: ClipOption = None,
     min_cosine: MinCosineOption = None,
     adapter_name: AdapterNameOption = None,
     allow_dora: AllowDoraOption = False,
     init: InitOption = None,
-    backend: BackendName = Backend.auto,
+    backend: BackendName = AUTO,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw it: a picture.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -137,8 +137,8 @@ def _clients(axis: Axes, inspection: Inspection) -> None:
         far = score > OUTLIER and len(inspection.names) >= JUDGES
         axis.plot(cosine, norm, "x" if name in dropped else "o", color=FAR if far else STYLES["flora-na"][0], ms=6)
         if far or name in dropped or not many:
-            place = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7, "color": INK}
-            axis.annotate(_short(name, 20), (cosine, norm), **place)
+            label = _short(name, 20)
+            axis.annotate(label, (cosine, norm), xytext=(5, 3), textcoords="offset points", fontsize=7, color=INK)
     if screening is not None and screening.bound is not None:
         axis.axhline(screening.bound, color=INK, lw=0.8, ls=":")
     if screening is not None and screening.min_cosine is not None:

@@ -164,11 +164,13 @@ class Automaton:
         if op is c.BRANCH:
             return self._state(*[self._sequence(items, after) for items in argument[1]])
         if op in (c.MAX_REPEAT, c.MIN_REPEAT):
-            return self._repeat(*argument, after)
+            least, most, items = argument
+            return self._repeat(least, most, items, after)
         if op is c.AT:
             return self._assert(argument, _ANCHORS[argument], after)
         if op in (c.ASSERT, c.ASSERT_NOT):
-            return self._look(op, *argument, after)
+            direction, items = argument
+            return self._look(op, direction, items, after)
         if op is c.FAILURE:
             return self._state()
         raise ValueError(f"uses {str(op).lower()}, which is not supported")

@@ -41,9 +41,9 @@ def extra_roles(file: TensorSource, keys: AdapterKeys, settings: LoraSettings) -
         raise ValueError(f"{settings.path}: modules_to_save: too many entries for {len(keys.others)} tensors")
     roles = dict.fromkeys(keys.biases.values(), "update")
     roles |= dict.fromkeys([*keys.magnitudes.values(), *keys.tokens.values()], "mean")
-    declared = [key for key in keys.others if settings.declares(key.removeprefix(PREFIX), keys.factors)]
-    roles |= dict.fromkeys(declared, "mean")
-    twins = {file.specs[key].shape: key for key in declared if settings.tying}
+    announced = [key for key in keys.others if settings.declares(key.removeprefix(PREFIX), keys.factors)]
+    roles |= dict.fromkeys(announced, "mean")
+    twins = {file.specs[key].shape: key for key in announced if settings.tying}
     for key in keys.others:
         if key not in roles:
             roles[key] = _undeclared(file, key, twins.get(file.specs[key].shape), keys.factors)

@@ -17,10 +17,9 @@ def files_of(adapter: AdapterLike) -> tuple[Path, ...] | None:
     Known it is of the mappings that ``load_adapter`` makes, which have it as ``files``.
     """
     adapter = as_adapter(adapter)
-    layers, extras = (getattr(mapping, "files", None) for mapping in (adapter.modules, adapter.extras))
-    if layers is None or (adapter.extras and extras is None):
-        return None
-    return (*layers, *(extras if adapter.extras else ()))
+    layers: tuple[Path, ...] | None = getattr(adapter.modules, "files", None)
+    extras: tuple[Path, ...] | None = getattr(adapter.extras, "files", None) if adapter.extras else ()
+    return None if layers is None or extras is None else (*layers, *extras)
 
 
 def size_of(adapters: Iterable[AdapterLike]) -> int:

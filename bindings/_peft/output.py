@@ -96,7 +96,7 @@ def _parameter_ranks(config: Mapping[str, Any], layout: FileLayout) -> dict[str,
     if layout.parameter_rank is None:
         return {}
     parameters = TargetParameters(LoraSettings.parse(config, Path("config")))
-    found = {}
+    found: dict[str, int] = {}
     for module in layout.parameters:
         names = parameters.of(module)
         if not names:

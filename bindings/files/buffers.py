@@ -54,7 +54,7 @@ def tensor_in(buffer: Buffer, dtype: torch.dtype, shape: tuple[int, ...], offset
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 class Trimmer:

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 MAX_BYTES = 8 << 20
 MAX_DEPTH = 32
@@ -93,10 +93,12 @@ def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> NoReturn:
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
     seen: set[str] = set()
-    name = next(key for key, _ in pairs if key in seen or seen.add(key))
-    raise ValueError(f"{name[:200]!r} is there twice")
+    for name, _ in pairs:
+        if name in seen:
+            raise ValueError(f"{name[:200]!r} is there twice")
+        seen.add(name)
 
 
 def _items(value: dict[str, Any] | list[Any]) -> list[Any]:

@@ -8,6 +8,8 @@ from collections import OrderedDict
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+import numpy as np
+
 from .buffers import Buffer
 from .documents import open_regular
 from .read_behind import ReadBehind
@@ -88,7 +90,7 @@ class KeptFile:
 
 def read_into(descriptor: int, buffer: Buffer, start: int) -> bool:
     """Fill a buffer of bytes with the bytes of a file from ``start`` on; False where the file ends before."""
-    part = memoryview(buffer)
+    part = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
     while part.nbytes:
         count = _read_some(descriptor, part, start)
         if not count:
