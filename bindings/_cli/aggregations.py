@@ -99,14 +99,15 @@ def aggregate_on_ranks(
     progress: Progress,
     **options: Any,
 ) -> Findings:
-    """Take this rank's part in ``aggregate_sharded``; the first rank writes."""
+    """Take this rank's part in ``aggregate_sharded``; the first rank writes, and has something to tell."""
     keep = residual is not None
     result = aggregate_sharded(adapters, weights, residual=keep, progress=progress, watch=watch, **options)
-    if watch.rank == 0:
-        config = merge_configs(adapter.config for adapter in adapters)
-        if residual is not None and result.residual is not None:
-            save_residual(Adapter(result.residual.modules, {}, config), residual)
-        save_adapter(result.adapter, output, config=config)
+    if watch.rank != 0:
+        return Findings({}, [])
+    config = merge_configs(adapter.config for adapter in adapters)
+    if residual is not None and result.residual is not None:
+        save_residual(Adapter(result.residual.modules, {}, config), residual)
+    save_adapter(result.adapter, output, config=config)
     return _findings(result.report, output, residual)
 
 
