@@ -236,7 +236,7 @@ def test_links_to_files_are_followed_as_model_caches_make_them(tmp_path):
         (b"[" * 40 + b"]" * 40, "nested more than 32 deep"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"r": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b'\xef\xbb\xbf{"r": 1}', "not valid JSON"),
+        (b"\xef\xbb\xbf" * 2 + b'{"r": 1}', "not valid JSON"),  # one byte order mark is passed over
         ('{"r": 1}'.encode("utf-16"), "not valid JSON"),
         (b" " * (9 << 20), "larger than 8 MiB"),
     ],
