@@ -35,4 +35,5 @@ def batch_in_range(parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tenso
     top = torch.stack([part.abs().reshape(len(part), -1).amax(-1) for part in parts]).amax(0)
     half = ((top.view(torch.int64) >> 52) - 1023) >> 1  # half of the binary exponent, from the bits of the number
     down, root = (((sign * half + 1023) << 52).view(torch.float64) for sign in (-1, 1))
-    return tuple(part * (d := down.reshape(-1, *[1] * (part.ndim - 1))) * d for part in parts), root
+    downs = [down.reshape(-1, *[1] * (part.ndim - 1)) for part in parts]
+    return tuple(part * d * d for part, d in zip(parts, downs, strict=True)), root
