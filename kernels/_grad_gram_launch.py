@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _grad_gram_triton as kernels
+from ._grad_gram_configurations import CENTRE_BLOCK, centre_configuration, configuration
 from ._grad_plan import Gradients, Layout, check_gradients, check_weights, flatten
 from ._grad_work import (
     CHUNK,
@@ -74,7 +75,7 @@ class GradGramPlan:
         centre = self._centre(group, chunks, table, weights, how) if self.tiles > 1 else weights
         for on_diagonal, first, pairs in self.pairs:
             out = (diagonal if on_diagonal else off)[first : first + len(pairs)]
-            chosen = kernels.configuration(
+            chosen = configuration(
                 generation(table.device), group.dtype, how, self.tile,
                 wide=group.wide, inline=self.tiles == 1, diagonal=on_diagonal, spare=self.spare,
             )  # fmt: skip
@@ -93,8 +94,8 @@ class GradGramPlan:
     def _centre(self, group: Group, chunks: Tensor, table: Tensor, weights: Tensor, how: str) -> Tensor:
         wide = torch.float64 if how == "fp64" else torch.float32
         centre = torch.empty((len(chunks), CHUNK), dtype=wide, device=table.device)
-        arguments, warps, stages = kernels.centre_configuration(group.dtype, how, group.wide)
-        kernels.grad_centre_kernel[(len(chunks), CHUNK // kernels.CENTRE_BLOCK)](
+        arguments, warps, stages = centre_configuration(group.dtype, how, group.wide)
+        kernels.grad_centre_kernel[(len(chunks), CHUNK // CENTRE_BLOCK)](
             table, chunks, weights, centre, self.width, self.tiles,
             **arguments, INTERPRET=interpret_flag(), **options(warps, stages),
         )  # fmt: skip

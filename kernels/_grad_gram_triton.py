@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from ._grad_work import CHUNK, LARGEST_TILE
-from ._plan import WIDEST
-from ._triton_common import TYPES, AotConfig, hidden, product, trips
+from ._grad_gram_configurations import centre_configuration, configuration, shipped
+from ._triton_common import AotConfig, hidden, product, trips
 from ._triton_split import split_bf16, split_tf32
 from .grad_gram import ROUNDING
 
 SLOTS, ELEMENTS = 64, 32  # tile of the sums over programs
-CENTRE_BLOCK = 128  # columns of one program of the centre
 
 
 @triton.jit
@@ -261,103 +256,12 @@ def recentre_kernel(
     tl.store(p_H + r[:, None] * tasks + r[None, :], centred, mask=m[:, None] & m[None, :])
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """How ``grad_gram_kernel`` is compiled and launched.
-
-    ``programs`` is what 132 processors hold, or twice that: a constant, so that bits do not follow the device.
-    """
-
-    arguments: dict[str, Any]
-    warps: int
-    stages: int
-    registers: int | None
-    programs: int
-
-
-def configuration(
-    generation: str, dtype: torch.dtype, precision: str, tile: int,
-    *, wide: bool, inline: bool, diagonal: bool, spare: bool,
-) -> Configuration:  # fmt: skip
-    """The fastest on an H100 of those that spill nowhere: few warps, since a barrier costs more than a longer program.
-
-    A program of one warp waits for no other: eight to twelve of them share a processor.
-    """
-    bf16, doubles, older = precision == "bf16", precision == "fp64", generation in ("sm80", "gfx942")
-    block, warps, registers, programs, chain = 32, 1, None, 1056, 256 if bf16 else 128
-    if not wide:
-        block, warps, programs = 16, 4 if tile <= 32 else 8, 528
-    elif tile == 16:
-        block, registers = 64 if spare else 32, 200
-    elif tile == 32 and not doubles:
-        # float32 in 168 registers, twelve programs a processor, takes 7 % less time, and spills with Triton 3.9
-        warps, registers, programs = (1, 168 if bf16 else None, 1584 if bf16 else 1056) if spare else (2, 192, 1320)
-    elif tile == 64:
-        block, warps, programs = 64 if bf16 and generation == "sm90" else 32, 4, 528
-    if older:  # allocates more coarsely, or does not know the limit
-        registers = None
-    if generation == "sm80" and bf16 and wide:  # a compiler left to itself takes too few registers here; they spill
-        registers = 255 if tile == 32 and spare else None
-        block = 16 if tile == 64 and diagonal and not inline else block
-    if doubles:
-        chain, block = 0, 32 if wide and spare and tile == 32 and dtype.itemsize > 2 else 16
-        warps = 2 if wide and tile == 32 and not spare else warps
-    stages = 3
-    if doubles and dtype.itemsize == 2 and generation == "sm100":  # no tensor cores for them: registers are short
-        warps, stages = max(warps, 2 if tile <= 32 else 8), 1
-    arguments = {
-        "TILE": tile, "BLOCK": block, "FLUSH": chain // block, "CHUNK": CHUNK, "TYPE": TYPES[dtype],
-        "VECTOR": WIDEST // dtype.itemsize if wide else 1, "INLINE": inline, "DIAGONAL": diagonal,
-        "SPARE": spare, "PRECISION": precision,
-    }  # fmt: skip
-    return Configuration(arguments, warps, stages, registers, programs)
-
-
-def centre_configuration(dtype: torch.dtype, precision: str, wide: bool) -> tuple[dict[str, Any], int, int]:
-    """Compile-time arguments of ``grad_centre_kernel``, whose tiles are the largest, warps and stages."""
-    arguments = {
-        "TILE": LARGEST_TILE, "BLOCK": CENTRE_BLOCK, "CHUNK": CHUNK, "TYPE": TYPES[dtype],
-        "SUM": tl.float64 if precision == "fp64" else tl.float32, "VECTOR": WIDEST // dtype.itemsize if wide else 1,
-    }  # fmt: skip
-    return arguments, 4 if wide else 8, 2
-
-
 def aot_configs(generation: str) -> list[AotConfig]:
     """The shipped configurations of all kernels."""
-    bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-    one, tiled, off = (True, True), (False, True), (False, False)  # inline, diagonal
-    shipped = {  # type, precision, tile, wide, inline and diagonal, a row to spare
-        "bf16 tile 16": (bf16, "bf16", 16, True, one, True),
-        "bf16 tile 32": (bf16, "bf16", 32, True, one, True),
-        "bf16 tile 32 full": (bf16, "bf16", 32, True, one, False),
-        "bf16 tile 64": (bf16, "bf16", 64, True, one, True),
-        "bf16 tile 64 full": (bf16, "bf16", 64, True, one, False),
-        "bf16 tile 64 scalar loads": (bf16, "bf16", 64, False, one, True),
-        "bf16 tiles of 64": (bf16, "bf16", 64, True, tiled, False),
-        "bf16 tiles of 64 off": (bf16, "bf16", 64, True, off, False),
-        "bf16 tile 32 precise": (bf16, "fp64", 32, True, one, True),
-        "bf16 tile 64 precise": (bf16, "fp64", 64, True, one, False),
-        "bf16 tile 32 scalar loads precise": (bf16, "fp64", 32, False, one, False),
-        "fp16 tile 32": (fp16, "tf32x3", 32, True, one, True),
-        "fp16 tile 64": (fp16, "tf32x3", 64, True, one, False),
-        "fp32 tile 16": (fp32, "tf32x3", 16, True, one, True),
-        "fp32 tile 16 full": (fp32, "tf32x3", 16, True, one, False),
-        "fp32 tile 32": (fp32, "tf32x3", 32, True, one, True),
-        "fp32 tile 32 full": (fp32, "tf32x3", 32, True, one, False),
-        "fp32 tile 32 scalar loads": (fp32, "tf32x3", 32, False, one, True),
-        "fp32 tile 64": (fp32, "tf32x3", 64, True, one, False),
-        "fp32 tiles of 64": (fp32, "tf32x3", 64, True, tiled, False),
-        "fp32 tiles of 64 off": (fp32, "tf32x3", 64, True, off, False),
-        "fp32 tile 32 precise": (fp32, "fp64", 32, True, one, True),
-        "fp32 tile 32 full precise": (fp32, "fp64", 32, True, one, False),
-        "fp32 tile 64 precise": (fp32, "fp64", 64, True, one, False),
-        "fp32 tiles of 64 precise": (fp32, "fp64", 64, True, tiled, False),
-        "bf16 tiles of 64 off precise": (bf16, "fp64", 64, True, off, False),
-        "fp64 tiles of 64 off": (fp64, "fp64", 64, True, off, False),
-    }
+    bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
     configs = []
     rows = {"p_table": "*i64", "p_chunks": "*i64", "p_weights": "*fp64", "width": "i32"}
-    for name, (dtype, precision, tile, wide, (inline, diagonal), spare) in shipped.items():
+    for name, (dtype, precision, tile, wide, (inline, diagonal), spare) in shipped().items():
         c = configuration(generation, dtype, precision, tile, wide=wide, inline=inline, diagonal=diagonal, spare=spare)
         centre = "*fp64" if precision == "fp64" else "*fp32"
         signature = rows | {"p_centre": centre, "p_pairs": "*i32", "p_partials": "*fp64", "n_chunks": "i32"}
@@ -378,14 +282,7 @@ def aot_configs(generation: str) -> list[AotConfig]:
     arguments = {"SLOTS": SLOTS, "ELEMENTS": ELEMENTS}
     plain = {"tensor_cores": False, "wide_loads": False}
     configs.append(AotConfig("slot_sum", slot_sum_kernel, sums, arguments, 4, 2, **plain))
-    triple = {
-        "p_sums": "*fp64",
-        "p_weights": "*fp64",
-        "p_norm": "*fp64",
-        "p_h": "*fp64",
-        "p_H": "*fp64",
-        "tasks": "i32",
-    }
+    triple = dict.fromkeys(("p_sums", "p_weights", "p_norm", "p_h", "p_H"), "*fp64") | {"tasks": "i32"}
     for spare in (False, True):
         name = f"recentre{' from a row to spare' if spare else ''}"
         constants = {"TILE": 64, "SPARE": spare, "ROUNDING": ROUNDING}
