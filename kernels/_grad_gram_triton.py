@@ -154,6 +154,7 @@ def grad_gram_kernel(
             )  # fmt: skip
         if FLUSH > 0:
             acc += b
+        tl.debug_barrier()  # another thread may have stored what this one loads: in the last round, or the zeros
         tl.store(p, tl.load(p) + acc.to(tl.float64))
         total_h += b_h.to(tl.float64)
         total_n += b_n.to(tl.float64)
