@@ -63,7 +63,10 @@ class _Side(NamedTuple):
 
 def _matrices(shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Matrices to be written to, float64; those of one shape lie one behind the other."""
-    rest = {shape: iter(torch.empty(n, *shape, dtype=torch.float64).unbind()) for shape, n in Counter(shapes).items()}
+    rest = {
+        shape: iter(torch.empty(n, *shape, dtype=torch.float64, device="cpu").unbind())
+        for shape, n in Counter(shapes).items()
+    }
     return [next(rest[shape]) for shape in shapes]
 
 
@@ -146,7 +149,7 @@ def _written(side: _Side, l: int, width: int, kept: list[Tensor | np.ndarray]) -
 
 def spread_scalars(p: Tensor, ranks: Sequence[int]) -> Tensor:
     """One number per client as blocks (R, r): diagonal, with zero columns up to the largest rank."""
-    eye = torch.eye(max(ranks), dtype=p.dtype)
+    eye = torch.eye(max(ranks), dtype=p.dtype, device=p.device)
     return torch.cat([x * eye[:r] for x, r in zip(p, ranks, strict=True)])
 
 

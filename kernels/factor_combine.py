@@ -177,7 +177,8 @@ def _outputs(stacks: Stacks, coefficients: Sequence[Tensor], dtype: torch.dtype 
     out, turned = [], stacks.transposed
     for length, widest, own, c in zip(stacks.lengths, stacks.widest, stacks.dtypes, coefficients, strict=True):
         rank = widest if c.ndim == 1 else c.shape[not turned]
-        out.append([torch.empty((rank, length) if turned else (length, rank), dtype=dtype or own)])
+        shape = (rank, length) if turned else (length, rank)
+        out.append([torch.empty(shape, dtype=dtype or own, device="cpu")])
     return Stacks(out, transposed=turned)
 
 

@@ -67,4 +67,4 @@ def _traces(stack: Stack, S: Tensor, name: str) -> Tensor:
 
 def _places(ranks: Sequence[int], r: int) -> Tensor:
     """(R,) where each stacked column lies once every client has r of them."""
-    return torch.cat([torch.arange(rank) + u * r for u, rank in enumerate(ranks)])
+    return torch.cat([torch.arange(rank, device="cpu") + u * r for u, rank in enumerate(ranks)])

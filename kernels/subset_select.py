@@ -87,7 +87,7 @@ def subset_select(
     if restarts < 0:
         raise ValueError(f"restarts: expected 0 or more, got {restarts}")
     triton = resolve(backend, [X]) == "triton"
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     C = len(problems)
     indices: list[Tensor] = [X.new_empty(0, dtype=torch.int64)] * C
     error = torch.full((C,), math.inf, dtype=torch.float64, device=X.device)
@@ -124,8 +124,10 @@ def _(
 
 def _random_starts(problem: Problem, restarts: int, generator: torch.Generator) -> Tensor:
     """(restarts, m) random subsets, drawn on the CPU so that they are the same on every device."""
-    draws = [torch.randperm(problem.rows, generator=generator)[: problem.count] for _ in range(restarts)]
-    return torch.stack(draws) if draws else torch.empty((0, problem.count), dtype=torch.int64)
+    draws = torch.empty((restarts, problem.count), dtype=torch.int64, device="cpu")
+    for draw in draws:
+        draw.copy_(torch.randperm(problem.rows, generator=generator, device="cpu")[: problem.count])
+    return draws
 
 
 def _groups(problems: list[Problem], starts: int, width: int) -> list[list[int]]:
