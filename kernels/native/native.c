@@ -29,7 +29,8 @@ struct table {
     int64_t parameters;
 };
 
-/* One client's factor: element (row i, column c) lies at i * across + c * along. */
+/* A matrix, of whose numbers (row i, column c) lies at i * along + c * across: a client's factor, whose columns are its
+ * `rank`; of `struct sum` only W and `to` are the other way round. */
 struct member {
     int64_t address, rank, type, along, across;
 };
@@ -158,7 +159,6 @@ static inline void ask(struct coming *c) {
     }
 }
 
-#define UNROLL_4 _Pragma("GCC unroll 4")
 /* Four numbers of a type. */
 typedef double double4 __attribute__((vector_size(32), aligned(8), may_alias));
 typedef float float4 __attribute__((vector_size(16), aligned(4), may_alias));
