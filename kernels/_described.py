@@ -11,7 +11,7 @@ from . import native_calls
 from ._dispatch import resolve
 from ._factor_inputs import Factors, check_factors, flat
 from ._prepared import PreparedSide, first
-from ._stacks import Stacks
+from ._stacks import RANK, WIDTH, Stacks
 
 
 class Described:
@@ -89,7 +89,7 @@ def _stacks(side: Factors, transposed: bool) -> Stacks:
 
 def _fit(B: Stacks, A: Stacks) -> bool:
     """Whether both have the same clients in every module, of the same ranks."""
-    return B.counts == A.counts and B.table[1::5] == A.table[1::5]
+    return B.counts == A.counts and B.table[RANK::WIDTH] == A.table[RANK::WIDTH]
 
 
 def _pick(side: Factors, modules: Sequence[int]) -> Factors:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._stacks import Stacks
+from ._stacks import ADDRESS, TYPE, WIDTH, Stacks
 from .native_calls import LOOPS, TYPES, at, bits, constant, run_jobs, table, tile
 
 CACHE_BYTES = 3 << 17  # of one block of factors: most of a small L2 cache
@@ -215,8 +215,9 @@ def _mix(sides: Sequence[tuple[Stacks, list[int], Sequence[Tensor], Stacks]]) ->
         bound, column = bounds.buffer_info()[0], S.addresses.buffer_info()[0]
         for l, p in zip(modules, scalars, strict=True):
             clients, numbers, row = S.counts[l], S.lengths[l] * to.ranks[l], S.at[l]
-            first_address = column + (row - S.at[0]) // 5
-            job = (first_address, bound, row + 16, 1, clients, p.data_ptr(), to.at[l], to.at[l] + 16)
+            first_address = column + (row - S.at[0]) // WIDTH
+            written = (to.at[l] + 8 * ADDRESS, to.at[l] + 8 * TYPE)
+            job = (first_address, bound, row + 8 * TYPE, 1, clients, p.data_ptr(), *written)
             step = max(1, JOB_WORK // clients)
             jobs += [(*job, first, min(first + step, numbers)) for first in range(0, numbers, step)]
             bound, work = bound + 16, work + numbers * clients // 4
@@ -245,7 +246,7 @@ def lowrank_sum(
     coefficients = c.detach().contiguous()
     (m, n), R = out.shape, sum(b.shape[1] for b in B)
     corners = list(product(range(0, m, constant("sum_rows")), range(0, n, constant("sum_columns"))))
-    where = ends.buffer_info()[0], ends.buffer_info()[0] + 40
+    where = ends.buffer_info()[0], ends.buffer_info()[0] + 8 * WIDTH
     begin = left.buffer_info()[0], right.buffer_info()[0], len(B), R, coefficients.data_ptr()
     scale = bits(0.0 if W is None else beta)
     jobs = table([(*begin, *where, m, n, *corner, scale) for corner in corners])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, reduce
 from itertools import accumulate, chain
 from operator import attrgetter
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,8 +15,20 @@ from torch import Tensor
 from ._factor_inputs import FLOATS, Factors, check_factors
 from .native_calls import TYPES
 
-WIDTH = 5  # numbers of a row of the table
+WIDTH = 5  # numbers of a row of the table, which are (struct member of native.c)
+ADDRESS, RANK, TYPE, ALONG, ACROSS = range(WIDTH)
 _SHAPE, _TYPE, _ON_CPU = attrgetter("shape"), attrgetter("dtype"), attrgetter("is_cpu")
+
+
+class _Facts(NamedTuple):
+    """What is known of the modules: lists with a number for each, see ``Stacks``."""
+
+    counts: list[int]
+    ranks: list[int]
+    lengths: list[int]
+    widest: list[int]
+    dtypes: list[torch.dtype]
+    mixable: list[bool]
 
 
 class Stacks(Sequence[Sequence[Tensor]]):
@@ -44,12 +56,7 @@ class Stacks(Sequence[Sequence[Tensor]]):
     def __init__(self, factors: Factors, *, transposed: bool) -> None:
         self.transposed = transposed
         self.factors = factors  # keeps the memory
-        self.counts = [len(clients) for clients in factors]
-        self.lengths: list[int] = []
-        self.ranks: list[int] = []
-        self.widest: list[int] = []
-        self.dtypes: list[torch.dtype] = []
-        self.mixable: list[bool] = []
+        self._hold(_Facts([len(clients) for clients in factors], [], [], [], [], []))
         self.on_cpu = True
         self.table = array("q")
         checked = False
@@ -78,10 +85,10 @@ class Stacks(Sequence[Sequence[Tensor]]):
         rank, length = shape[not self.transposed], shape[self.transposed]
         kind = (rank, TYPES[dtype], steps[self.transposed], steps[not self.transposed])
         rows = array("q", (0, *kind)) * count
-        rows[::WIDTH] = array("q", map(Tensor.data_ptr, clients))
+        rows[ADDRESS::WIDTH] = array("q", map(Tensor.data_ptr, clients))
         self.table += rows
         self.on_cpu = self.on_cpu and all(map(_ON_CPU, clients))
-        self._note(rank * count, length, rank, dtype, self._is_dense(length, *kind))
+        self._note(rank * count, length, rank, dtype, mixable=self._is_dense(length, *kind))
         return True
 
     def _add(self, clients: Sequence[Tensor]) -> None:
@@ -93,11 +100,15 @@ class Stacks(Sequence[Sequence[Tensor]]):
         mixable = kinds.count(kinds[0]) == len(kinds) and self._is_dense(length, *kinds[0])
         ranks, dtype = [kind[0] for kind in kinds], reduce(torch.promote_types, {t.dtype for t in clients})
         self.on_cpu = self.on_cpu and all(map(_ON_CPU, clients))
-        self._note(sum(ranks), length, max(ranks), dtype, mixable)
+        self._note(sum(ranks), length, max(ranks), dtype, mixable=mixable)
 
-    def _note(self, *facts: object) -> None:
-        for of, fact in zip(self._facts()[1:], facts, strict=True):
-            of.append(fact)
+    def _note(self, rank: int, length: int, widest: int, dtype: torch.dtype, *, mixable: bool) -> None:
+        """One more module."""
+        self.ranks.append(rank)
+        self.lengths.append(length)
+        self.widest.append(widest)
+        self.dtypes.append(dtype)
+        self.mixable.append(mixable)
 
     def _is_dense(self, length: int, rank: int, _: int, along: int, across: int) -> bool:
         if self.transposed:
@@ -111,7 +122,7 @@ class Stacks(Sequence[Sequence[Tensor]]):
     @cached_property
     def addresses(self) -> array:
         """Of all factors, module by module."""
-        return self.table[::WIDTH]
+        return self.table[ADDRESS::WIDTH]
 
     def rows(self, module: int) -> array:
         """The rows of the table of one module."""
@@ -135,7 +146,7 @@ class Stacks(Sequence[Sequence[Tensor]]):
         """Some of the modules."""
         if list(modules) == list(range(len(self))):
             return self
-        facts = [[of[l] for l in modules] for of in self._facts()]
+        facts = _Facts._make([of[l] for l in modules] for of in self._facts())
         return self._derived([self.rows(l) for l in modules], [self.factors[l] for l in modules], facts)
 
     def joined(self, others: Sequence[Stacks]) -> Stacks:
@@ -143,17 +154,21 @@ class Stacks(Sequence[Sequence[Tensor]]):
         if not others:
             return self
         every = [self, *others]
-        facts = [list(chain.from_iterable(of)) for of in zip(*(s._facts() for s in every), strict=True)]
+        facts = _Facts._make(list(chain.from_iterable(of)) for of in zip(*(s._facts() for s in every), strict=True))
         return self._derived([s.table for s in every], list(chain.from_iterable(every)), facts)
 
-    def _facts(self) -> tuple[list, ...]:
-        return self.counts, self.ranks, self.lengths, self.widest, self.dtypes, self.mixable
+    def _facts(self) -> _Facts:
+        return _Facts(self.counts, self.ranks, self.lengths, self.widest, self.dtypes, self.mixable)
 
-    def _derived(self, parts: Sequence[array], factors: Factors, facts: Sequence[list]) -> Stacks:
+    def _hold(self, facts: _Facts) -> None:
+        self.counts, self.ranks, self.lengths = facts.counts, facts.ranks, facts.lengths
+        self.widest, self.dtypes, self.mixable = facts.widest, facts.dtypes, facts.mixable
+
+    def _derived(self, parts: Sequence[array], factors: Factors, facts: _Facts) -> Stacks:
         found = Stacks.__new__(Stacks)
         found.transposed, found.on_cpu = self.transposed, self.on_cpu
         found.factors = factors
-        found.counts, found.ranks, found.lengths, found.widest, found.dtypes, found.mixable = facts
+        found._hold(facts)
         found.table = array("q")
         for part in parts:
             found.table += part
