@@ -269,7 +269,7 @@ def _averaged(
         return []
     joined = kernels.Described.joined(factors)
     P, Q = ([x for part in parts for x in part.average(side)] for side in ("B", "A"))
-    (G_B, G_A), (B, A) = kernels.gram_combine(joined.B, joined.A, P, Q, beside=measured, precise=True, backend=backend)
+    (B, A), (G_B, G_A) = kernels.gram_combine(joined.B, joined.A, P, Q, beside=measured, precise=True, backend=backend)
     found: list[Read] = []
     for part, own in _slices(parts):
         R, X_B, X_A = part.total_rank, _held(part, G_B[own]), _held(part, G_A[own])

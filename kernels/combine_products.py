@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from ._dispatch import resolve
-from ._factor_inputs import Factors
+from ._factor_inputs import Factors, Pairs
 from ._native_factors import combine_with_products
 from ._prepared import first
-from .factor_combine import factor_combine, native_sides
+from .factor_combine import factor_combine, native_sides, written
 from .factor_cross import factor_cross
-
-Pairs = tuple[list[Tensor], list[Tensor]]
 
 
 def combine_products(
@@ -62,5 +60,5 @@ def _native(
 ) -> tuple[Pairs, Pairs]:
     sides = native_sides(B, A, P, Q, dtype)
     X_B, X_A = combine_with_products(sides)
-    left, right = ([clients[0] for clients in to] for _, _, to in sides)
+    left, right = written(sides)
     return (left, right), (X_B, X_A)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ._factor_scalars_launch import ScalarPlan
 
 Combined = list[Tensor] | None
+Side = tuple[Stacks, list[Tensor], Stacks]  # of the compiled loops: factors, coefficients, outputs
 
 
 def factor_combine(
@@ -84,8 +85,8 @@ def factor_combine(
     if chosen == "native":
         sides = native_sides(B, A, P, Q, dtype)
         combine_stacks(sides)
-        outputs = [[clients[0] for clients in to] for _, _, to in sides]
-        return outputs.pop(0) if B is not None else None, outputs.pop(0) if A is not None else None
+        combined = iter(written(sides))
+        return None if B is None else next(combined), None if A is None else next(combined)
     check_combine(B, A, P, Q, dtype)
     resolve("torch", flat(B, A, P, Q))
     return factor_combine_torch(B, A, P, Q, dtype=dtype)
@@ -157,7 +158,7 @@ def native_sides(
     P: Sequence[Tensor] | None,
     Q: Sequence[Tensor] | None,
     dtype: torch.dtype | None,
-) -> list[tuple[Stacks, list[Tensor], Stacks]]:
+) -> list[Side]:
     """Per side that is not skipped what the compiled loops take: factors, coefficients, and empty outputs.
 
     Raises:
@@ -171,6 +172,11 @@ def native_sides(
         for stacks, coefficients in ((left, P), (right, Q))
         if stacks is not None and coefficients is not None
     ]
+
+
+def written(sides: Sequence[Side]) -> list[list[Tensor]]:
+    """The outputs of the sides, once the loops have run."""
+    return [[clients[0] for clients in to] for _, _, to in sides]
 
 
 def _outputs(stacks: Stacks, coefficients: Sequence[Tensor], dtype: torch.dtype | None) -> Stacks:

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from ._dispatch import resolve
-from ._factor_inputs import Factors
+from ._factor_inputs import Factors, Pairs
 from ._native_factors import combine_with_grams
 from ._prepared import first
-from .factor_combine import factor_combine, native_sides
+from .factor_combine import factor_combine, native_sides, written
 from .factor_gram import factor_gram
-
-Pairs = tuple[list[Tensor], list[Tensor]]
 
 
 def gram_combine(
@@ -28,7 +26,7 @@ def gram_combine(
     precise: bool = False,
     backend: str = "auto",
 ) -> tuple[Pairs, Pairs]:
-    """``factor_gram`` and ``factor_combine``: the average of FedIT with all that its divergence takes, say.
+    """``factor_combine`` and ``factor_gram``: the average of FedIT with all that its divergence takes, say.
 
     Args:
         B, A, P, Q, dtype, backend: as in ``factor_combine``; no side is skipped.
@@ -37,8 +35,8 @@ def gram_combine(
         precise: as in ``factor_gram``.
 
     Returns:
-        The Gram matrices, two lists of (R_l, R_l), or (R_l + r, R_l + r), float64; and the pair, lists of (m_l, r) and
-        (r, n_l). On the CPU from one read of the factors, on GPUs from two.
+        The pair, lists of (m_l, r) and (r, n_l); and the Gram matrices, two lists of (R_l, R_l), or (R_l + r, R_l + r),
+        float64. On the CPU from one read of the factors, on GPUs from two.
 
     Raises:
         ValueError, RuntimeError: as ``factor_combine``.
@@ -46,12 +44,12 @@ def gram_combine(
     if not torch.compiler.is_compiling() and resolve(backend, first(B, A), native=True) == "native":
         sides = native_sides(B, A, P, Q, dtype)
         G_B, G_A = combine_with_grams(sides, beside=beside)
-        left, right = ([clients[0] for clients in to] for _, _, to in sides)
-        return (G_B, G_A), (left, right)
+        B_out, A_out = written(sides)
+        return (B_out, A_out), (G_B, G_A)
     left, right = factor_combine(B, A, P, Q, dtype=dtype, backend=backend)
     assert left is not None
     assert right is not None
     if beside:
         B = [(*bs, b) for bs, b in zip(B, left, strict=True)]
         A = [(*as_, a) for as_, a in zip(A, right, strict=True)]
-    return factor_gram(B, A, precise=precise, backend=backend), (left, right)
+    return (left, right), factor_gram(B, A, precise=precise, backend=backend)

@@ -22,7 +22,7 @@ def coefficients(B, rank=None, seed=3):
 
 
 def check(B, A, P, Q, **options):
-    (G_B, G_A), (left, right) = gram_combine(B, A, P, Q, **options)
+    (left, right), (G_B, G_A) = gram_combine(B, A, P, Q, **options)
     want_B, want_A = factor_combine(B, A, P, Q, **options)
     options.pop("dtype", None)
     grams = factor_gram(B, A, **options)
@@ -39,7 +39,7 @@ def check(B, A, P, Q, **options):
 def check_beside(B, A, P, Q, **options):
     """With the pair, as it was rounded, as one more client."""
     options |= {"dtype": None}
-    (G_B, G_A), (left, right) = gram_combine(B, A, P, Q, beside=True, **options)
+    (left, right), (G_B, G_A) = gram_combine(B, A, P, Q, beside=True, **options)
     options.pop("dtype")
     want_B, want_A = factor_gram(
         [(*bs, b) for bs, b in zip(B, left, strict=True)],
