@@ -77,13 +77,22 @@ def nest(tensors: Sequence[Tensor], clients: Sequence[int]) -> list[list[Tensor]
     return [[next(rest) for _ in range(n)] for n in clients]
 
 
-def one_dtype(*sides: Factors | None) -> str | None:
-    """Why the kernels cannot take these factors, or None: within one module and side they read one type."""
+def mixed_types(factors: Sequence[Tensor]) -> str | None:
+    """Why the kernels cannot take factors of one module, or None: they read one type."""
+    types = {t.dtype for t in factors}
+    if len(types) <= 1:
+        return None
+    return (
+        f"the clients' factors have several types ({', '.join(sorted(map(str, types)))}); the Triton kernels read one"
+    )
+
+
+def module_of_mixed_types(*sides: Factors | None) -> str | None:
+    """The same of many modules, where a side may have another type than the other: the first that they cannot take."""
     for side in sides:
         for l, clients in enumerate(side or ()):
-            if len({t.dtype for t in clients}) > 1:
-                types = ", ".join(sorted({str(t.dtype) for t in clients}))
-                return f"module {l}: the clients' factors have several types ({types}); the Triton kernels read one"
+            if (reason := mixed_types(clients)) is not None:
+                return f"module {l}: {reason}"
     return None
 
 

@@ -21,8 +21,8 @@ from ._factor_inputs import (
     check_factors,
     counts,
     flat,
+    module_of_mixed_types,
     nest,
-    one_dtype,
     tall_A,
     tall_B,
 )
@@ -271,7 +271,7 @@ def _on_triton(
         if not isinstance(plan, str):
             return plan.split(factor_combine_triton(plan, pointers, addresses(coefficients)))
     if backend == "triton":
-        raise ValueError(plan)
+        raise ValueError(f"backend='triton': {plan}")
     return None
 
 
@@ -290,7 +290,7 @@ def _plan(
     from ._triton_common import coefficient_precision
 
     check_combine(B, A, P, Q, dtype)
-    if (reason := one_dtype(B, A)) is not None:
+    if (reason := module_of_mixed_types(B, A)) is not None:
         return reason
     check_one_device(flat(B, A, P, Q))
     sides, scalars = [*(B or ()), *(A or ())], [*(P or ()), *(Q or ())]

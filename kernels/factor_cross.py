@@ -10,7 +10,18 @@ from torch import Tensor
 
 from ._described import check_beside, stacks_of
 from ._dispatch import resolve
-from ._factor_inputs import FLOATS, Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
+from ._factor_inputs import (
+    FLOATS,
+    Factors,
+    Stack,
+    check_factors,
+    counts,
+    flat,
+    module_of_mixed_types,
+    nest,
+    tall_A,
+    tall_B,
+)
 from ._native_factors import factor_products
 from ._plan import PlanCache, check_one_device, launching_on, place
 from ._prepared import first, inventory
@@ -158,7 +169,7 @@ def _on_triton(
                 pointers[i] = copy.data_ptr()
             return plan.split(factor_gram_triton(plan, pointers))
     if backend == "triton":
-        raise ValueError(found)
+        raise ValueError(f"backend='triton': {found}")
     return None
 
 
@@ -176,7 +187,7 @@ def _plan(
     from ._triton_common import factor_precision as products
 
     check_cross(B, A, X_B, X_A)
-    if (reason := one_dtype(B, A)) is not None:
+    if (reason := module_of_mixed_types(B, A)) is not None:
         return reason
     check_one_device(flat(B, A, X_B, X_A))
     tasks, turned, index, x_index = [], [], 0, sum(counts(B)) + sum(counts(A))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._described import stacks_of
 from ._dispatch import resolve
-from ._factor_inputs import Factors, Stack, check_factors, counts, flat, nest, one_dtype, tall_A, tall_B
+from ._factor_inputs import Factors, Stack, check_factors, counts, flat, module_of_mixed_types, nest, tall_A, tall_B
 from ._native_factors import factor_products
 from ._plan import PlanCache, check_one_device, launching_on, place
 from ._prepared import first, inventory
@@ -95,7 +95,7 @@ def _on_triton(B: Factors, A: Factors, precise: bool, backend: str) -> list[Tens
         if not isinstance(plan, str):
             return plan.split(factor_gram_triton(plan, pointers))
     if backend == "triton":
-        raise ValueError(plan)
+        raise ValueError(f"backend='triton': {plan}")
     return None
 
 
@@ -106,7 +106,7 @@ def _plan(B: Factors, A: Factors, precise: bool) -> GramPlan | str:
     from ._triton_common import factor_precision as products
 
     check_factors(B, A)
-    if (reason := one_dtype(B, A)) is not None:
+    if (reason := module_of_mixed_types(B, A)) is not None:
         return reason
     check_one_device(flat(B, A))
     tasks, index = [], 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _native_factors
 from ._dispatch import resolve
-from ._factor_inputs import FLOATS, check_factors, flat, one_dtype
+from ._factor_inputs import FLOATS, check_factors, flat, mixed_types
 from ._memory import meets, overlaps_itself, span
 from ._plan import PlanCache, check_runnable, launching_on, place, survey
 
@@ -219,9 +219,9 @@ def _on_triton(
     from ._factor_plan import Piece
     from ._lowrank_sum_triton import SumPlan, lowrank_sum_triton
 
-    if (reason := one_dtype([[*B, *A]])) is not None:
+    if (reason := mixed_types([*B, *A])) is not None:
         if backend == "triton":
-            raise ValueError(reason)
+            raise ValueError(f"backend='triton': {reason}")
         return None
     check_runnable(out.device)
     tensors = [*B, *A]
