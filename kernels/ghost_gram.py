@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._dispatch import resolve
 from ._grad_plan import FLOAT_TYPES, exact_product_type
+from ._offsets import checked_offsets, host_integers
 from ._plan import launching_on
 
 # Rows of one side of a tile; memory is a few tiles of this side in float64.
@@ -54,8 +55,8 @@ def ghost_gram(
     """
     _check_rows(inputs, output_grads, bias)
     if torch.compiler.is_compiling():
-        return _ghost_gram_op(inputs, output_grads, _host_offsets(offsets), bias, precise, backend)
-    return _ghost_gram(inputs, output_grads, _checked_offsets(offsets, inputs.shape[0]), bias, precise, backend)
+        return _ghost_gram_op(inputs, output_grads, host_integers(offsets, "offsets"), bias, precise, backend)
+    return _ghost_gram(inputs, output_grads, checked_offsets(offsets, inputs.shape[0]), bias, precise, backend)
 
 
 def _ghost_gram(
@@ -73,7 +74,7 @@ def _ghost_gram(
 def _ghost_gram_op(
     inputs: Tensor, output_grads: Tensor, offsets: Sequence[int], bias: bool, precise: bool, backend: str
 ) -> Tensor:
-    return _ghost_gram(inputs, output_grads, _checked_offsets(offsets, inputs.shape[0]), bias, precise, backend)
+    return _ghost_gram(inputs, output_grads, checked_offsets(offsets, inputs.shape[0]), bias, precise, backend)
 
 
 @_ghost_gram_op.register_fake
@@ -166,20 +167,3 @@ def _check_rows(inputs: Tensor, output_grads: Tensor, bias: bool) -> None:
         raise ValueError(f"output_grads: expected {inputs.shape[0]} rows as in inputs, got {output_grads.shape[0]}")
     if tokens and bias:
         raise ValueError("bias: an embedding has none")
-
-
-def _host_offsets(offsets: Tensor | Sequence[int]) -> list[int]:
-    if not isinstance(offsets, Tensor):
-        return [int(o) for o in offsets]
-    if offsets.device.type != "cpu":
-        raise ValueError(f"offsets: expected a list or a CPU tensor, as they shape the work, got {offsets.device}")
-    if offsets.ndim != 1 or offsets.is_floating_point():
-        raise ValueError(f"offsets: expected (K + 1,) integers, got {tuple(offsets.shape)} {offsets.dtype}")
-    return offsets.tolist()
-
-
-def _checked_offsets(offsets: Tensor | Sequence[int], rows: int) -> tuple[int, ...]:
-    bounds = tuple(_host_offsets(offsets))
-    if not bounds or bounds[0] != 0 or bounds[-1] != rows or any(b < a for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"offsets: expected boundaries that never fall from 0 to {rows}, got {list(bounds)}")
-    return bounds

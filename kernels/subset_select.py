@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._dispatch import resolve
 from ._grad_plan import FLOAT_TYPES
+from ._offsets import checked_offsets, host_integers
 from ._plan import launching_on
 from ._subset_swaps import MemberRows, Starts, descend, greedy
 
@@ -81,7 +82,7 @@ def subset_select(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     if torch.compiler.is_compiling():
-        bounds, sizes = [int(x) for x in offsets], [int(x) for x in counts]
+        bounds, sizes = host_integers(offsets, "offsets"), host_integers(counts, "counts")
         return SubsetSelection(*_subset_select_op(X, bounds, sizes, restarts, seed, backend))
     problems = _checked_problems(X, offsets, counts)
     if restarts < 0:
@@ -199,10 +200,7 @@ def _checked_problems(X: Tensor, offsets: Tensor | Sequence[int], counts: Tensor
         raise ValueError(f"X: expected (N, p) floats (64, 32 or 16 bit), got {tuple(X.shape)} {X.dtype}")
     if not bool(torch.isfinite(X).all()):
         raise ValueError("X: contains values that are not finite")
-    bounds, wanted = _integers(offsets, "offsets"), _integers(counts, "counts")
-    falls = any(b < a for a, b in itertools.pairwise(bounds))
-    if not bounds or bounds[0] != 0 or bounds[-1] != X.shape[0] or falls:
-        raise ValueError(f"offsets: expected boundaries that never fall from 0 to {X.shape[0]}, got {bounds}")
+    bounds, wanted = checked_offsets(offsets, X.shape[0]), host_integers(counts, "counts")
     if len(wanted) != len(bounds) - 1:
         raise ValueError(f"counts: expected {len(bounds) - 1} numbers, one per class, got {len(wanted)}")
     problems = [Problem(a, b, m) for (a, b), m in zip(itertools.pairwise(bounds), wanted, strict=True)]
@@ -210,11 +208,3 @@ def _checked_problems(X: Tensor, offsets: Tensor | Sequence[int], counts: Tensor
         if not 0 <= problem.count <= problem.rows:
             raise ValueError(f"counts[{c}]: expected 0 to {problem.rows} (the size of the class), got {problem.count}")
     return problems
-
-
-def _integers(values: Tensor | Sequence[int], name: str) -> list[int]:
-    if isinstance(values, Tensor):
-        if values.ndim != 1 or values.is_floating_point():
-            raise ValueError(f"{name}: expected a vector of integers, got {tuple(values.shape)} {values.dtype}")
-        return values.tolist()
-    return [int(v) for v in values]

@@ -148,6 +148,9 @@ def test_backends_agree():
         (torch.ones(4, 2), [0, 4], [1, 1], "counts: expected 1"),
         (torch.ones(4, 2), [0, 4], [5], r"counts\[0\]: expected 0 to 4"),
         (torch.ones(4, 2), torch.tensor([0.0, 4.0]), [1], "offsets: expected a vector of integers"),
+        (torch.ones(4, 2), [0, 4], torch.ones(1), "counts: expected a vector of integers"),
+        (torch.ones(4, 2), torch.zeros(2, dtype=torch.int64, device="meta"), [1], "offsets: .* CPU tensor.*got meta"),
+        (torch.ones(4, 2), [0, 4], torch.zeros(1, dtype=torch.int64, device="meta"), "counts: .* CPU tensor.*got meta"),
     ],
 )
 def test_bad_input_is_named(X, offsets, counts, words):
