@@ -154,7 +154,7 @@ def test_several_blocks_of_rows_on_the_cpu(monkeypatch, garbage):
     """The torch twin in blocks of 128 rows, ragged and even, gives what one block gives."""
     ranks, modules = [3, 8], [(300, 260)]
     monkeypatch.setattr("fedgram.kernels._factor_inputs.CACHE_BYTES", 1)
-    monkeypatch.setattr(importlib.import_module("fedgram.kernels.factor_combine"), "CACHE_BYTES", 1)
+    monkeypatch.setattr("fedgram.kernels._factor_combine_torch.CACHE_BYTES", 1)
     for ranks in ([3, 8], [4, 4]):
         B, A = draw(ranks, modules, torch.bfloat16)
         for P, Q in (blocks(ranks, modules, 5), (scalars(ranks, modules),) * 2):
