@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._factor_plan import ColumnTable, Piece, pair_variants, tile_of
+from ._factor_plan import ColumnTable, Piece, is_narrow, pair_variants, tile_of
 from ._plan import WIDEST, AddressTable, to_device
 
 LARGEST_TILE = {"bf16x3": 64, "tf32x3": 32, "ieee": 32, "fp64": 32}  # columns of one program
@@ -25,11 +25,6 @@ def tile_k(tile_r: int, precision: str, out: torch.dtype, *, narrow: bool) -> in
     if precision == "bf16x3":
         return {16: 256 if out.itemsize == 2 else 128, 32: 128, 64: 64}[tile_r]
     return 64
-
-
-def is_narrow(vector: int, dtype: torch.dtype) -> bool:
-    """Whether loads of so many numbers take less than eight bytes."""
-    return vector * dtype.itemsize < 8
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._factor_plan import MAX_OFFSET, ColumnTable, Operand, Piece, is_wide, pair_variants, tile_of, vector_width
+from ._factor_inputs import cut
+from ._factor_plan import (
+    MAX_OFFSET,
+    ColumnTable,
+    Operand,
+    Piece,
+    is_narrow,
+    is_wide,
+    pair_variants,
+    tile_of,
+    vector_width,
+)
 from ._plan import WIDEST, to_device
 
 TILES = {  # the tile of so many stacked columns and more: the fastest on an H100, where one more launched warp waits
@@ -19,7 +30,6 @@ TILES = {  # the tile of so many stacked columns and more: the fastest on an H10
     "ieee": ((0, 64),),
     "fp64": ((0, 16), (193, 32), (449, 64)),
 }
-NARROW = 8  # bytes of one load below which tiles are kept to 64 columns
 PROGRAMS = 512  # what the splits aim at: four programs on each processor of today's largest GPUs
 SPLIT = (256, 4096)  # fewest and most rows of one program: float32 chains stay short, partials stay few
 PARTIAL_BYTES = 1 << 28  # partial sums of one batch of modules: some thousand programs, whose last wave counts little
@@ -94,13 +104,11 @@ class GramPlan:
 
     def __init__(self, tasks: Sequence[Task], device: torch.device) -> None:
         columns = ColumnTable()
-        self.offsets: list[int] = []
         self.shapes: list[tuple[int, int]] = []
         products, self.numel = [], 0
         for task in tasks:
             product = _place(task, columns, self.numel)
             products.append(product)
-            self.offsets.append(self.numel)
             self.shapes.append(product.shape())
             self.numel += product.shape()[0] * product.shape()[1]
         self.addresses = columns.addresses(device)
@@ -111,10 +119,7 @@ class GramPlan:
         """The matrices in the flat output."""
         if len(set(self.shapes)) == 1:  # one call instead of one per module
             return list(out.view(len(self.shapes), *self.shapes[0]).unbind())
-        return [
-            out[o : o + rows * columns].view(rows, columns)
-            for o, (rows, columns) in zip(self.offsets, self.shapes, strict=True)
-        ]
+        return cut(out, self.shapes)
 
 
 def _place(task: Task, table: ColumnTable, out: int) -> Product:
@@ -130,7 +135,7 @@ def _place(task: Task, table: ColumnTable, out: int) -> Product:
 def _largest_tile(task: Task) -> int:
     """The best tile whose addresses and sums fit the registers: narrow loads need more addresses."""
     wide, columns = is_wide(task.i), sum(p.rank for p in task.i)
-    narrow = any(vector_width(x, wide=wide) * x[0].dtype.itemsize < NARROW for x in (task.i, task.j) if x)
+    narrow = any(is_narrow(vector_width(x, wide=wide), x[0].dtype) for x in (task.i, task.j) if x)
     best = max((least, tile) for least, tile in TILES[task.precision] if columns >= least)[1]
     return min(best, 64 if narrow else 128)
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._factor_gram_plan import NARROW, GramPlan, Variant
+from ._factor_gram_plan import GramPlan, Variant, is_narrow
 from ._triton_common import (
     TYPES,
     AotConfig,
@@ -160,7 +160,7 @@ def gram_reduce_kernel(
 def configuration(v: Variant, generation: str) -> tuple[dict[str, Any], int, int]:
     """Compile-time arguments, warps and stages of a variant: few warps, since barriers cost more than longer loops."""
     largest, area = max(v.tile_i, v.tile_j), v.tile_i * v.tile_j
-    narrow = min(*v.tall, *v.wide) * v.dtype_i.itemsize < NARROW  # an address in registers for every few bytes
+    narrow = is_narrow(min(*v.tall, *v.wide), v.dtype_i)
     block_k = {"native": 32 if narrow else 64, "fp64": 32 if largest == 16 else 16}.get(v.precision, 32)
     chain = {"native": 256, "fp64": 0}.get(v.precision, 128)
     arguments = {

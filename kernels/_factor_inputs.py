@@ -77,6 +77,12 @@ def nest(tensors: Sequence[Tensor], clients: Sequence[int]) -> list[list[Tensor]
     return [[next(rest) for _ in range(n)] for n in clients]
 
 
+def cut(matrices: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The matrices of these shapes that lie one after the other in a flat tensor."""
+    parts = matrices.split([rows * columns for rows, columns in shapes]) if shapes else ()
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def mixed_types(factors: Sequence[Tensor]) -> str | None:
     """Why the kernels cannot take factors of one module, or None: they read one type."""
     types = {t.dtype for t in factors}

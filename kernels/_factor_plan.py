@@ -62,6 +62,11 @@ def vector_width(pieces: Sequence[Piece], *, wide: bool) -> int:
     return width
 
 
+def is_narrow(vector: int, dtype: torch.dtype) -> bool:
+    """Whether loads of so many numbers take less than eight bytes: then addresses take many registers."""
+    return vector * dtype.itemsize < 8
+
+
 @dataclass(frozen=True)
 class Operand:
     """Stacked columns of one module and side in the column table."""

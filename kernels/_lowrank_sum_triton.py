@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._factor_plan import Piece, tile_of, vector_width
+from ._factor_plan import Piece, is_narrow, tile_of, vector_width
 from ._plan import AddressTable, to_device
 from ._triton_common import TYPES, AotConfig, interpret_flag, options, precision, product, rounded, trips
+from .native_calls import bits
 
 LARGEST_DEPTH = {"native": 64, "tf32x3": 32, "ieee": 32, "fp64": 16}
-NARROW = 8  # bytes of one load below which steps are kept to 32 ranks: addresses take registers
+NARROW_DEPTH = 32  # of one step where loads are narrow: addresses take registers
 GROUP = 8  # rows of tiles that run together: their columns of A stay in the cache
 
 
@@ -97,8 +97,8 @@ class SumPlan:
         dtype = B[0].dtype
         kind = precision({dtype} | ({out} & {torch.float64}), precise=False)
         vector_b, vector_a = vector_width(B, wide=False), vector_width(A, wide=True)
-        narrow = min(vector_b, vector_a) * dtype.itemsize < NARROW
-        depth = tile_of(max(p.rank for p in B), min(LARGEST_DEPTH[kind], 32 if narrow else 64))
+        most = min(LARGEST_DEPTH[kind], NARROW_DEPTH if is_narrow(min(vector_b, vector_a), dtype) else 64)
+        depth = tile_of(max(p.rank for p in B), most)
         self.variant = Variant(dtype, kind, depth, vector_b, vector_a)
         steps = [(u, t, min(depth, b.rank - t)) for u, b in enumerate(B) for t in range(0, b.rank, depth)]
         rows = [(d, u, B[u].stride_k, B[u].stride_c, A[u].stride_c, A[u].stride_k, 0, 0) for u, _, d in steps]
@@ -111,7 +111,7 @@ class SumPlan:
 
 def configuration(v: Variant) -> tuple[dict[str, Any], int, int]:
     """Compile-time arguments, warps and stages of a variant: the fastest on an H100 of those that spill nowhere."""
-    narrow = min(v.vector_b, v.vector_a) * v.dtype.itemsize < NARROW
+    narrow = is_narrow(min(v.vector_b, v.vector_a), v.dtype)
     small = v.precision == "fp64" or not (narrow or (v.precision == "native" and v.depth > 32))
     arguments = {
         "TYPE": TYPES[v.dtype], "TILE_M": 64, "TILE_N": 64 if small else 128, "DEPTH": v.depth,
@@ -132,12 +132,11 @@ def lowrank_sum_triton(
     if not m * n:
         return out
     w = out if W is None else W
-    (bits,) = struct.unpack("q", struct.pack("d", beta))
     arguments, warps, stages = configuration(plan.variant)
     grid = (triton.cdiv(m, arguments["TILE_M"]) * triton.cdiv(n, arguments["TILE_N"]),)
     lowrank_sum_kernel[grid](
         w, out, plan.addresses.of(pointers), plan.steps, coefficients,
-        bits, len(plan.steps), m, n // plan.variant.vector_a, *w.stride(), *out.stride(),
+        bits(beta), len(plan.steps), m, n // plan.variant.vector_a, *w.stride(), *out.stride(),
         **arguments, HAS_W=W is not None and beta != 0, INTERPRET=interpret_flag(), **options(warps, stages),
     )  # fmt: skip
     return out

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ._stacks import ADDRESS, TYPE, WIDTH, Stacks
-from .native_calls import LOOPS, TYPES, at, bits, constant, run_jobs, table, tile
+from .native_calls import LOOPS, RANGES, TYPES, at, bits, constant, equal_ranges, run_jobs, table, tile
 
 CACHE_BYTES = 3 << 17  # of one block of factors: most of a small L2 cache
 JOB_WORK = 1 << 20  # work (vector operations) below which a range of rows is not worth a job of its own
-RANGES = 32
 CROSSED, APART, BESIDE = 0, 1, 2  # what a combination is to the product (native.c)
 PART_SHARE = 4  # the parts of a product have a fourth of the numbers of its factors at most
 
@@ -32,10 +31,8 @@ def _rows_per_block(columns: int) -> int:
 
 
 def _ranges(length: int, block: int, work: int, most: int) -> list[tuple[int, int]]:
-    """Equal ranges of whole blocks of rows, by the shapes only: ``work`` is that of one row."""
-    slots = max(1, min(RANGES, most, length * work // JOB_WORK))
-    step = _padded(-(-length // slots), block) if length else 1
-    return [(first, min(first + step, length)) for first in range(0, length, step)]
+    """Equal ranges of whole blocks of rows: ``work`` is that of one row."""
+    return equal_ranges(length, max(1, min(RANGES, most, length * work // JOB_WORK)), block)
 
 
 Coefficients = Sequence[Tensor]

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .native_calls import LOOPS, TYPES, at, constant, run_jobs, table
+from .native_calls import LOOPS, RANGES, TYPES, at, constant, equal_ranges, run_jobs, table
 
-RANGES = 32
 RANGE_WORK = 1 << 18  # work below which a range of columns is not worth a thread of its own
 PART_NUMBERS = 1 << 20  # of all ranges' results together: 8 MiB, or one range
 
@@ -37,12 +36,9 @@ class Table:
 
 
 def _ranges(length: int, rows: int, part: int = 0) -> list[tuple[int, int]]:
-    """Equal ranges of whole blocks of columns, whose results have ``part`` numbers each, by the shapes only."""
-    unit = constant("block")
+    """Equal ranges of whole blocks of columns, whose results have ``part`` numbers each."""
     most = min(RANGES, max(1, PART_NUMBERS // max(part, 1)))
-    slots = max(1, min(most, length * max(rows, 1) // RANGE_WORK))
-    step = -(-length // (slots * unit)) * unit if length else 1
-    return [(first, min(first + step, length)) for first in range(0, length, step)]
+    return equal_ranges(length, max(1, min(most, length * max(rows, 1) // RANGE_WORK)), constant("block"))
 
 
 def grad_gram(columns: Sequence[Sequence[Tensor]], u: Tensor, wide: bool) -> tuple[Tensor, Tensor, Tensor]:

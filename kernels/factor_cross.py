@@ -16,6 +16,7 @@ from ._factor_inputs import (
     Stack,
     check_factors,
     counts,
+    cut,
     flat,
     module_of_mixed_types,
     nest,
@@ -215,15 +216,10 @@ def _compiled(
     """What ``torch.compile`` sees: one operator with a flat output, split again outside."""
     if not flat(B, A):
         return None
-    shapes = cross_shapes(B, A, X_B, X_A)
     products = _factor_cross_op(
         flat(B), flat(A), flat(X_B), flat(X_A), counts(B), counts(A), B is None, A is None, precise, backend
     )
-    offset, out = 0, []
-    for rows, columns in shapes:
-        out.append(products[offset : offset + rows * columns].view(rows, columns))
-        offset += rows * columns
-    return out
+    return cut(products, cross_shapes(B, A, X_B, X_A))
 
 
 def cross_shapes(

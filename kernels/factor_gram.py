@@ -9,7 +9,18 @@ from torch import Tensor
 
 from ._described import stacks_of
 from ._dispatch import resolve
-from ._factor_inputs import Factors, Stack, check_factors, counts, flat, module_of_mixed_types, nest, tall_A, tall_B
+from ._factor_inputs import (
+    Factors,
+    Stack,
+    check_factors,
+    counts,
+    cut,
+    flat,
+    module_of_mixed_types,
+    nest,
+    tall_A,
+    tall_B,
+)
 from ._native_factors import factor_products
 from ._plan import PlanCache, check_one_device, launching_on, place
 from ._prepared import first, inventory
@@ -49,7 +60,10 @@ def factor_gram(
     """
     if torch.compiler.is_compiling():
         check_factors(B, A)
-        grams = gram_split(_factor_gram_op(flat(B), flat(A), counts(B), precise, backend), B, A) if len(B) else []
+        if not len(B):
+            return [], []
+        shapes = [(width, width) for width in gram_widths(B, A)]
+        grams = cut(_factor_gram_op(flat(B), flat(A), counts(B), precise, backend), shapes)
         return grams[: len(B)], grams[len(B) :]
     # the first tensor decides: whether all lie on its device is checked with the rest, once per layout
     chosen = resolve(backend, first(B, A), native=True)
@@ -121,15 +135,6 @@ def _plan(B: Factors, A: Factors, precise: bool) -> GramPlan | str:
 def gram_widths(B: Factors, A: Factors) -> list[int]:
     """The sizes R of all Gram matrices, of B, then of A."""
     return [sum(b.shape[1] for b in bs) for bs in B] + [sum(a.shape[0] for a in as_) for as_ in A]
-
-
-def gram_split(grams: Tensor, B: Factors, A: Factors) -> list[Tensor]:
-    """The matrices that lie one after the other in a flat tensor."""
-    out, offset = [], 0
-    for width in gram_widths(B, A):
-        out.append(grams[offset : offset + width * width].view(width, width))
-        offset += width * width
-    return out
 
 
 @torch.library.custom_op("fedgram::factor_gram", mutates_args=())

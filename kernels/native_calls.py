@@ -30,6 +30,7 @@ ABI = 12  # of native.c
 THREADED_WORK = 1 << 21
 SPREAD_WORK = 1 << 18
 MOST_THREADS = 64  # of a call (spread.h)
+RANGES = 32  # most of one piece of work: its parts, added in order, do not depend on the number of threads
 LINE = 8  # numbers of a cache line: no two threads write to one
 KEPT_SCRATCH = 1 << 21  # numbers of scratch space that a thread keeps: 16 MiB
 
@@ -147,6 +148,12 @@ def at(numbers: np.ndarray) -> int:
 def bits(number: float) -> int:
     """A float64 as the int64 of the same bits: how a ``table`` carries it."""
     return struct.unpack("q", struct.pack("d", number))[0]
+
+
+def equal_ranges(length: int, slots: int, unit: int) -> list[tuple[int, int]]:
+    """At most ``slots`` equal ranges of whole units, of which the last may end early, by the shapes only."""
+    step = -(-length // (slots * unit)) * unit or 1
+    return [(first, min(first + step, length)) for first in range(0, length, step)]
 
 
 def table(rows: Iterable[Iterable[int]]) -> array:
