@@ -2,8 +2,8 @@
 
 from ._described import Described, described
 from ._dispatch import BACKENDS
-from ._factor_inputs import FLOATS
-from ._grad_plan import moved
+from ._floats import FLOATS
+from ._plan import moved
 from ._prepared import FactorSlab, PreparedFactors, PreparedSide, prepare
 from .combine_products import combine_products
 from .factor_combine import factor_combine

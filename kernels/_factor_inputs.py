@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._floats import FLOATS
+
 Factors = Sequence[Sequence[Tensor]]
 Pairs = tuple[list[Tensor], list[Tensor]]  # of every module a matrix of B's side, and one of A's
-FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 CACHE_BYTES = 1 << 20  # one float64 block: an L2 cache of today's servers
 CACHE_BYTES_GPU = 1 << 26  # enough to fill a GPU, small beside its memory
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _grad_combine_triton as kernels
-from ._grad_plan import Gradients, check_gradients, flatten, memory_order
+from ._grad_inputs import Gradients, check_gradients, flatten, memory_order
 from ._grad_work import aligned_parameters, column_chunks, gathered
 from ._plan import (
     AddressTable,

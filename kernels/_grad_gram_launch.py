@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _grad_gram_triton as kernels
 from ._grad_gram_configurations import CENTRE_BLOCK, centre_configuration, configuration
-from ._grad_plan import Gradients, Layout, check_gradients, check_weights, flatten
+from ._grad_inputs import Gradients, Layout, check_gradients, check_weights, flatten
 from ._grad_work import (
     CHUNK,
     LARGEST_TILE,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._grad_plan import Gradients, Layout, memory_order
+from ._grad_inputs import Gradients, Layout, memory_order
 from ._plan import WIDEST, AddressTable, to_device
 
 CHUNK = 2048  # columns of one entry of a work list

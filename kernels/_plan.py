@@ -133,6 +133,13 @@ def host_to_device(host: Tensor, device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
+def moved(t: Tensor, device: torch.device) -> Tensor:
+    """``t`` on ``device``, without making the host wait for the work that is queued there."""
+    if t.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+        return host_to_device(t, device)
+    return t.to(device)
+
+
 def check_runnable(device: torch.device) -> None:
     """Raise where kernels cannot follow addresses: Triton's interpreter reads them on the host."""
     if interpreting() and device.type != "cpu":

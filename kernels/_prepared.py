@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._factor_inputs import FLOATS, Factors, check_factors, counts, flat
+from ._factor_inputs import Factors, check_factors, counts, flat
+from ._floats import FLOATS
 from ._plan import Layout, addresses, survey
 from ._stacks import Stacks
 

@@ -12,7 +12,8 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ._factor_inputs import FLOATS, Factors, check_factors
+from ._factor_inputs import Factors, check_factors
+from ._floats import FLOATS
 from .native_calls import TYPES
 
 WIDTH = 5  # numbers of a row of the table, which are (struct member of native.c)

@@ -12,7 +12,8 @@ from torch import Tensor
 from ._described import check_beside, stacks_of
 from ._dispatch import resolve
 from ._factor_combine_torch import Combined, factor_combine_torch, output_dtype
-from ._factor_inputs import FLOATS, Factors, check_factors, counts, flat, module_of_mixed_types, nest
+from ._factor_inputs import Factors, check_factors, counts, flat, module_of_mixed_types, nest
+from ._floats import FLOATS
 from ._native_factors import factor_combine as combine_stacks
 from ._native_factors import spread_scalars
 from ._plan import PlanCache, addresses, check_one_device, describe, launching_on, place

@@ -11,7 +11,6 @@ from torch import Tensor
 from ._described import check_beside, stacks_of
 from ._dispatch import resolve
 from ._factor_inputs import (
-    FLOATS,
     Factors,
     Stack,
     check_factors,
@@ -23,6 +22,7 @@ from ._factor_inputs import (
     tall_A,
     tall_B,
 )
+from ._floats import FLOATS
 from ._native_factors import factor_products
 from ._plan import PlanCache, check_one_device, launching_on, place
 from ._prepared import first, inventory

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ._dispatch import resolve
-from ._grad_plan import FLOAT_TYPES, exact_product_type
+from ._floats import FLOATS
+from ._grad_inputs import exact_product_type
 from ._offsets import checked_offsets, host_integers
 from ._plan import launching_on
 
@@ -158,9 +159,9 @@ def _check_rows(inputs: Tensor, output_grads: Tensor, bias: bool) -> None:
     if inputs.ndim not in (1, 2) or (tokens and inputs.dtype != torch.int64):
         kind = f"{tuple(inputs.shape)} {inputs.dtype}"
         raise ValueError(f"inputs: expected (N, p) rows, or (N,) int64 token numbers, got {kind}")
-    if not tokens and inputs.dtype not in FLOAT_TYPES:
+    if not tokens and inputs.dtype not in FLOATS:
         raise ValueError(f"inputs: expected a float tensor (64, 32 or 16 bit), got {inputs.dtype}")
-    if output_grads.ndim != 2 or output_grads.dtype not in FLOAT_TYPES:
+    if output_grads.ndim != 2 or output_grads.dtype not in FLOATS:
         kind = f"{tuple(output_grads.shape)} {output_grads.dtype}"
         raise ValueError(f"output_grads: expected (N, q) floats (64, 32 or 16 bit), got {kind}")
     if inputs.shape[0] != output_grads.shape[0]:

@@ -9,20 +9,19 @@ from torch import Tensor
 
 from . import _native_gradients
 from ._dispatch import resolve
-from ._grad_plan import (
-    FLOAT_TYPES,
+from ._floats import FLOATS
+from ._grad_inputs import (
     Gradients,
     Layout,
     check_gradients,
     flat_range,
     flatten,
     memory_order,
-    moved,
     stored,
     unflatten,
 )
 from ._memory import overlaps_itself, span, storages
-from ._plan import launching_on
+from ._plan import launching_on, moved
 
 # Columns summed at a time: the accumulator and one converted gradient stay in the cache.
 BLOCK_COLUMNS = 1 << 18
@@ -169,7 +168,7 @@ def check_out(out: Sequence[Tensor], shapes: Sequence[torch.Size], device: torch
     for p, (t, shape) in enumerate(zip(out, shapes, strict=True)):
         if t.shape != shape:
             raise ValueError(f"out[{p}]: expected shape {tuple(shape)}, got {tuple(t.shape)}")
-        if t.dtype not in FLOAT_TYPES or t.device != device:
+        if t.dtype not in FLOATS or t.device != device:
             raise ValueError(f"out[{p}]: expected a float tensor on {device}, got {t.dtype} on {t.device}")
         if not torch.compiler.is_compiling() and t.is_neg():
             raise ValueError(f"out[{p}]: a view that negates its memory; pass a tensor of its own")

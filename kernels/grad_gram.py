@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _native_gradients
 from ._dispatch import resolve
-from ._grad_plan import (
+from ._grad_inputs import (
     Gradients,
     Layout,
     Piece,

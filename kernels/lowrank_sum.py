@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import _native_factors
 from ._dispatch import resolve
-from ._factor_inputs import FLOATS, check_factors, flat, mixed_types
+from ._factor_inputs import check_factors, flat, mixed_types
+from ._floats import FLOATS
 from ._memory import meets, overlaps_itself, span
 from ._plan import PlanCache, check_runnable, launching_on, place, survey
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import resolve
-from ._grad_plan import FLOAT_TYPES
+from ._floats import FLOATS
 from ._offsets import checked_offsets, host_integers
 from ._plan import launching_on
 from ._subset_swaps import MemberRows, Starts, descend, greedy
@@ -196,7 +196,7 @@ def _best(
 
 
 def _checked_problems(X: Tensor, offsets: Tensor | Sequence[int], counts: Tensor | Sequence[int]) -> list[Problem]:
-    if X.ndim != 2 or X.dtype not in FLOAT_TYPES:
+    if X.ndim != 2 or X.dtype not in FLOATS:
         raise ValueError(f"X: expected (N, p) floats (64, 32 or 16 bit), got {tuple(X.shape)} {X.dtype}")
     if not bool(torch.isfinite(X).all()):
         raise ValueError("X: contains values that are not finite")

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedgram.kernels import grad_gram
-from fedgram.kernels._grad_plan import column_blocks, exact_product_type, flat_range, memory_order
+from fedgram.kernels._grad_inputs import column_blocks, exact_product_type, flat_range, memory_order
 from fedgram.kernels.grad_gram import GradGram
 from fedgram.stamp import solve_dual
 from fedgram_testing.gradients import (

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from fedgram.kernels import _grad_gram_launch as launch
 from fedgram.kernels import grad_gram
-from fedgram.kernels._grad_plan import check_gradients, flatten
+from fedgram.kernels._grad_inputs import check_gradients, flatten
 from fedgram.kernels._grad_work import CHUNK, column_chunks
 from fedgram.kernels._plan import addresses
 

@@ -1,4 +1,4 @@
-"""What the gradient operations share: checks of K lists of tensors, flat views, and blocks of columns.
+"""What the gradient operations take: checks of K lists of tensors, flat views, and blocks of columns.
 
 Task k's gradient is the concatenation of its P tensors; a *column* is one scalar position of it, common to the tasks.
 """
@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._plan import host_to_device
-
-FLOAT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from ._floats import FLOATS
+from ._plan import moved
 
 Gradients = Sequence[Sequence[Tensor]]
 
@@ -55,7 +54,7 @@ def check_gradients(gradients: Gradients) -> Layout:
             p = next(p for p, t in enumerate(g) if t.dtype != dtypes[p])
             raise ValueError(f"gradients[{k}][{p}]: expected {dtypes[p]} as in gradients[0], got {g[p].dtype}")
     for p, dtype in enumerate(dtypes):
-        if dtype not in FLOAT_TYPES:
+        if dtype not in FLOATS:
             raise ValueError(f"gradients[0][{p}]: expected a float tensor (64, 32 or 16 bit), got {dtype}")
     for p in range(len(shapes)):
         if any(g[p].layout is not torch.strided for g in gradients):
@@ -77,13 +76,6 @@ def check_weights(weights: Tensor | None, tasks: int, device: torch.device) -> T
         raise ValueError(f"weights: expected finite numbers >= 0 with a positive sum, got {u.tolist()}")
     u = moved(u, device)
     return u / u.sum()
-
-
-def moved(t: Tensor, device: torch.device) -> Tensor:
-    """``t`` on ``device``, without making the host wait for the work that is queued there."""
-    if t.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
-        return host_to_device(t, device)
-    return t.to(device)
 
 
 def _is_weighting(u: Tensor) -> bool:
