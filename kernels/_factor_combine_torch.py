@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ._factor_inputs import CACHE_BYTES, CACHE_BYTES_GPU, Factors, Stack, tall_A, tall_B
+from ._factor_inputs import CACHE_BYTES, CACHE_BYTES_GPU, Factors, TallColumns, tall_A, tall_B
 
 Combined = list[Tensor] | None
 
@@ -41,7 +41,7 @@ def output_dtype(columns: Sequence[Tensor], dtype: torch.dtype | None) -> torch.
     return reduce(torch.promote_types, {t.dtype for t in columns})
 
 
-def _combine(stack: Stack, coefficients: Tensor, dtype: torch.dtype | None, *, transposed: bool) -> Tensor:
+def _combine(stack: TallColumns, coefficients: Tensor, dtype: torch.dtype | None, *, transposed: bool) -> Tensor:
     scalars = coefficients.ndim == 1
     rank = max(t.shape[1] for t in stack.columns) if scalars else coefficients.shape[1]
     shape = (rank, stack.length) if transposed else (stack.length, rank)
@@ -52,14 +52,14 @@ def _combine(stack: Stack, coefficients: Tensor, dtype: torch.dtype | None, *, t
     return tall
 
 
-def _combine_blocks(stack: Stack, P: Tensor, out: Tensor) -> None:
+def _combine_blocks(stack: TallColumns, P: Tensor, out: Tensor) -> None:
     product = torch.empty(P.shape[1], min(stack.rows_per_block(), stack.length), dtype=P.dtype, device=P.device)
     for start, stop, block in stack.blocks():
         # as (r, rows): BLAS runs a product with few rows up to 30 times faster than one with few columns
         out[start:stop].copy_(torch.mm(P.T, block.T, out=product[:, : stop - start]).T)
 
 
-def _combine_scalars(stack: Stack, p: Tensor, out: Tensor) -> None:
+def _combine_scalars(stack: TallColumns, p: Tensor, out: Tensor) -> None:
     """``sum_u p_u B_u`` as one vector-matrix product per block: client u is row u of the block, zero-padded."""
     clients, rank = len(stack.columns), out.shape[1]
     cache = CACHE_BYTES if stack.device.type == "cpu" else CACHE_BYTES_GPU

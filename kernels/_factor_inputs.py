@@ -104,7 +104,7 @@ def module_of_mixed_types(*sides: Factors | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class Stack:
+class TallColumns:
     """One module's factors of one side as the columns of a tall matrix (length, R), never concatenated.
 
     ``columns[u]`` is ``B_u``, or the view ``A_u^T``: with it one implementation serves both sides.
@@ -116,10 +116,10 @@ class Stack:
     wide: bool  # the long dimension is the contiguous one (the A side): buffers follow, so that copies run straight
 
     @staticmethod
-    def of(columns: Sequence[Tensor]) -> Stack:
+    def of(columns: Sequence[Tensor]) -> TallColumns:
         """Wrap tall columns (length, r_u)."""
         wide = sum(t.stride(0) == 1 and t.stride(1) != 1 for t in columns) * 2 > len(columns)
-        return Stack(tuple(columns), columns[0].shape[0], sum(t.shape[1] for t in columns), wide)
+        return TallColumns(tuple(columns), columns[0].shape[0], sum(t.shape[1] for t in columns), wide)
 
     @property
     def device(self) -> torch.device:
@@ -161,11 +161,11 @@ class Stack:
             yield start, stop, block
 
 
-def tall_B(clients: Sequence[Tensor]) -> Stack:
+def tall_B(clients: Sequence[Tensor]) -> TallColumns:
     """The stack ``[B_1 .. B_U]`` (m, R)."""
-    return Stack.of(clients)
+    return TallColumns.of(clients)
 
 
-def tall_A(clients: Sequence[Tensor]) -> Stack:
+def tall_A(clients: Sequence[Tensor]) -> TallColumns:
     """The stack ``[A_1; ..; A_U]^T`` (n, R)."""
-    return Stack.of([t.T for t in clients])
+    return TallColumns.of([t.T for t in clients])

@@ -25,7 +25,7 @@ from ._triton_common import interpret_flag, options
 from .grad_combine import check_coefficients, check_out, outputs
 
 
-class CombinePlan:
+class GradCombinePlan:
     """What depends on the layout alone: which parameters go through copies, and the work lists."""
 
     def __init__(self, gradients: Gradients, out: Sequence[Tensor], pointers: np.ndarray, device: torch.device) -> None:
@@ -63,7 +63,7 @@ class CombinePlan:
                 out[p].copy_(copy)
 
 
-PLANS: PlanCache[CombinePlan] = PlanCache()
+PLANS: PlanCache[GradCombinePlan] = PlanCache()
 
 
 def combine_triton(gradients: Gradients, coefficients: Tensor, out: Sequence[Tensor] | None) -> list[Tensor]:
@@ -77,7 +77,7 @@ def combine_triton(gradients: Gradients, coefficients: Tensor, out: Sequence[Ten
     tensors = [*given, *targets]
     pointers = addresses(tensors)
     key = (place(device), tuple(len(g) for g in gradients), describe(tensors), alignments(pointers))
-    plan = PLANS.get(key, lambda: CombinePlan(gradients, targets, pointers, device))
+    plan = PLANS.get(key, lambda: GradCombinePlan(gradients, targets, pointers, device))
     plan.run(gradients, v, targets, pointers)
     if out is not None:
         torch.autograd.graph.increment_version(targets)  # as every write of torch does: autograd must see it

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _grad_gram_triton as kernels
 from ._grad_gram_configurations import CENTRE_BLOCK, centre_configuration, configuration
-from ._grad_inputs import Gradients, Layout, check_gradients, check_weights, flatten
+from ._grad_inputs import Gradients, GradLayout, check_gradients, check_weights, flatten
 from ._grad_work import (
     CHUNK,
     LARGEST_TILE,
@@ -33,7 +33,7 @@ class GradGramPlan:
     """What depends on the layout alone: tiles, work lists and the place of every address."""
 
     def __init__(self, gradients: Gradients, pointers: np.ndarray, precise: bool) -> None:
-        self.layout: Layout = check_gradients(gradients)
+        self.layout: GradLayout = check_gradients(gradients)
         device, K = self.layout.device, self.layout.tasks
         check_runnable(device)
         self.copied = scattered(gradients)

@@ -20,7 +20,7 @@ from ._plan import moved
 Gradients = Sequence[Sequence[Tensor]]
 
 
-class Layout(NamedTuple):
+class GradLayout(NamedTuple):
     """What a plan may depend on: the shapes and types of one task's tensors, and the number of tasks."""
 
     tasks: int
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
         return tuple(math.prod(shape) for shape in self.shapes)
 
 
-def check_gradients(gradients: Gradients) -> Layout:
+def check_gradients(gradients: Gradients) -> GradLayout:
     """Return the common layout of K lists of P tensors, or raise ValueError naming the first tensor out of line."""
     if len(gradients) == 0:
         raise ValueError("gradients: expected at least one list of tensors, got none")
@@ -59,7 +59,7 @@ def check_gradients(gradients: Gradients) -> Layout:
     for p in range(len(shapes)):
         if any(g[p].layout is not torch.strided for g in gradients):
             raise ValueError(f"gradients[.][{p}]: expected dense (strided) tensors")
-    return Layout(len(gradients), tuple(shapes), tuple(dtypes), devices.pop() if devices else torch.device("cpu"))
+    return GradLayout(len(gradients), tuple(shapes), tuple(dtypes), devices.pop() if devices else torch.device("cpu"))
 
 
 def check_weights(weights: Tensor | None, tasks: int, device: torch.device) -> Tensor:
@@ -123,7 +123,7 @@ def flat_range(t: Tensor, start: int, stop: int) -> Tensor:
     return torch.cat(parts)
 
 
-class Piece(NamedTuple):
+class ColumnRange(NamedTuple):
     """Columns ``start`` to ``stop`` of tensor ``tensor``."""
 
     tensor: int
@@ -132,16 +132,16 @@ class Piece(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def column_blocks(numels: tuple[int, ...], size: int) -> tuple[tuple[Piece, ...], ...]:
+def column_blocks(numels: tuple[int, ...], size: int) -> tuple[tuple[ColumnRange, ...], ...]:
     """Cut tensors of these sizes into blocks of at most ``size`` columns, small tensors sharing a block."""
-    blocks: list[tuple[Piece, ...]] = []
-    block: list[Piece] = []
+    blocks: list[tuple[ColumnRange, ...]] = []
+    block: list[ColumnRange] = []
     room = size
     for p, n in enumerate(numels):
         start = 0
         while start < n:
             stop = min(n, start + room)
-            block.append(Piece(p, start, stop))
+            block.append(ColumnRange(p, start, stop))
             room -= stop - start
             start = stop
             if room == 0:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._grad_inputs import Gradients, Layout, memory_order
+from ._grad_inputs import Gradients, GradLayout, memory_order
 from ._plan import WIDEST, AddressTable, to_device
 
 CHUNK = 2048  # columns of one entry of a work list
@@ -37,7 +37,7 @@ def column_chunks(parameters: list[int], numels: tuple[int, ...], size: int = CH
     return np.stack([np.repeat(which, counts), start, np.minimum(size, np.repeat(columns, counts) - start)], 1)
 
 
-def groups(layout: Layout, aligned: np.ndarray, device: torch.device) -> list[Group]:
+def groups(layout: GradLayout, aligned: np.ndarray, device: torch.device) -> list[Group]:
     """The launches that cover all parameters; ``aligned`` (P,) says which of them all tasks hold aligned."""
     keys = sorted({(str(t), bool(a)) for t, a in zip(layout.dtypes, aligned, strict=True)}, reverse=True)
     found = []

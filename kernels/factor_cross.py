@@ -12,7 +12,7 @@ from ._described import check_beside, stacks_of
 from ._dispatch import resolve
 from ._factor_inputs import (
     Factors,
-    Stack,
+    TallColumns,
     check_factors,
     counts,
     cut,
@@ -136,7 +136,7 @@ def _native_cross(
     return None if B is None else next(products), None if A is None else next(products)
 
 
-def _cross(stack: Stack, x: Tensor) -> Tensor:
+def _cross(stack: TallColumns, x: Tensor) -> Tensor:
     out = torch.zeros(stack.width, x.shape[1], dtype=torch.float64, device=stack.device)
     for start, stop, block in stack.blocks():
         out.addmm_(block.T, x[start:stop].double())

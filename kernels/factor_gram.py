@@ -11,7 +11,7 @@ from ._described import stacks_of
 from ._dispatch import resolve
 from ._factor_inputs import (
     Factors,
-    Stack,
+    TallColumns,
     check_factors,
     counts,
     cut,
@@ -85,7 +85,7 @@ def factor_gram_torch(B: Factors, A: Factors, *, precise: bool = False) -> tuple
     return [_gram(tall_B(bs)) for bs in B], [_gram(tall_A(as_)) for as_ in A]
 
 
-def _gram(stack: Stack) -> Tensor:
+def _gram(stack: TallColumns) -> Tensor:
     gram = torch.zeros(stack.width, stack.width, dtype=torch.float64, device=stack.device)
     for _, _, block in stack.blocks():
         for i in range(0, stack.width, PANEL):

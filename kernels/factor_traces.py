@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._factor_inputs import Factors, Stack, check_factors, tall_A, tall_B
+from ._factor_inputs import Factors, TallColumns, check_factors, tall_A, tall_B
 
 Traces = list[Tensor] | None
 
@@ -45,7 +45,7 @@ def factor_traces(
 
 
 @torch.no_grad()
-def _traces(stack: Stack, S: Tensor, name: str) -> Tensor:
+def _traces(stack: TallColumns, S: Tensor, name: str) -> Tensor:
     ranks = [t.shape[1] for t in stack.columns]
     clients, r = len(ranks), max(ranks)
     if S.shape != (r, r) or S.dtype != torch.float64:

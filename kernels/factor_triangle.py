@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._factor_inputs import Factors, Stack, check_factors, tall_A, tall_B
+from ._factor_inputs import Factors, TallColumns, check_factors, tall_A, tall_B
 
 
 def factor_triangle(B: Factors, A: Factors) -> tuple[list[Tensor], list[Tensor]]:
@@ -30,7 +30,7 @@ def factor_triangle(B: Factors, A: Factors) -> tuple[list[Tensor], list[Tensor]]
 
 
 @torch.no_grad()
-def _triangle(stack: Stack) -> Tensor:
+def _triangle(stack: TallColumns) -> Tensor:
     triangle = torch.zeros(0, stack.width, dtype=torch.float64, device=stack.device)
     for _, _, block in stack.blocks():
         triangle = torch.linalg.qr(torch.cat([triangle, block]), mode="r").R

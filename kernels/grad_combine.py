@@ -12,7 +12,7 @@ from ._dispatch import resolve
 from ._floats import FLOATS
 from ._grad_inputs import (
     Gradients,
-    Layout,
+    GradLayout,
     check_gradients,
     flat_range,
     flatten,
@@ -79,7 +79,7 @@ def outputs(gradients: Gradients, out: Sequence[Tensor] | None) -> list[Tensor]:
     return list(out)
 
 
-def _checked(layout: Layout, coefficients: Tensor, out: Sequence[Tensor] | None) -> Tensor:
+def _checked(layout: GradLayout, coefficients: Tensor, out: Sequence[Tensor] | None) -> Tensor:
     if out is not None:
         check_out(out, layout.shapes, layout.device)
     return check_coefficients(coefficients, layout.tasks, layout.device)

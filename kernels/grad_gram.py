@@ -11,9 +11,9 @@ from torch import Tensor
 from . import _native_gradients
 from ._dispatch import resolve
 from ._grad_inputs import (
+    ColumnRange,
     Gradients,
-    Layout,
-    Piece,
+    GradLayout,
     check_gradients,
     check_weights,
     column_blocks,
@@ -125,7 +125,7 @@ def recentred(n: Tensor, h: Tensor, H: Tensor, u: Tensor) -> GradGram:
     return GradGram(n + 2 * cm + mm, h - cm + Hu - mm, centred * apart[:, None] * apart[None, :])
 
 
-def _gram_native(gradients: Gradients, layout: Layout, u: Tensor, precise: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gram_native(gradients: Gradients, layout: GradLayout, u: Tensor, precise: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The compiled loops on what lies flat in memory, the torch twin on the rest: the triple is a sum over columns."""
     columns = [list(ts) for ts in zip(*gradients, strict=True) if ts[0].numel()]
     views = [memory_order(ts) for ts in columns]
@@ -142,7 +142,7 @@ def _gram_native(gradients: Gradients, layout: Layout, u: Tensor, precise: bool)
 
 @torch.no_grad()
 def _gram_about_centre(
-    columns: list[list[Tensor]], layout: Layout, u: Tensor, precise: bool
+    columns: list[list[Tensor]], layout: GradLayout, u: Tensor, precise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The torch twin: blocks of columns are gathered, centred in place and multiplied while they are in the cache."""
     K, device = layout.tasks, layout.device
@@ -157,7 +157,7 @@ def _gram_about_centre(
     return G[K, K], G[K, :K], G[:K, :K]
 
 
-def _centred_blocks(tensors: list[list[Tensor]], layout: Layout, u: Tensor, rows: int) -> Iterator[Tensor]:
+def _centred_blocks(tensors: list[list[Tensor]], layout: GradLayout, u: Tensor, rows: int) -> Iterator[Tensor]:
     """Yield (batch, rows, columns) views of one buffer: rows g_k - c, then the row c, then rows of zeros."""
     K = layout.tasks
     budget = BLOCK_BYTES.get(layout.device.type, BLOCK_BYTES_DEVICE) // (rows * u.element_size())
@@ -181,7 +181,7 @@ def _centred_blocks(tensors: list[list[Tensor]], layout: Layout, u: Tensor, rows
 
 
 def _gather(
-    tensors: list[list[Tensor]], pieces: tuple[Piece, ...], zeros: Tensor, padding: int, out: Tensor, K: int
+    tensors: list[list[Tensor]], pieces: tuple[ColumnRange, ...], zeros: Tensor, padding: int, out: Tensor, K: int
 ) -> None:
     """Copy the pieces of all tasks into ``out``, task after task, each followed by ``padding`` zeros."""
     parts = []
