@@ -210,9 +210,10 @@ def aot_configs(generation: str) -> list[AotConfig]:
     for name, v in variants.items():
         arguments, warps, stages = configuration(v, generation)
         fills = v.tile_k * arguments["BLOCK_C"] >= 32 * warps * v.tall  # a vector for every thread
-        flags = {"wide_loads": v.tall > 1 and fills, "tensor_cores": v.precision != "fp64"}
         signature = {**signature, "p_out": types[v.out_dtype]}
-        configs.append(
-            AotConfig(f"factor_combine {name}", factor_combine_kernel, signature, arguments, warps, stages, **flags)
-        )
+        config = AotConfig(
+            f"factor_combine {name}", factor_combine_kernel, signature, arguments, warps, stages,
+            tensor_cores=v.precision != "fp64", wide_loads=v.tall > 1 and fills,
+        )  # fmt: skip
+        configs.append(config)
     return configs

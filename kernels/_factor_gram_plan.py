@@ -165,12 +165,15 @@ def _batches(products: Sequence[Product], device: torch.device) -> list[Batch]:
     return batches
 
 
+Kind = tuple[int, int, bool, torch.dtype, torch.dtype, str]  # what a Variant begins with
+
+
 class _Draft:
     """A batch in the making."""
 
     def __init__(self) -> None:
         self.elements = 0
-        self.work: dict[tuple, dict[tuple[bool, tuple[int, int]], list]] = defaultdict(lambda: defaultdict(list))
+        self.work: dict[Kind, dict[tuple[bool, tuple[int, int]], list]] = defaultdict(lambda: defaultdict(list))
         self.tiles: dict[tuple[int, int, bool], list] = defaultdict(list)
 
     def add(self, p: Product, tile: tuple[int, int], slots: int, split: int) -> None:

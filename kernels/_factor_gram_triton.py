@@ -230,10 +230,11 @@ def aot_configs(generation: str) -> list[AotConfig]:
         arguments, warps, stages = configuration(v, generation)
         signature = {**pointers, "p_partials": "*fp64" if v.precision == "fp64" else "*fp32"}
         fills = v.tile_i * arguments["BLOCK_K"] >= 32 * warps * v.tall[0]  # a vector for every thread
-        flags = {"tensor_cores": v.precision != "fp64", "wide_loads": max(v.tall) > 1 and fills}
-        configs.append(
-            AotConfig(f"factor_gram {name}", factor_gram_kernel, signature, arguments, warps, stages, **flags)
-        )
+        config = AotConfig(
+            f"factor_gram {name}", factor_gram_kernel, signature, arguments, warps, stages,
+            tensor_cores=v.precision != "fp64", wide_loads=max(v.tall) > 1 and fills,
+        )  # fmt: skip
+        configs.append(config)
     for tile, symmetric in ((128, True), (64, False)):
         arguments = {"TILE_I": tile, "TILE_J": tile, "ROWS": REDUCE_ROWS, "SYMMETRIC": symmetric}
         signature = {"p_partials": "*fp32", "p_tiles": "*i64", "p_out": "*fp64"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,11 +31,13 @@ class Piece:
     @staticmethod
     def of(index: int, tensor: Tensor, *, transposed: bool) -> Piece:
         """Describe ``tensor``, or with ``transposed`` its transpose."""
-        shape, strides = tensor.shape[:: -1 if transposed else 1], tensor.stride()[:: -1 if transposed else 1]
+        (length, rank), (stride_k, stride_c) = tensor.shape, tensor.stride()
+        if transposed:
+            length, rank, stride_k, stride_c = rank, length, stride_c, stride_k
         alignment = power_of_two_divisor(tensor.data_ptr(), WIDEST)
         if tensor.numel() and alignment < tensor.dtype.itemsize:
             raise ValueError(f"tensor {index}: its address is not a multiple of its element size")
-        return Piece(index, *shape, *strides, tensor.dtype, alignment)
+        return Piece(index, length, rank, stride_k, stride_c, tensor.dtype, alignment)
 
 
 def is_wide(pieces: Sequence[Piece]) -> bool:
@@ -151,17 +154,16 @@ def tile_of(columns: int, largest: int) -> int:
 
 
 Rows = list[tuple[int, ...]]
-Vectors = tuple[int, ...]
+V = TypeVar("V", bound=tuple[int, ...])  # vector widths of the operands
 
 
-def pair_variants(
-    groups: Mapping[tuple[bool, Vectors], Rows], full: Vectors
-) -> Iterator[tuple[Vectors, Vectors, Rows]]:
+def pair_variants(groups: Mapping[tuple[bool, V], Rows], full: V) -> Iterator[tuple[V, V, Rows]]:
     """Join work rows of tall tiles with rows of wide ones: ``(tall vectors, wide vectors, rows)`` of each launch.
 
     A kernel holds both ways of reading, each for one vector width: where each occurs with one width only, one launch
     does all.
     """
     talls, wides = ([(v, rows) for (w, v), rows in groups.items() if w == wide] for wide in (False, True))
-    for tall, wide in zip_longest(talls, wides, fillvalue=(full, [])):
-        yield tall[0], wide[0], tall[1] + wide[1]
+    none: tuple[V, Rows] = full, []
+    for (tall, tall_rows), (wide, wide_rows) in zip_longest(talls, wides, fillvalue=none):
+        yield tall, wide, tall_rows + wide_rows

@@ -210,12 +210,14 @@ def aot_configs(generation: str) -> list[AotConfig]:
         types = {"p_inputs": "*i64" if tokens else names[dtype], "p_grads": names[dtype]} | tables | strides
         warps, stages = warps_and_stages(generation, arguments["SUMMING"], wide=wide)
         fills = TILE * arguments["BLOCK_G"] >= 32 * warps * arguments["VECTOR_G"]  # a vector for every thread
-        flags = {"tensor_cores": precision != "fp64", "wide_loads": wide and fills}
-        configs.append(AotConfig(f"ghost_gram {name}", ghost_gram_kernel, types, arguments, warps, stages, **flags))
+        config = AotConfig(
+            f"ghost_gram {name}", ghost_gram_kernel, types, arguments, warps, stages,
+            tensor_cores=precision != "fp64", wide_loads=wide and fills,
+        )  # fmt: skip
+        configs.append(config)
     sums = {"p_partials": "*fp64", "p_cells": "*i64", "p_out": "*fp64", "K": "i32"}
     for several in (False, True):
         name = f"ghost_sum {'several tasks' if several else 'within tasks'}"
         arguments = {"TILE": TILE if several else SUM_SLOTS, "SEVERAL": several}
-        flags = {"tensor_cores": False, "wide_loads": False}
-        configs.append(AotConfig(name, ghost_sum_kernel, sums, arguments, 4, 2, **flags))
+        configs.append(AotConfig(name, ghost_sum_kernel, sums, arguments, 4, 2, tensor_cores=False, wide_loads=False))
     return configs

@@ -108,9 +108,10 @@ def aot_configs(generation: str) -> list[AotConfig]:
     ):  # fmt: skip
         names = " to ".join(str(t).removeprefix("torch.") for t in (dtype, out))
         name = f"grad_combine {names}{'' if wide else ' scalar loads'}"
-        flags = {"tensor_cores": False, "wide_loads": wide}
         arguments = configuration(dtype, out, wide) | {"MANY": False}
-        configs.append(AotConfig(name, grad_combine_kernel, signature, arguments, 4, 2, **flags))
+        configs.append(
+            AotConfig(name, grad_combine_kernel, signature, arguments, 4, 2, tensor_cores=False, wide_loads=wide)
+        )
     for dtype in (bf16, fp32):
         name = f"grad_combine {str(dtype).removeprefix('torch.')} of many modules"
         many, arguments = signature | {"p_coefficients": "*i64"}, configuration(dtype, dtype, True) | {"MANY": True}

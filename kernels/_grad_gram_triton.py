@@ -267,9 +267,11 @@ def aot_configs(generation: str) -> list[AotConfig]:
         centre = "*fp64" if precision == "fp64" else "*fp32"
         signature = rows | {"p_centre": centre, "p_pairs": "*i32", "p_partials": "*fp64", "n_chunks": "i32"}
         fills = tile * c.arguments["BLOCK"] >= 32 * c.warps * c.arguments["VECTOR"]  # a vector for every thread
-        flags = {"tensor_cores": precision != "fp64", "wide_loads": wide and fills, "registers": c.registers}
-        label = f"grad_gram {name}"
-        configs.append(AotConfig(label, grad_gram_kernel, signature, c.arguments, c.warps, c.stages, **flags))
+        config = AotConfig(
+            f"grad_gram {name}", grad_gram_kernel, signature, c.arguments, c.warps, c.stages,
+            tensor_cores=precision != "fp64", wide_loads=wide and fills, registers=c.registers,
+        )  # fmt: skip
+        configs.append(config)
     for dtype, precision, wide in (
         (bf16, "bf16", True), (fp32, "tf32x3", True), (fp64, "fp64", True),
         (fp32, "fp64", False), (fp64, "fp64", False),
@@ -277,15 +279,17 @@ def aot_configs(generation: str) -> list[AotConfig]:
         arguments, warps, stages = centre_configuration(dtype, precision, wide)
         signature = rows | {"p_centre": "*fp64" if precision == "fp64" else "*fp32", "n_tiles": "i32"}
         name = f"grad_centre {str(dtype).removeprefix('torch.')}{'' if wide else ' scalar loads precise'}"
-        flags = {"tensor_cores": False, "wide_loads": wide}
-        configs.append(AotConfig(name, grad_centre_kernel, signature, arguments, warps, stages, **flags))
+        configs.append(
+            AotConfig(
+                name, grad_centre_kernel, signature, arguments, warps, stages, tensor_cores=False, wide_loads=wide
+            )
+        )
     sums = {"p_partials": "*fp64", "p_out": "*fp64", "n_slots": "i32", "length": "i32", "extent": "i32"}
     arguments = {"SLOTS": SLOTS, "ELEMENTS": ELEMENTS}
-    plain = {"tensor_cores": False, "wide_loads": False}
-    configs.append(AotConfig("slot_sum", slot_sum_kernel, sums, arguments, 4, 2, **plain))
+    configs.append(AotConfig("slot_sum", slot_sum_kernel, sums, arguments, 4, 2, tensor_cores=False, wide_loads=False))
     triple = dict.fromkeys(("p_sums", "p_weights", "p_norm", "p_h", "p_H"), "*fp64") | {"tasks": "i32"}
     for spare in (False, True):
         name = f"recentre{' from a row to spare' if spare else ''}"
         constants = {"TILE": 64, "SPARE": spare, "ROUNDING": ROUNDING}
-        configs.append(AotConfig(name, recentre_kernel, triple, constants, 8, 2, **plain))
+        configs.append(AotConfig(name, recentre_kernel, triple, constants, 8, 2, tensor_cores=False, wide_loads=False))
     return configs

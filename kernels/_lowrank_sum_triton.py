@@ -164,12 +164,10 @@ def aot_configs(generation: str) -> list[AotConfig]:
         arguments |= {"HAS_W": True, "w_columns": 1, "out_columns": 1}  # what a launch specialises for contiguous W
         signature = {"p_w": out, "p_out": out, "p_table": "*i64", "p_steps": "*i64", "p_coefficients": "*fp64"}
         signature |= {"beta_bits": "i64"} | dict.fromkeys(integers, "i32")
-        flags = {
-            "wide_loads": v.vector_a > 1,
-            "divisible": ("w_rows", "out_rows") if v.vector_a > 1 else (),
-            "tensor_cores": v.precision != "fp64",
-        }
-        configs.append(
-            AotConfig(f"lowrank_sum {name}", lowrank_sum_kernel, signature, arguments, warps, stages, **flags)
-        )
+        config = AotConfig(
+            f"lowrank_sum {name}", lowrank_sum_kernel, signature, arguments, warps, stages,
+            divisible=("w_rows", "out_rows") if v.vector_a > 1 else (),
+            tensor_cores=v.precision != "fp64", wide_loads=v.vector_a > 1,
+        )  # fmt: skip
+        configs.append(config)
     return configs

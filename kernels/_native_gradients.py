@@ -32,7 +32,7 @@ class Table:
 
     def arguments(self) -> tuple[int, int, int, int, int]:
         """Addresses of the three arrays, and the two counts."""
-        return (*map(at, (self.address, self.start, self.type)), len(self.columns), self.tasks)
+        return at(self.address), at(self.start), at(self.type), len(self.columns), self.tasks
 
 
 def _ranges(length: int, rows: int, part: int = 0) -> list[tuple[int, int]]:

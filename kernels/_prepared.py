@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._factor_inputs import Factors, check_factors, counts, flat
+from ._factor_inputs import Factors, check_factors, flat
 from ._floats import FLOATS
 from ._plan import Layout, addresses, survey
 from ._stacks import Stacks
@@ -168,8 +168,8 @@ def inventory(*sides: Factors | Sequence[Tensor] | None) -> tuple[Layout, np.nda
             layouts.append(None)
         else:
             layout, where = survey(flat(side))
-            nested = len(side) and not isinstance(side[0], Tensor)
-            layouts.append(Layout(layout, tuple(counts(side)) if nested else len(side)))
+            clients = [len(item) for item in side if not isinstance(item, Tensor)]
+            layouts.append(Layout(layout, tuple(clients) if clients else len(side)))
             pointers.append(where)
     return Layout(*layouts), np.concatenate(pointers) if pointers else np.zeros(0, np.int64)
 
@@ -194,7 +194,7 @@ class FactorSlab:
     def __init__(
         self,
         shapes: Sequence[tuple[int, int]],
-        ranks: Sequence[int] | Sequence[Sequence[int]],
+        ranks: Sequence[int | Sequence[int]],
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",

@@ -112,5 +112,9 @@ def aot_configs(generation: str) -> list[AotConfig]:
     doubles = dict.fromkeys(("p_gram", "p_diagonal", "p_limit", "p_r"), "*fp64")
     integers = {"p_counts": "*i64", "p_members": "*i64", "p_taken": "*i8", "n": "i32", "m": "i32", "most": "i32"}
     arguments = {"SLOTS": SLOTS, "ROWS": ROWS}
-    flags = {"tensor_cores": False, "wide_loads": False}
-    return [AotConfig("subset_descend", descend_kernel, doubles | integers, arguments, WARPS, STAGES, **flags)]
+    signature = doubles | integers
+    return [
+        AotConfig(
+            "subset_descend", descend_kernel, signature, arguments, WARPS, STAGES, tensor_cores=False, wide_loads=False
+        )
+    ]

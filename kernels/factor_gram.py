@@ -68,9 +68,9 @@ def factor_gram(
     # the first tensor decides: whether all lie on its device is checked with the rest, once per layout
     chosen = resolve(backend, first(B, A), native=True)
     if chosen == "triton":
-        grams = _on_triton(B, A, precise, backend)
-        if grams is not None:
-            return grams[: len(B)], grams[len(B) :]
+        found = _on_triton(B, A, precise, backend)
+        if found is not None:
+            return found[: len(B)], found[len(B) :]
     if chosen == "native":
         left, right = factor_products([(stacks, None) for stacks in stacks_of(B, A) if stacks is not None])
         return left, right

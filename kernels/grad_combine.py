@@ -119,9 +119,9 @@ def _combine_native(gradients: Gradients, v: Tensor, out: Sequence[Tensor]) -> N
             rest.append(p)
         elif target.numel():
             flat.setdefault(_wide_type(tensors[0]), []).append(columns)
-    for wide, columns in flat.items():
-        results = [c[-1] for c in columns]
-        _native_gradients.grad_combine([c[:-1] for c in columns], v, results, wide == torch.float64)
+    for wide, parameters in flat.items():
+        results = [columns[-1] for columns in parameters]
+        _native_gradients.grad_combine([columns[:-1] for columns in parameters], v, results, wide == torch.float64)
         torch.autograd.graph.increment_version(results)  # as every write of torch does: autograd must see it
     if rest:
         _combine_torch([[g[p] for p in rest] for g in gradients], v, [out[p] for p in rest])

@@ -98,7 +98,8 @@ def grad_gram(
 def _grad_gram_op(
     gradients: Sequence[Tensor], weights: Tensor, precise: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(grad_gram(unflatten(gradients, weights.shape[0]), weights, precise=precise, backend=backend))
+    triple = grad_gram(unflatten(gradients, weights.shape[0]), weights, precise=precise, backend=backend)
+    return triple.n0, triple.h, triple.H
 
 
 @_grad_gram_op.register_fake

@@ -204,7 +204,7 @@ def _chunks(B: Sequence[Tensor], most: int) -> Iterator[tuple[list[tuple[int, in
         yield pieces, (start, position)
 
 
-PLANS: PlanCache[SumPlan | str] = PlanCache(256)  # one per weight
+PLANS: PlanCache[SumPlan] = PlanCache(256)  # one per weight
 
 
 def _on_triton(

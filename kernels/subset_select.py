@@ -40,11 +40,11 @@ class SubsetSelection(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One class: its rows ``start`` to ``stop`` of X, of which ``count`` are to be chosen."""
+    """One class: its rows ``start`` to ``stop`` of X, of which ``wanted`` are to be chosen."""
 
     start: int
     stop: int
-    count: int
+    wanted: int
 
     @property
     def rows(self) -> int:
@@ -111,7 +111,8 @@ def _subset_select_op(
     X: Tensor, offsets: Sequence[int], counts: Sequence[int], restarts: int, seed: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ``torch.compile`` sees of ``subset_select``: boundaries and counts are numbers, known when it traces."""
-    return tuple(subset_select(X, offsets, counts, restarts=restarts, seed=seed, backend=backend))
+    chosen = subset_select(X, offsets, counts, restarts=restarts, seed=seed, backend=backend)
+    return chosen.indices, chosen.error, chosen.random_error, chosen.swap_optimal
 
 
 @_subset_select_op.register_fake
@@ -125,19 +126,19 @@ def _(
 
 def _random_starts(problem: Problem, restarts: int, generator: torch.Generator) -> Tensor:
     """(restarts, m) random subsets, drawn on the CPU so that they are the same on every device."""
-    draws = torch.empty((restarts, problem.count), dtype=torch.int64, device="cpu")
+    draws = torch.empty((restarts, problem.wanted), dtype=torch.int64, device="cpu")
     for draw in draws:
-        draw.copy_(torch.randperm(problem.rows, generator=generator, device="cpu")[: problem.count])
+        draw.copy_(torch.randperm(problem.rows, generator=generator, device="cpu")[: problem.wanted])
     return draws
 
 
 def _groups(problems: list[Problem], starts: int, width: int) -> list[list[int]]:
     """Classes to search together: of similar size, within the memory limit; those with nothing to choose left out."""
-    order = sorted((c for c, problem in enumerate(problems) if problem.count), key=lambda c: problems[c].rows)
+    order = sorted((c for c, problem in enumerate(problems) if problem.wanted), key=lambda c: problems[c].rows)
     groups: list[list[int]] = []
     for c in order:
         rows, together = problems[c].rows, [*(groups[-1] if groups else []), c]
-        members = max(problems[d].count for d in together)
+        members = max(problems[d].wanted for d in together)
         size = 8 * rows * (rows + width + 2 * starts * members) * len(together)
         if groups and rows <= GRAM_ROWS and size <= GROUP_BYTES:
             groups[-1].append(c)
@@ -152,9 +153,9 @@ def _select(
     """Chosen rows of X, errors, random errors and optimality of a group of classes."""
     centred = _centred(X, problems)
     sizes = torch.tensor([problem.rows for problem in problems], device=X.device)
-    counts = torch.tensor([problem.count for problem in problems], device=X.device)
+    counts = torch.tensor([problem.wanted for problem in problems], device=X.device)
     rows = MemberRows(centred, sizes, gram=centred.shape[1] <= GRAM_ROWS)
-    starts = Starts.empty(rows, counts, max(p.count for p in problems), 1 + draws[0].shape[0])
+    starts = Starts.empty(rows, counts, max(p.wanted for p in problems), 1 + draws[0].shape[0])
     greedy(rows, starts)
     for c, draw in enumerate(draws):
         starts.members[c, 1:, : draw.shape[1]] = draw.to(X.device)
@@ -205,6 +206,6 @@ def _checked_problems(X: Tensor, offsets: Tensor | Sequence[int], counts: Tensor
         raise ValueError(f"counts: expected {len(bounds) - 1} numbers, one per class, got {len(wanted)}")
     problems = [Problem(a, b, m) for (a, b), m in zip(itertools.pairwise(bounds), wanted, strict=True)]
     for c, problem in enumerate(problems):
-        if not 0 <= problem.count <= problem.rows:
-            raise ValueError(f"counts[{c}]: expected 0 to {problem.rows} (the size of the class), got {problem.count}")
+        if not 0 <= problem.wanted <= problem.rows:
+            raise ValueError(f"counts[{c}]: expected 0 to {problem.rows} (the size of the class), got {problem.wanted}")
     return problems
