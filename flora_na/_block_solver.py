@@ -42,8 +42,8 @@ def certified_blocks(
         return None
     group.memo.setdefault("energies", figures[:, 2])
     ended = tuple((STATUS[int(row[0])], int(row[1])) for row in found)
-    evidence = Evidence(figures[:, 3], figures[:, 4:6], ended)
-    return Pair(pair[0], pair[1], STATUS[state], max(count for _, count in ended), evidence)
+    evidence = Evidence(figures[:, 3], figures[:, 4:6])
+    return Pair(pair[0], pair[1], STATUS[state], max(count for _, count in ended), evidence, ended)
 
 
 def _solve(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from fedgram import kernels
 
 from ._scalar_newton import newton_step
 from .coefficients import inverse_or_zero, solve_psd, trace_product
-from .divergence import energies
+from .divergence import ROUNDING, energies, factor_norms, mass_of_target
 from .group import Group
 from .members import Side
 from .pair_products import PairProducts
@@ -50,6 +51,13 @@ class Problem:
     def start(self) -> Tensor:
         return self.groups[0].weights[:1] if self.shared else self.groups[0].weights
 
+    def balanced_start(self) -> tuple[Tensor, Tensor]:
+        """p and q of the averages, had every member's two factors one norm; 0 for a member without an update."""
+        norms = [self.collect(list(side)) for side in zip(*self._member_norms, strict=True)]
+        b, a = (x.square().sum(-1) for x in norms)
+        ratio = torch.where((b > 0) & (a > 0), a * inverse_or_zero(b), 0.0).sqrt().sqrt()
+        return self.start() * ratio, self.start() * inverse_or_zero(ratio)
+
     def spread(self, p: Tensor, group: Group) -> Tensor:
         return p.expand(len(group.targets), -1)
 
@@ -60,6 +68,24 @@ class Problem:
     def energy(self) -> Tensor:
         """``||dW||^2`` where it is there for nothing, or will be needed for rho anyway."""
         return self.collect([g.gram_energy if g.gram is not None else energies(g) for g in self.groups])
+
+    def lost(self, p: Tensor, q: Tensor) -> Tensor:
+        """(L,) what rounding may make of the squared error at p, q; without Grams what it would with them."""
+        masses = []
+        for g, (B, A) in zip(self.groups, self._member_norms, strict=True):
+            sums = (self.spread(p, g).abs().unsqueeze(1) @ B) * (self.spread(q, g).abs().unsqueeze(1) @ A)
+            masses.append((mass_of_target(g) + sums.sum((-2, -1))).square())
+        return ROUNDING["float64"] * self.collect(masses)
+
+    @cached_property
+    def _member_norms(self) -> list[tuple[Tensor, Tensor]]:
+        """Per group and side (L, M, rank), of every column of a member's B, and row of its A."""
+        found = []
+        for g in self.groups:
+            norms = factor_norms(g)
+            B, A = (g.membership.mT @ (norms[side].unsqueeze(-1) * g.selector) for side in ("B", "A"))
+            found.append((B, A))
+        return found
 
     def half_step(self, side: Side, p: Tensor, q: Tensor) -> HalfStep:
         """The exact step in p with q fixed."""

@@ -50,8 +50,8 @@ def certified_pair(
     group.memo.setdefault("energies", figures[:, 2])
     if min(row[4] for row in found) >= 0:
         group.memo.setdefault("average errors", figures[:, 4])
-    evidence = Evidence(figures[:, 3], figures[:, 5:7], ended)
-    return ScalarPair(group, scalars[0], scalars[1], status, sweeps, evidence)
+    evidence = Evidence(figures[:, 3], figures[:, 5:7])
+    return ScalarPair(group, scalars[0], scalars[1], status, sweeps, evidence, ended)
 
 
 def doubtful_modules(group: Group, *, tolerance: float = 0.0, coarse: float = 0.0, max_sweeps: int = 0) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ SAFE_PIVOT = 1e-4
 """Above it for every pivot of a unit-diagonal Cholesky factor, no direction comes near ``RELATIVE_CUTOFF``."""
 
 
+Ended: TypeAlias = tuple[tuple[str, int], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """Coefficients of one estimate for every module of a group.
@@ -34,6 +38,7 @@ class Pair:
         status: how the estimate was reached.
         sweeps: alternating sweeps used, 0 for closed forms.
         evidence: what is known of its errors already.
+        ended: status and sweeps of every module, where they differ.
     """
 
     P: Tensor
@@ -41,6 +46,7 @@ class Pair:
     status: str
     sweeps: int = 0
     evidence: Evidence | None = None
+    ended: Ended | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +56,7 @@ class ScalarPair:
     Attributes:
         group: the modules.
         p, q: (L, M) float64.
-        status, sweeps: as of ``Pair``.
+        status, sweeps, ended: as of ``Pair``.
         evidence: what is known of its errors already.
     """
 
@@ -60,6 +66,7 @@ class ScalarPair:
     status: str
     sweeps: int = 0
     evidence: Evidence | None = None
+    ended: Ended | None = None
 
     @cached_property
     def P(self) -> Tensor:
@@ -79,12 +86,10 @@ class Evidence:
     Attributes:
         error: (L,) ``||dW - BA||^2``.
         norms: (L, 2) ``||B||`` and ``||A||``: how far rounding of the factors can move the product.
-        ended: status and sweeps of every module, where each stopped by itself.
     """
 
     error: Tensor
     norms: Tensor
-    ended: tuple[tuple[str, int], ...] | None = None
 
 
 AnyPair = Pair | ScalarPair
@@ -156,7 +161,7 @@ def balance(group: Group, pair: AnyPair, rank: int) -> Pair:
     root = inverse_or_zero(torch.where(resolved & (sigma > 1e-150), sigma, 0.0).sqrt()).unsqueeze(-2)
     P = pair.P @ ((V_A * a.sqrt().unsqueeze(-2)) @ Vt.mT * root)
     Q = pair.Q @ ((V_B * b.sqrt().unsqueeze(-2)) @ U * root)
-    return Pair(fit_rank(P, rank), fit_rank(Q, rank), pair.status, pair.sweeps)
+    return Pair(fit_rank(P, rank), fit_rank(Q, rank), pair.status, pair.sweeps, ended=pair.ended)
 
 
 def fit_rank(X: Tensor, rank: int) -> Tensor:

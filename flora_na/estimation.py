@@ -30,7 +30,8 @@ class Estimate:
         rho: ``||dW - BA|| / ||dW||`` of the factors as returned, their rounding included; NaN where dW is zero.
         norm: ``||dW||``, Frobenius.
         status: ``closed-form``, ``converged``, ``max-sweeps``, ``exact`` (stack) or ``zero-target`` (dW is zero: the
-            averaged factors are returned).
+            averaged factors are returned); of ``flora-na`` also ``unresolved``: so much cancels within dW that the
+            Grams hold nothing more to go by, and the pair is the best that was seen.
         sweeps: alternating sweeps used; 0 for closed forms.
     """
 
@@ -179,8 +180,7 @@ def _stacked(group: Group) -> Factors:
 
 def _estimates(group: Group, pair: AnyPair, factors: Factors, errors: Errors) -> list[Estimate]:
     norms, rhos = errors.energy.sqrt().tolist(), errors.rho
-    evidence, L = pair.evidence, len(group.targets)
-    ended = ((pair.status, pair.sweeps),) * L if evidence is None or evidence.ended is None else evidence.ended
+    ended = pair.ended or ((pair.status, pair.sweeps),) * len(group.targets)
     yardsticks: dict[int, Yardsticks] = {}
     out = []
     for i, (target, B, A) in enumerate(zip(group.targets, *factors, strict=True)):

@@ -37,7 +37,7 @@ def align(group: Group, pair: Pair, previous: Sequence[tuple[Tensor, Tensor]], b
     M = pair.P.mT @ Y_B + pair.Q.mT @ Y_A
     U, _, Vt = torch.linalg.svd(M)
     R = U @ Vt
-    return Pair(pair.P @ R, pair.Q @ R, pair.status, pair.sweeps)
+    return Pair(pair.P @ R, pair.Q @ R, pair.status, pair.sweeps, ended=pair.ended)
 
 
 def _check(target: Target, B: Tensor, A: Tensor, rank: int) -> None:

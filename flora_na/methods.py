@@ -43,7 +43,7 @@ def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shar
         pairs = [solve_fedavg(group, rank) for group in groups]
     elif method == "flora-na" and shared:
         found = ScalarLeastSquares().solve(groups, shared=True)
-        pairs = [scalar_pair(g, s.p, s.q, rank, s.status, s.sweeps) for g, s in zip(groups, found, strict=True)]
+        pairs = [scalar_pair(g, s.p, s.q, rank, *s.ended(g)) for g, s in zip(groups, found, strict=True)]
     elif method == "flora-na":
         pairs = [_solve_scalars(group, rank) for group in groups]
     elif method == "als":
@@ -103,7 +103,7 @@ def _solve_scalars(group: Group, rank: int | None) -> AnyPair:
         if found is not None:
             return found
     [s] = solver.solve([group])
-    return _no_worse(group, scalar_pair(group, s.p, s.q, rank, s.status, s.sweeps), s.left, rank)
+    return _no_worse(group, scalar_pair(group, s.p, s.q, rank, *s.ended(group)), s.left, rank)
 
 
 def _no_worse(group: Group, pair: AnyPair, left: Tensor, rank: int | None) -> AnyPair:
@@ -127,7 +127,7 @@ def _choose(pair: AnyPair, other: AnyPair, chosen: Tensor) -> Pair:
     """The pair, with the coefficients of another where ``chosen`` (L,)."""
     at, rank = chosen.view(-1, 1, 1), pair.P.shape[-1]
     P = torch.where(at, fit_rank(other.P, rank), pair.P)
-    return Pair(P, torch.where(at, fit_rank(other.Q, rank), pair.Q), pair.status, pair.sweeps)
+    return Pair(P, torch.where(at, fit_rank(other.Q, rank), pair.Q), pair.status, pair.sweeps, ended=pair.ended)
 
 
 def solve_each(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ._scalar_problem import HalfStep, Problem
 from ._scalar_solver import certified_pair, doubtful_modules
-from .coefficients import ScalarPair
-from .divergence import energies
+from .coefficients import Ended, ScalarPair
+from .divergence import MARGIN, energies
 from .group import Group
 
 GAUGE_SWEEPS = 4
@@ -21,6 +21,9 @@ LEAST_RATE = 1e-4
 FINER = 1e-4
 """Where Grams are formed on a CPU a sweep costs little: it goes on to a tolerance this much finer, so that modules end
 in one place whatever company they were solved in."""
+
+UNSEEN = 1e-6
+"""A squared error this small beside ``||dW||^2`` need not be resolved to call a descent converged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,16 @@ class Scalars:
     sweeps: int
     left: Tensor
     """(L,) the squared error ``||dW - BA||^2`` as the Grams have it; of all modules together where they share p, q."""
+    unresolved: Tensor
+    """(L,) where rounding of the Grams could be more than all of it, and is not small beside ``||dW||^2``."""
+
+    def ended(self, group: Group) -> tuple[str, int, Ended | None]:
+        """Status and sweeps, of the group and where they differ of its modules."""
+        if not bool(self.unresolved.any()):
+            return self.status, self.sweeps, None
+        each = self.unresolved.expand(len(group.targets)).tolist()
+        ended = tuple(("unresolved" if doubt else self.status, self.sweeps) for doubt in each)
+        return "unresolved", self.sweeps, ended
 
 
 @dataclass(frozen=True)
@@ -88,26 +101,57 @@ class ScalarLeastSquares:
                 descent.hold_gauge()
         else:
             status = "converged" if descent.nearly_done(self.tolerance) else status
-        p, q = problem.normalise_gauge(descent.p, descent.exact_q)
-        return [Scalars(problem.spread(p, g), problem.spread(q, g), status, sweep, descent.error) for g in groups]
+        best = descent.best
+        p, q = problem.normalise_gauge(best.p, best.q)
+        found = (status, sweep, best.error, descent.unresolved)
+        return [Scalars(problem.spread(p, g), problem.spread(q, g), *found) for g in groups]
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """Scalars p, q of the modules of a problem, with their squared error and what of it is rounding, (L,) each."""
+
+    p: Tensor
+    q: Tensor
+    error: Tensor
+    lost: Tensor
+
+    @property
+    def at_most(self) -> Tensor:
+        """(L,) the squared error with all that rounding may hide."""
+        return self.error + self.lost
+
+    def or_where(self, chosen: Tensor, other: _Point) -> _Point:
+        """This one, and another where ``chosen`` (L,)."""
+        at = chosen.unsqueeze(-1)
+        p, q = torch.where(at, other.p, self.p), torch.where(at, other.q, self.q)
+        return _Point(p, q, torch.where(chosen, other.error, self.error), torch.where(chosen, other.lost, self.lost))
 
 
 class _Descent:
     """The iteration on one problem, all its modules in step.
 
+    Where normal equations are near singular, what is left of the error is rounding, and steps along what they do not
+    resolve lead ever further away. So no drop below the rounding counts, and a module is done once its error with the
+    rounding in it rises.
+
     Attributes:
         p, q: where the next sweep starts: q is Newton's where that served.
-        exact_q: the best q for p; ``error`` (L,) is the squared error of the two.
+        exact_q: the best q for p.
+        best: the pair of least error, what may be rounding added to it, among the averages and all p with exact_q.
     """
+
+    best: _Point
 
     def __init__(self, problem: Problem, tolerance: float) -> None:
         self.problem = problem
         self.p = self.q = self.exact_q = problem.start()
-        self.energy = self.error = problem.energy()
+        self.energy = problem.energy()
         self.zero = problem.collect([energies(g) for g in problem.groups]) == 0
         self.tolerance = tolerance * (FINER if problem.formed and self.energy.device.type == "cpu" else 1.0)
         self._gain = torch.zeros_like(self.energy)
         self._sweeps = 0
+        self._lost_way = torch.zeros_like(self.zero)
         # of the error at a q of Newton's, which is refused above it
         self._bound = torch.full_like(self.energy, torch.inf)
 
@@ -116,19 +160,52 @@ class _Descent:
         refused, of_p, of_q = self._exact_steps()
         before, self._gain = self._gain, of_p.gain + of_q.gain
         self._sweeps += 1
-        self.p, self.exact_q, self.error = of_p.coefficients, of_q.coefficients, self.energy - of_q.captured
+        self.p, self.exact_q = of_p.coefficients, of_q.coefficients
+        here = self._point(self.p, self.exact_q, self.energy - of_q.captured)
+        rises = ~(here.at_most <= self.best.at_most)
+        self._lost_way = self._lost_way | rises
+        self.best = self.best.or_where(~rises, here)
         step, promised = self.problem.newton(self.p, self.q, of_p, of_q)
         promised = torch.where(refused, -1.0, promised)
-        enough = torch.maximum(self.tolerance * self._left, 1e-19 * self.energy)
+        left = here.error.clamp_min(1e-13 * self.energy)
+        enough = torch.maximum(self.tolerance * left, here.lost)
         crawled = (self._gain <= enough) | (self._to_come(before) <= 0.1 * enough)
         done = torch.where(promised.isfinite() & (promised >= 0), promised <= enough, crawled)
         hasty = promised > enough
-        self._bound = torch.where(hasty, self._left, torch.inf)
+        self._bound = torch.where(hasty, left, torch.inf)
         self.q = torch.where(hasty.unsqueeze(-1), self.q + step, self.exact_q)
-        return bool((self.zero | done).all())
+        return bool((self.zero | done | self._lost_way).all())
+
+    def _started(self, of_p: HalfStep) -> HalfStep:
+        """The first step. Averages worse than nothing are no start: clients split their updates unevenly over B and A.
+
+        Then it is from the averages of factors with ``||B_u|| = ||A_u||``; a step from anywhere is better than nothing.
+        """
+        self.best = self._point(self.p, self.q, self.energy - of_p.captured + of_p.gain)
+        worthless = self.best.error > self.energy
+        if self.problem.anchored or not bool(worthless.any()):
+            return of_p
+        p, q = self.problem.balanced_start()
+        at = worthless.unsqueeze(-1)
+        self.p, self.q = torch.where(at, p, self.p), torch.where(at, q, self.q)
+        self.exact_q = self.q
+        of_p = self.problem.half_step("B", self.p, self.q)
+        here = self._point(self.p, self.q, self.energy - of_p.captured + of_p.gain)
+        self.best = self.best.or_where(here.at_most < self.best.at_most, here)
+        return of_p
+
+    @property
+    def unresolved(self) -> Tensor:
+        """(L,) where the best error is within what rounding may make of it, and that could be seen in rho."""
+        doubt = MARGIN * self.best.lost
+        return ~self.zero & ~(self.best.error > doubt) & ~(doubt <= UNSEEN * self.energy)
+
+    def _point(self, p: Tensor, q: Tensor, error: Tensor) -> _Point:
+        return _Point(p, q, error, self.problem.lost(p, q))
 
     def _exact_steps(self) -> tuple[Tensor, HalfStep, HalfStep]:
         of_p = self.problem.half_step("B", self.p, self.q)
+        of_p = of_p if self._sweeps else self._started(of_p)
         refused = self.energy - of_p.captured > self._bound
         if self.problem.products is not None and bool(refused.any()):
             self.q = torch.where(refused.unsqueeze(-1), self.exact_q, self.q)
@@ -141,13 +218,10 @@ class _Descent:
             return torch.full_like(self._gain, torch.inf)
         return self._gain * (self._gain / (before - self._gain).clamp_min(1e-300)).clamp_min(LEAST_RATE)
 
-    @property
-    def _left(self) -> Tensor:
-        return self.error.clamp_min(1e-13 * self.energy)
-
     def nearly_done(self, tolerance: float) -> bool:
         """Whether the last sweep gained no more than this part of the error in any module."""
-        return bool((self.zero | (self._gain <= tolerance * self._left)).all())
+        left = self.best.error.clamp_min(1e-13 * self.energy)
+        return bool((self.zero | self._lost_way | (self._gain <= tolerance * left)).all())
 
     def hold_gauge(self) -> None:
         """Keep p and q of one size, which alternating steps do not (Newton's do)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ def certified_optimum(group: Group, rank: int) -> Pair | None:
         return None
     if bool((pair.evidence.error > (1 + EXCESS) * found.tail + 16 * rounding(group) * group.mass**2).any()):
         return None
-    return Pair(pair.P, pair.Q, "closed-form", evidence=replace(pair.evidence, ended=None))  # the sweep is no iteration
+    return Pair(pair.P, pair.Q, "closed-form", evidence=pair.evidence)  # the sweep is no iteration
 
 
 def _general_optimum(group: Group, rank: int) -> Pair:
@@ -162,7 +162,7 @@ def _general_optimum(group: Group, rank: int) -> Pair:
     again = (unresolved(group, tail) | short).nonzero().flatten().tolist()
     for i in again:
         P[i], Q[i] = _from_triangles(group, i, rank)
-    known = None if again or pair.evidence is None else replace(pair.evidence, ended=None)
+    known = None if again else pair.evidence
     return Pair(P, Q, "closed-form", evidence=known)
 
 

@@ -261,6 +261,17 @@ INLINE int64_t FN(minimise)(const struct module *m, const struct space *s, doubl
     return last <= m->coarse ? CONVERGED : MAX_SWEEPS;
 }
 
+/* The averages, had every client's two factors one norm; 0 for a client without an update. */
+INLINE void FN(balanced_start)(const struct module *m) {
+    for (int64_t u = 0, x = 0; u < m->U; u++) {
+        double square[2] = {0, 0};
+        for (int64_t end = x + m->ranks[u]; x < end; x++)
+            for (int side = 0; side < 2; side++) square[side] += m->G[side][x * m->R + x];
+        double ratio = square[0] > 0 && square[1] > 0 ? sqrt(sqrt(square[1] / square[0])) : 0;
+        m->p[0][u] *= ratio, m->p[1][u] *= ratio > 0 ? 1 / ratio : 0;
+    }
+}
+
 /* p and q from the weights on, with the squared errors before and after; DOUBTFUL where Grams do not tell. */
 static void FN(fit)(const struct module *m, double *work) {
     struct space s = carve(work, m->U, m->R, m->rank);
@@ -275,6 +286,8 @@ static void FN(fit)(const struct module *m, double *work) {
     if (!(energy >= m->doubt * mass * mass) || !(energy > 0)) return;
     double error = m->found[ERROR_START] = FN(error_of)(m, &s, energy, mass, norms);
     if (m->fit) {
+        /* averages worse than nothing: clients split their updates unevenly over B and A */
+        if (error > energy) FN(balanced_start)(m);
         if ((status = FN(minimise)(m, &s, energy, &sweeps)) == DOUBTFUL) return;
         error = FN(error_of)(m, &s, energy, mass, norms);
         /* norms of B and A within a factor of two: a power of two costs no rounding */
@@ -283,6 +296,7 @@ static void FN(fit)(const struct module *m, double *work) {
         norms[0] *= ratio, norms[1] /= ratio;
     }
     if (!(error > 0) || !(error < INFINITY)) return;
+    if (!(error <= (1 + SLACK) * m->found[ERROR_START])) return; /* above the averages, or these are not resolved */
     m->found[STATUS] = status, m->found[SWEEPS] = sweeps, m->found[ENERGY] = energy, m->found[ERROR] = error;
     m->found[NORM_B] = norms[0], m->found[NORM_A] = norms[1];
 }

@@ -17,6 +17,7 @@ enum { CONVERGED, MAX_SWEEPS, DOUBTFUL };
 enum { GAUGE_SWEEPS = 4 };
 #define LEAST_DAMPING 0.03125
 #define LEAST_RATE 1e-4 /* at which sweeps are trusted to converge */
+#define SLACK 1e-9      /* of two squared errors: rounding may make them differ by this part */
 
 /* One module of U clients whose stacked factors have R rows. G[0] = Bs^T Bs and G[1] = As As^T (R x R), `member` and
  * `slot` (R) say whose row it is and which of his, D (R) is its client's weight. */

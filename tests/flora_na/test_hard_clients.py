@@ -162,3 +162,37 @@ def test_a_module_in_doubt_leaves_the_others_bits_whatever_the_rank():
                 ).adapter.modules.values()
                 assert torch.equal(both[name].B, alone.B), (method, rank, name)
                 assert torch.equal(both[name].A, alone.A), (method, rank, name)
+
+
+@pytest.mark.parametrize("clients", [6, 12, 20])
+@pytest.mark.parametrize("shared", [False, True])
+def test_flora_na_of_alike_updates_split_unevenly_is_no_worse_than_a_half_step(clients, shared):
+    """Normal equations are singular to rounding there, and what is left of the error is rounding."""
+    g = torch.Generator().manual_seed(0)
+    C, D = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((30, 4), (4, 40)))
+    split = [2.0 ** (8 * (2 * ((7 * u) % clients) / (clients - 1) - 1)) for u in range(clients)]
+    B = [(C + 1e-6 * torch.randn(C.shape, generator=g, dtype=torch.float64)) * c for c in split]
+    A = [(D + 1e-6 * torch.randn(D.shape, generator=g, dtype=torch.float64)) / c for c in split]
+    layers = [
+        {"a": flora_na.LoraLayer(A=a, B=b), "b": flora_na.LoraLayer(A=2 * a, B=b)} for a, b in zip(A, B, strict=True)
+    ]
+    found = flora_na.aggregate(layers, method="flora-na", shared=shared)
+    update = sum(b @ a for b, a in zip(B, A, strict=True)) / clients
+    for name, size in (("a", 1.0), ("b", 2.0)):
+        layer = found.adapter.modules[name]
+        truth = float((size * update - layer.B @ layer.A).norm() / (size * update.norm()))
+        assert found.report.modules[name].rho == pytest.approx(truth, rel=1e-3, abs=1e-12)
+        assert truth < 1e-6
+        assert found.report.modules[name].status == "converged"
+
+
+def test_flora_na_says_where_the_grams_hold_nothing_to_go_by():
+    """What is left of clients that cancel is below the rounding of their Grams."""
+    g = torch.Generator().manual_seed(0)
+    C, A = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((30, 4), (4, 40)))
+    B = [C, *(-C / 3 + 1e-9 * torch.randn(C.shape, generator=g, dtype=torch.float64) for _ in range(3))]
+    near = [A + 1e-9 * torch.randn(A.shape, generator=g, dtype=torch.float64) for _ in B]
+    e = flora_na.estimate(B, near, method="flora-na")
+    assert e.status == "unresolved"
+    assert e.rho <= e.rho_fedavg
+    assert flora_na.estimate(B[:1], near[:1], method="flora-na").status == "converged"
