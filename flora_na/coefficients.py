@@ -21,6 +21,9 @@ RELATIVE_CUTOFF = 1e-13
 SQUARE_ROUNDING = 2.0**-50
 """Of a Gram's eigenvalues, for every column, as a part of the largest."""
 
+RESOLVED = 1e-15
+"""Singular values below this part of the largest are rounding of the float64 QR."""
+
 SAFE_PIVOT = 1e-4
 """Above it for every pivot of a unit-diagonal Cholesky factor, no direction comes near ``RELATIVE_CUTOFF``."""
 
@@ -162,6 +165,16 @@ def balance(group: Group, pair: AnyPair, rank: int) -> Pair:
     P = pair.P @ ((V_A * a.sqrt().unsqueeze(-2)) @ Vt.mT * root)
     Q = pair.Q @ ((V_B * b.sqrt().unsqueeze(-2)) @ U * root)
     return Pair(fit_rank(P, rank), fit_rank(Q, rank), pair.status, pair.sweeps, ended=pair.ended)
+
+
+def balanced_coefficients(R_B: Tensor, R_A: Tensor) -> tuple[Tensor, Tensor]:
+    """For factors with QR triangles R_B (k, r) and R_A (l, r): what makes them balanced, (r, min(k, l)) each.
+
+    Their product has the core ``R_B R_A^T``, nothing of which is squared.
+    """
+    U, sigma, Vt = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    inverse = torch.where(sigma > RESOLVED * sigma[:1], sigma, torch.inf).rsqrt()
+    return R_A.mT @ (Vt.mT * inverse), R_B.mT @ (U * inverse)
 
 
 def fit_rank(X: Tensor, rank: int) -> Tensor:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
+from fedgram import kernels
+
 from ._scalar_solver import certified_pair
-from .coefficients import AnyPair, Ended, Pair, ScalarPair, balance, fit_rank
+from .coefficients import AnyPair, Ended, Pair, ScalarPair, balance, balanced_coefficients, fit_rank
+from .divergence import ROUNDING, combine, factor_norms
 from .group import Group
+from .members import Side
+
+SHARP = 1e-4
+"""Rounding of the Grams above this part of a product can be seen in how it is cut."""
 
 
 def solve_fedavg(group: Group, rank: int | None = None) -> AnyPair:
@@ -29,4 +39,28 @@ def scalar_pair(
         return pair
     if rank > group.rank:
         return Pair(fit_rank(pair.P, rank), fit_rank(pair.Q, rank), status, sweeps, ended=ended)
-    return balance(group, pair, rank)
+    return cut(group, pair, rank)
+
+
+def cut(group: Group, pair: AnyPair, rank: int) -> Pair:
+    """The best pair of a smaller rank within the product of ``pair``, balanced.
+
+    From Grams; where factors cancel so far that what is left is not clear of the rounding of their squares, from QR of
+    the factors themselves.
+    """
+    found = balance(group, pair, rank)
+    norms = factor_norms(group)
+    sides: tuple[tuple[Side, Tensor], ...] = (("B", pair.P), ("A", pair.Q))
+    size_B, size_A = ((norms[side].unsqueeze(-1) * X.abs()).sum(1).square().sum(-1) for side, X in sides)
+    kept = (found.P * group.apply("B", found.P)).sum(-2).square().sum(-1)  # of a balanced pair
+    ids = (ROUNDING["float64"] * size_B * size_A > SHARP**2 * kept).nonzero().flatten().tolist()
+    if not ids:
+        return found
+    part, whole = group.subset(ids), Pair(pair.P[ids], pair.Q[ids], pair.status)
+    [(B, A)] = combine([(part, whole)], torch.float64)
+    P, Q = found.P.clone(), found.Q.clone()
+    triangles = kernels.factor_triangle([[b] for b in B], [[a] for a in A])
+    for i, R_B, R_A in zip(ids, *triangles, strict=True):
+        X_B, X_A = balanced_coefficients(R_B.to(group.device), R_A.to(group.device))
+        P[i], Q[i] = fit_rank(pair.P[i] @ X_B, rank), fit_rank(pair.Q[i] @ X_A, rank)
+    return replace(found, P=P, Q=Q)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ._scalar_solver import doubtful_modules
 from .als import AlternatingLeastSquares
-from .coefficients import AnyPair, Pair, balance, fit_rank
+from .coefficients import AnyPair, Pair, fit_rank
 from .divergence import energies, mass_of_pair, pair_errors
-from .fedavg import scalar_pair, solve_fedavg
+from .fedavg import cut, scalar_pair, solve_fedavg
 from .group import Group
 from .rank_choice import Rank, check_rank
 from .scalar import ScalarLeastSquares
@@ -139,7 +139,7 @@ def solve_each(
     if not shared:
         return [solve([group], method, rank)[0] for group, rank in zip(groups, ranks, strict=True)]
     pairs = solve(groups, method, shared=True)
-    return [p if r in (None, g.rank) else balance(g, p, r) for g, p, r in zip(groups, pairs, ranks, strict=True)]
+    return [p if r in (None, g.rank) else cut(g, p, r) for g, p, r in zip(groups, pairs, ranks, strict=True)]
 
 
 def zero_targets(group: Group, pair: AnyPair) -> Tensor:

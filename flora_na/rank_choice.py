@@ -9,11 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fedgram import kernels
-
 from .divergence import MARGIN, energies, pair_errors, rounding
 from .group import Group
-from .svd import solve_svd, squared_singular_values
+from .svd import core_values, solve_svd, squared_singular_values
 
 AUTO = "auto:"
 LARGEST_RANK = 1 << 14
@@ -108,7 +106,7 @@ def tails(group: Group) -> list[Tensor]:
     for i, floor in enumerate(floors):
         left = _tail_sums(values[i, : _span(group, i)])
         if bool((left[:-1] < floor).any()):
-            left = _tail_sums(_core_values(group, i).square())
+            left = _tail_sums(core_values(group, i).square())
         out.append(left)
     return out
 
@@ -145,15 +143,6 @@ def _first_within(left: Tensor, energy: float, share: float) -> int:
 def _tail_sums(values: Tensor) -> Tensor:
     """Sums of (K,) descending values from position 0 .. K on: (K + 1,), the last exactly zero."""
     return torch.nn.functional.pad(values.flip(-1).cumsum(-1).flip(-1), (0, 1))
-
-
-def _core_values(group: Group, i: int) -> Tensor:
-    """The singular values of module ``i``, as many as its dW can have, from ``R_B D R_A^T``: nothing is squared."""
-    target = group.targets[i]
-    [R_B], [R_A] = kernels.factor_triangle([target.B], [target.A])
-    R_B, R_A = R_B.to(group.device), R_A.to(group.device)
-    scale = (group.D[i] * group.row_scale["B"][i] * group.row_scale["A"][i]).mT
-    return torch.linalg.svdvals((R_B * scale) @ R_A.mT)
 
 
 def _leading(one: Group, total: float, rank: int) -> Tensor:

@@ -12,14 +12,12 @@ from fedgram import kernels
 from ._block_solver import MOST_COLUMNS, certified_blocks
 from ._spectrum_solver import CompiledSpectrum, compiled_spectrum
 from .als import CANCELLED, IMPLICIT_FLOOR, AlternatingLeastSquares
-from .coefficients import Pair, eigh_psd, fit_rank, inverse_or_zero
+from .coefficients import Pair, balanced_coefficients, eigh_psd, fit_rank, inverse_or_zero
 from .divergence import MARGIN, ROUNDING, energies, mass_of_target, rounding
 from .group import Group
 from .krylov import solve_krylov
 
 SPECTRUM_RANK = 512
-RESOLVED = 1e-15
-"""Singular values below this part of the largest are rounding of the float64 QR."""
 EXCESS = 1e-6
 """A pair whose squared error is this part above the optimum's has other rows than the best, beside their rounding."""
 
@@ -205,12 +203,20 @@ def blurred(group: Group, error: Tensor, mass: Tensor | float = 0.0) -> Tensor:
 
 def _from_triangles(group: Group, i: int, rank: int) -> tuple[Tensor, Tensor]:
     """Coefficients (R, rank) of module ``i`` from the SVD of ``R_B D R_A^T``, whose entries are not squared."""
+    R_B, R_A = triangles(group, i)
+    P, Q = balanced_coefficients(R_B * group.D[i].mT, R_A)
+    return fit_rank(group.D[i] * P, rank), fit_rank(Q, rank)
+
+
+def core_values(group: Group, i: int) -> Tensor:
+    """The singular values of module ``i``, as many as its dW can have, from ``R_B D R_A^T``: nothing is squared."""
+    R_B, R_A = triangles(group, i)
+    return torch.linalg.svdvals((R_B * group.D[i].mT) @ R_A.mT)
+
+
+def triangles(group: Group, i: int) -> tuple[Tensor, Tensor]:
+    """R_B (k, R) and R_A (l, R) of the QR of module ``i``'s stacked factors, with their scalings."""
     target = group.targets[i]
     [R_B], [R_A] = kernels.factor_triangle([target.B], [target.A])
     R_B, R_A = R_B.to(group.device), R_A.to(group.device)
-    R_B, R_A = R_B * group.row_scale["B"][i].mT, R_A * group.row_scale["A"][i].mT
-    U, sigma, Vt = torch.linalg.svd((R_B * group.D[i].mT) @ R_A.mT, full_matrices=False)
-    inverse = torch.where(sigma > RESOLVED * sigma[:1], sigma, torch.inf).rsqrt()
-    P = group.D[i] * (R_A.mT @ (Vt.mT * inverse))
-    Q = group.D[i] * (R_B.mT @ (U * inverse))
-    return fit_rank(P, rank), fit_rank(Q, rank)
+    return R_B * group.row_scale["B"][i].mT, R_A * group.row_scale["A"][i].mT

@@ -196,3 +196,17 @@ def test_flora_na_says_where_the_grams_hold_nothing_to_go_by():
     assert e.status == "unresolved"
     assert e.rho <= e.rho_fedavg
     assert flora_na.estimate(B[:1], near[:1], method="flora-na").status == "converged"
+
+
+@pytest.mark.parametrize("method", ["fedavg", "flora-na", "als"])
+@pytest.mark.parametrize("e", [1e-6, 1e-8, 1e-10])
+def test_clients_that_cancel_are_cut_to_the_best_pair_of_a_smaller_rank(method, e):
+    """Their Grams hold the average's singular values squared, below the rounding of what cancels."""
+    g = torch.Generator().manual_seed(0)
+    C, A = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((30, 6), (6, 40)))
+    B = [(1 + e) * C, -C]
+    found = flora_na.estimate(B, [A, A.clone()], method=method, rank=3)
+    sigma = torch.linalg.svdvals((B[0] + B[1]) @ A)
+    best = float(sigma[3:].norm() / sigma.norm())
+    assert found.rho == pytest.approx(best, rel=1e-5)
+    assert found.rho_fedavg == pytest.approx(best, rel=1e-5)
