@@ -10,6 +10,7 @@ from torch import Tensor
 from fedgram import kernels
 
 from .cohort import Cohort, make_cohort
+from .divergence import ROUNDING
 from .finite import check_finite
 from .group import Group, make_groups
 from .layer import AdapterLike
@@ -84,14 +85,22 @@ def module_gramians(cohort: Cohort, backend: str) -> list[Tensor]:
 
 
 def group_gramians(group: Group, backend: str = "auto") -> Tensor:
-    """(L, U, U) inner products of the clients' unweighted updates in every module of a group."""
+    """(L, U, U) inner products of the clients' unweighted updates in every module of a group.
+
+    An update that has cancelled to rounding (its factors beside those that training started from) is exactly zero.
+    """
     if group.gram is not None:
-        return group.member_blocks(group.gram["B"] * group.gram["A"])
-    for target in group.targets:
-        check_finite(target)
-    B, A = kernels.factor_gram(group.factors.B, group.factors.A, precise=True, backend=backend)
-    scale = group.row_scale["B"] * group.row_scale["A"]
-    return group.member_blocks(scale * torch.stack(B) * torch.stack(A) * scale.mT)
+        terms = group.gram["B"] * group.gram["A"]
+    else:
+        for target in group.targets:
+            check_finite(target)
+        B, A = kernels.factor_gram(group.factors.B, group.factors.A, precise=True, backend=backend)
+        scale = group.row_scale["B"] * group.row_scale["A"]
+        terms = scale * torch.stack(B) * torch.stack(A) * scale.mT
+    found = group.member_blocks(terms)
+    mass = group.sum_members(terms.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt())
+    real = found.diagonal(dim1=-2, dim2=-1) > ROUNDING["float64"] * mass.square()
+    return torch.where(real.unsqueeze(-1) & real.unsqueeze(-2), found, 0.0)
 
 
 def spread(gramian: Tensor, present: list[int], clients: int) -> Tensor:

@@ -211,3 +211,20 @@ def test_cosines_and_scores_know_no_scale_and_score_no_rounding(scale):
     assert int(outlier_scores(G).argmax()) == 4
     same = (X[:1] * scale).expand(9, 40)
     assert float(outlier_scores(same @ same.T).abs().max()) < 1
+
+
+def test_an_update_that_cancels_to_rounding_is_zero():
+    """As of a client that returns the factors training started from, whose update is held against them."""
+    [B], [A] = clients([7], 14, 18, seed=7)
+    order = [3, 0, 6, 2, 5, 1, 4]
+    zero = torch.cat([B, B[:, order]], 1), torch.cat([A, -A[order]])
+    idle = [{"m0": LoraLayer(A=zero[1], B=zero[0] * c)} for c in (0.7, 3.0, 1.3)]
+    cohort = [*({"m0": adapter.modules["m0"]} for adapter in adapters(5)), *idle]
+    gramian = flora_na.client_gramian(cohort)
+    assert gramian[5:].count_nonzero() == gramian[:, 5:].count_nonzero() == 0
+    result = flora_na.aggregate(cohort, method="svd", clip="2x")
+    assert result.report.screening.clipped == []
+    seen = flora_na.inspect(cohort)
+    zeros = [w["message"] for w in seen.warnings if w["kind"] == "zero-update"]
+    assert zeros == [f"client {u}: the update is zero" for u in (5, 6, 7)]
+    assert seen.to_dict()["clients"]["client 6"]["cosine_to_mean"] == 0
