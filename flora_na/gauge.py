@@ -29,6 +29,7 @@ def align(group: Group, pair: Pair, previous: Sequence[tuple[Tensor, Tensor]], b
     rank = pair.P.shape[-1]
     for target, (B, A) in zip(group.targets, previous, strict=True):
         _check(target, B, A, rank)
+    previous = [_sized(B, A) for B, A in previous]
     wide = [torch.promote_types(t.dtype, torch.float32) for t in group.targets]
     B = [b.to(dtype) for dtype, (b, _) in zip(wide, previous, strict=True)]
     A = [a.to(dtype) for dtype, (_, a) in zip(wide, previous, strict=True)]
@@ -52,6 +53,14 @@ def _check(target: Target, B: Tensor, A: Tensor, rank: int) -> None:
             raise ValueError(f"align_to: {target.name}: {name} is {factor.dtype}: expected {DTYPES_NAMED}")
         if not is_finite(factor):
             raise ValueError(f"align_to: {target.name}: {name} contains NaN or Inf")
+
+
+def _sized(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Both by one number, which the rotation does not depend on, so that float64 factors fit float32."""
+    if torch.float64 not in (B.dtype, A.dtype):
+        return B, A
+    largest = max((float(x.abs().max()) for x in (B, A) if x.numel()), default=0.0)
+    return (B / largest, A / largest) if largest > 0 else (B, A)
 
 
 def _stack(X: list[Tensor] | None, rank: int) -> Tensor:
