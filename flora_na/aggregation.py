@@ -60,9 +60,10 @@ def aggregate(
         weights: one per client (its sample count, say), normalised to sum 1; uniform by default.
         method: ``fedavg``, ``flora-na``, ``als``, ``svd`` or ``stack``. The update of ``als``, ``svd`` and ``stack``
             depends on the clients' products only; that of ``fedavg`` on their gauge too (rescaling ``c B, A / c`` or
-            rotating the factors), that of ``flora-na`` on rotations.
-        rank: of the result; None is, per module, the largest client rank; ``"auto:0.99"`` the smallest rank whose best
-            pair keeps that share of ``||dW||^2``, which may be above or below the clients'.
+            rotating the factors), that of ``flora-na`` on rotations, and on rescaling where the averages that it starts
+            from then lead to another local optimum.
+        rank: of the result; None is, per module, the largest rank among clients and anchor; ``"auto:0.99"`` the
+            smallest rank whose best pair keeps that share of ``||dW||^2``, which may be above or below the clients'.
         shared: ``flora-na`` with one pair of coefficients for all modules, as the authors' code has it.
         anchor: last round's global adapter; see ``estimate``. What it has and no client has is not in the result.
         align_to: an earlier global adapter to rotate the result towards (als and svd only).
@@ -75,7 +76,7 @@ def aggregate(
         residual: also return ``dW - BA`` as an adapter of rank R + r (float32 or wider).
         backend: ``auto``, ``triton``, ``native`` or ``torch``.
         progress: called with (modules done, modules in all, module name).
-        names: the clients' labels in errors and reports.
+        names: the clients' labels in errors and reports; equal ones are numbered: ``a``, ``a (2)``.
 
     Returns:
         The adapter (every layer with scaling 1, in the dtype that all clients' dtypes promote to: float32 for float16

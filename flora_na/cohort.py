@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def make_cohort(
     if missing not in MISSING:
         raise ValueError(f"missing: expected one of {', '.join(MISSING)}, got {missing!r}")
     w = normalise_weights(weights, len(adapters))
-    labels = [f"client {u}" for u in range(len(adapters))] if names is None else list(names)
+    labels = [f"client {u}" for u in range(len(adapters))] if names is None else numbered(names)
     if len(labels) != len(adapters):
         raise ValueError(f"names: expected {len(adapters)} (one per client), got {len(labels)}")
     active = [u for u, weight in enumerate(w.tolist()) if weight > 0]
@@ -126,6 +127,22 @@ def _merged_config(configs: Sequence[Mapping[str, Any] | None], names: Sequence[
         if isinstance(config, MergingConfig):
             return config.merged(configs, names)
     return configs[0]
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, with a number to those that are there already: reports are by name."""
+    if len(set(names)) == len(names):
+        return list(names)
+    seen: set[str] = set()
+    taken, labels = set(names), []
+    for name in names:
+        label = name
+        if name in seen:
+            label = next(other for i in count(2) if (other := f"{name} ({i})") not in taken)
+        seen.add(name)
+        taken.add(label)
+        labels.append(label)
+    return labels
 
 
 def _require_all(cohort: Cohort) -> None:
