@@ -47,13 +47,18 @@ class ModuleReport:
             lambda: estimate.rho_optimal,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled with its yardsticks as numbers, without the Grams and factors behind them."""
+        figures = (self.rho, self.norm, self.rank, self.status, self.sweeps)
+        return ModuleReport, (*figures, partial(float, self.rho_fedavg), partial(float, self.rho_optimal))
+
     def settled(self) -> ModuleReport:
         """The same with its yardsticks computed, so that nothing of the module's Grams is kept."""
         return replace(self, _fedavg=partial(float, self.rho_fedavg), _optimal=partial(float, self.rho_optimal))
 
     @property
     def rho_fedavg(self) -> float:
-        """rho of the averaged factors; computed when first asked for."""
+        """rho of the averaged factors, cut to this rank where it is below theirs; computed when first asked for."""
         return self._fedavg()
 
     @property
@@ -98,7 +103,7 @@ class Report:
 
     @property
     def rho_fedavg(self) -> float:
-        """Of the averaged factors."""
+        """Of the averaged factors, cut to the ranks of the pairs where these are below theirs."""
         return total((m.rho_fedavg, m.norm) for m in self.modules.values())
 
     @property

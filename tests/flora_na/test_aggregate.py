@@ -1,7 +1,9 @@
 """Whole adapters: reports, extras, residuals, missing modules, lazy mappings, scope."""
 
+import copy
 import json
 import math
+import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -342,3 +344,18 @@ def test_configurations_that_can_are_checked_and_merged():
 def test_of_plain_configurations_the_first_clients_is_the_results(configs):
     given = [replace(a, config=config) for a, config in zip(cohort(), configs, strict=True)]
     assert flora_na.aggregate(given).adapter.config == configs[0]
+
+
+def test_equal_names_are_numbered():
+    adapters = cohort(5)
+    report = flora_na.aggregate(adapters, names=["a", "a", "b", "a (2)", "a"]).report
+    assert list(report.clients) == ["a", "a (3)", "b", "a (2)", "a (4)"]
+    assert len(flora_na.inspect(adapters, names=["a"] * 5).to_dict()["clients"]) == 5
+
+
+def test_an_aggregation_can_be_pickled_and_copied():
+    result = flora_na.aggregate(cohort(), method="fedavg", clip="2x", residual=True)
+    for again in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert again.report.to_dict() == result.report.to_dict()
+        for name, layer in result.adapter.modules.items():
+            assert torch.equal(again.adapter.modules[name].B, layer.B)
