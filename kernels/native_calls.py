@@ -183,7 +183,9 @@ def _padded_to_line(address: int) -> int:
     return -(-address // (8 * LINE)) * (8 * LINE)
 
 
-_width: int | None = None
+_width: int | None = None  # torch's threads outside ``spread_over_jobs``, while anything is within it
+_within = 0
+_width_lock = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -192,17 +194,24 @@ def spread_over_jobs() -> Iterator[None]:
 
     Libraries that split one small decomposition over threads wait at every step for the slowest of them; where the
     other cores are busy (with reading ahead, say) that costs three to ten times the work. The setting is the
-    process's: torch has no other.
+    process's, and a thread takes it over when it first asks torch for it: so every thread that leaves sets back what
+    there was before the first came.
     """
-    global _width
-    before, outer = torch.get_num_threads(), _width
-    _width = before if outer is None else outer
-    torch.set_num_threads(1)
+    global _width, _within
+    depth = getattr(_own, "depth", 0)
+    with _width_lock:
+        if _width is None:
+            _width = torch.get_num_threads()
+        _within, _own.depth = _within + 1, depth + 1
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-        _width = outer
+        with _width_lock:
+            _within, _own.depth = _within - 1, depth
+            torch.set_num_threads(1 if depth else _width)
+            if not _within:
+                _width = None
 
 
 def threads_for(jobs: int, work: int) -> int:

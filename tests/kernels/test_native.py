@@ -153,6 +153,33 @@ def test_loops_keep_their_threads_while_torch_has_one():
 
 
 @built
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_overlapping_work_of_two_threads_gives_torch_its_threads_back(first_out):
+    entered, leave = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+    after = [0, 0]
+
+    def work(at):
+        with spread_over_jobs():
+            with spread_over_jobs():
+                entered[at].set()
+            assert torch.get_num_threads() == 1
+            leave[at].wait(10)
+        after[at] = torch.get_num_threads()
+
+    with threads(3):
+        both = [threading.Thread(target=work, args=(at,)) for at in (0, 1)]
+        for at in (0, 1):
+            both[at].start()
+            entered[at].wait(10)
+        for at in (first_out, 1 - first_out):
+            assert native_calls.threads_for(8, native_calls.SPREAD_WORK) == 3
+            leave[at].set()
+            both[at].join(10)
+        assert after == [3, 3]
+        assert native_calls.threads_for(8, native_calls.SPREAD_WORK) == 1
+
+
+@built
 @pytest.mark.parametrize("count", [1, 3, 64])
 def test_every_job_is_done_once_in_a_thread_with_its_own_scratch(count):
     lock, seen, scratches = threading.Lock(), [], {}
