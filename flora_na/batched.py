@@ -22,6 +22,7 @@ from .als import tilted
 from .coefficients import fit_rank
 from .divergence import MARGIN, ROUNDING, ZERO
 from .rank_choice import LARGEST_RANK
+from .weights import real_numbers
 
 METHODS = ("fedavg", "flora-na", "als")
 GRAM_RANK_LIMIT = 1024
@@ -118,7 +119,7 @@ def estimate_modules(
 def _check(B: Factors, A: Factors, method: str, rank: int | None, sweeps: int) -> None:
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if rank is not None and (method != "als" or not isinstance(rank, int) or not 1 <= rank <= LARGEST_RANK):
+    if rank is not None and (method != "als" or type(rank) is not int or not 1 <= rank <= LARGEST_RANK):
         raise ValueError(f"rank: from 1 to {LARGEST_RANK}, of 'als', not {rank!r} of {method!r}")
     if sweeps < 1:
         raise ValueError(f"sweeps: expected at least 1, got {sweeps}")
@@ -136,7 +137,7 @@ def _numbers(name: str, given: Sequence[float] | Tensor | None, count: int, devi
     """(count,) float64 on the device; ones for None."""
     if given is None:
         return torch.ones(count, dtype=torch.float64, device=device)
-    numbers = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
+    numbers = given if isinstance(given, Tensor) and not given.is_complex() else real_numbers(name, given)
     if numbers.shape != (count,):
         raise ValueError(f"{name}: expected shape ({count},), got {tuple(numbers.shape)}")
     return numbers.to(device).double()

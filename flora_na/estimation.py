@@ -15,7 +15,7 @@ from .group import Group, make_groups
 from .methods import check_method, doubtful_apart, solve_each, with_averages, zero_targets
 from .rank_choice import Rank, split_by_rank
 from .stack import concatenate, residual_factors
-from .target import Target, make_target
+from .target import Target, check_counts, make_target, scaling_numbers
 from .weights import Weights, normalise_weights
 from .yardsticks import Yardsticks
 
@@ -52,7 +52,7 @@ class Estimate:
 
     @property
     def rho_fedavg(self) -> float:
-        """rho of the averaged factors (FedIT); computed when first asked for."""
+        """rho of the averaged factors (FedIT), cut to this rank where it is below theirs; computed when asked for."""
         return self._yardsticks.fedavg.rho[self._index]
 
     @property
@@ -85,7 +85,8 @@ def estimate(
         A: lora_A of every client, (r_u, n).
         weights: one per client, normalised to sum 1; uniform by default. Clients of weight 0 take no part.
         scalings: one per client (alpha / r); 1 by default.
-        method: ``fedavg`` averages the factors; ``flora-na`` fits one scalar per client and side; ``als`` fits whole
+        method: ``fedavg`` averages the factors; ``flora-na`` fits one scalar per client and side, from the averages
+            to a local optimum, and returns norms of B and A within a factor of two; ``als`` fits whole
             blocks by alternating least squares (with Grams on a CPU by one sweep from the optimum's rows: it then is
             ``svd``, and else near it to the tolerance of the sweeps); ``svd`` is the optimum; ``stack`` concatenates
             (exact, rank sum r_u).
@@ -107,22 +108,23 @@ def estimate(
         if pair is not None and (len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair)):
             raise ValueError(f"{argument}: expected a pair of tensors, B (m, r) and A (r, n)")
     w = normalise_weights(weights, len(B))
-    target = drop_idle(make_target(B, A, w, scalings, anchor=anchor))
+    target = make_target(*_active(B, A, w, scalings), anchor=anchor)
     [result] = estimate_targets(
         [target], method=method, rank=rank, align_to=None if align_to is None else [align_to], backend=backend
     )
     return result
 
 
-def drop_idle(target: Target) -> Target:
-    """The target without its clients of weight zero, which would only offer the estimators more to combine from."""
-    clients = len(target.B) - target.anchored
-    keep = [u for u, weight in enumerate(target.weights.tolist()) if u >= clients or weight > 0]
-    if len(keep) == len(target.B):
-        return target
-    B, A = tuple(target.B[u] for u in keep), tuple(target.A[u] for u in keep)
-    labels = tuple(target.clients[u] for u in keep)
-    return Target(B, A, target.weights[keep], target.scalings[keep], target.anchored, target.name, labels)
+def _active(
+    B: Sequence[Tensor], A: Sequence[Tensor], weights: Tensor, scalings: Sequence[float] | Tensor | None
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Sequence[float], list[str]]:
+    """What ``make_target`` takes, without the clients of weight zero: they take no part in anything."""
+    check_counts(B, A, given := scaling_numbers(scalings, len(B)))
+    keep = [u for u, weight in enumerate(weights.tolist()) if weight > 0]
+    labels = [f"client {u}" for u in keep]
+    if len(keep) == len(B):
+        return B, A, weights, given, labels
+    return [B[u] for u in keep], [A[u] for u in keep], weights[keep], [given[u] for u in keep], labels
 
 
 def estimate_targets(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fedgram.kernels import FLOATS
 
+from .weights import real_numbers
+
 DTYPES_NAMED = "floating point (float64, float32, bfloat16 or float16)"
 _FACTS = attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
 
@@ -86,11 +88,11 @@ def make_target(
     A: Sequence[Tensor],
     weights: Tensor,
     scalings: Sequence[float] | Tensor | None = None,
+    clients: Sequence[str] | None = None,
     *,
     anchor: tuple[Tensor, Tensor] | None = None,
     anchor_scaling: float = 1.0,
     name: str = "the module",
-    clients: Sequence[str] | None = None,
 ) -> Target:
     """Check the factors of one module and put them together.
 
@@ -99,11 +101,7 @@ def make_target(
             scalings are not finite; the message names the module and the client.
     """
     labels = tuple(clients) if clients is not None else tuple(f"client {u}" for u in range(len(B)))
-    if len(B) != len(A):
-        raise ValueError(f"{name}: {len(B)} factors B but {len(A)} factors A")
-    given = _numbers(scalings, len(B))
-    if len(given) != len(B):
-        raise ValueError(f"{name}: expected {len(B)} scalings (one per client), got {len(given)}")
+    check_counts(B, A, given := scaling_numbers(scalings, len(B)), name)
     for u, value in enumerate(given):
         if not abs(value) < float("inf"):
             raise ValueError(f"{name}: the scaling of {labels[u]} is {value}")
@@ -125,12 +123,21 @@ def make_target(
     )
 
 
-def _numbers(scalings: Sequence[float] | Tensor | None, count: int) -> tuple[float, ...]:
+def check_counts(B: Sequence[Tensor], A: Sequence[Tensor], scalings: Sequence[float], name: str = "the module") -> None:
+    """Raise ValueError unless there are as many factors B as A and as scalings."""
+    if len(B) != len(A):
+        raise ValueError(f"{name}: {len(B)} factors B but {len(A)} factors A")
+    if len(scalings) != len(B):
+        raise ValueError(f"{name}: expected {len(B)} scalings (one per client), got {len(scalings)}")
+
+
+def scaling_numbers(scalings: Sequence[float] | Tensor | None, count: int) -> tuple[float, ...]:
+    """The scalings as numbers, ``count`` ones for None; ValueError where they are none."""
     if scalings is None:
         return (1.0,) * count
     if not isinstance(scalings, Tensor) and all(type(s) is float for s in scalings):  # as the layers have them
         return tuple(scalings)
-    return tuple(torch.as_tensor(scalings, dtype=torch.float64, device="cpu").flatten().tolist())
+    return tuple(real_numbers("scalings", scalings).tolist())
 
 
 @lru_cache(maxsize=64)

@@ -11,6 +11,20 @@ from torch import Tensor
 Weights = Sequence[float] | Tensor | None
 
 
+def real_numbers(argument: str, numbers: Sequence[float] | Tensor) -> Tensor:
+    """Numbers of an argument as a flat float64 tensor on the CPU.
+
+    Raises:
+        ValueError: they are no real numbers; the message names the argument.
+    """
+    if isinstance(numbers, Tensor) and numbers.is_complex():
+        raise ValueError(f"{argument}: expected real numbers, got {numbers.dtype}")
+    try:
+        return torch.as_tensor(numbers, dtype=torch.float64, device="cpu").flatten()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{argument}: expected real numbers, got {numbers!r}") from None
+
+
 def normalise_weights(weights: Weights, count: int, names: Sequence[str] | None = None) -> Tensor:
     """Return ``count`` non-negative weights of sum 1, shape (count,), float64 on the CPU; uniform for None.
 
@@ -24,9 +38,7 @@ def normalise_weights(weights: Weights, count: int, names: Sequence[str] | None 
         raise ValueError("adapters: expected at least one client, got none")
     if weights is None:
         return torch.full((count,), 1.0 / count, dtype=torch.float64)
-    if isinstance(weights, Tensor) and weights.is_complex():
-        raise ValueError(f"weights: expected real numbers, got {weights.dtype}")
-    w = torch.as_tensor(weights, dtype=torch.float64, device="cpu").flatten()
+    w = real_numbers("weights", weights)
     if w.numel() != count:
         raise ValueError(f"weights: expected {count} (one per client), got {w.numel()}")
     values = w.tolist()

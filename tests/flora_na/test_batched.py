@@ -227,6 +227,7 @@ def test_a_whole_aggregation_is_traced_in_one_graph(method, limit, backend, comp
         ({"method": "fedavg", "rank": 3}, "rank: from 1 to 16384, of 'als', not 3 of 'fedavg'"),
         ({"rank": 0}, "rank: from 1 to 16384"),
         ({"rank": 2.5}, "rank: from 1 to 16384"),
+        ({"rank": True}, "rank: from 1 to 16384"),
         ({"B": [[torch.ones(4)] * 2]}, r"B\[0\]\[0\]: expected a float matrix"),
         ({"B": [[]], "A": [[]]}, r"B\[0\]: expected at least one client"),
         ({"weights": [1, 2, 3]}, r"weights: expected shape \(2,\), got \(3,\)"),

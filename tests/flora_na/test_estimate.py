@@ -226,3 +226,35 @@ def test_bad_input_is_refused_in_one_clear_line(change, message):
     with pytest.raises(ValueError, match=message) as raised:
         flora_na.estimate(**change(*GOOD))
     assert "\n" not in str(raised.value)
+
+
+def test_a_client_of_weight_zero_takes_no_part_in_anything():
+    B, A = clients([2, 2], 6, 5)
+    expected = flora_na.estimate(B, A, [1, 3], [2.0, 1.0])
+    for idle in (torch.zeros(7, 2), B[0].double(), torch.full_like(B[0], math.nan)):
+        found = flora_na.estimate([idle, *B], [A[0].double(), *A], [0, 1, 3], [math.nan, 2.0, 1.0])
+        assert torch.equal(found.B, expected.B)
+        assert found.B.dtype == torch.float32
+    with pytest.raises(ValueError, match="lora_B of client 2 contains NaN"):
+        flora_na.estimate([B[0], B[0], B[1] * math.nan], [A[0], *A], [0, 1, 3])
+    with pytest.raises(ValueError, match="expected 3 scalings"):
+        flora_na.estimate([B[0], *B], [A[0], *A], [0, 1, 3], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e39, 1e200])
+def test_alignment_to_factors_beyond_float32(size):
+    B, A = clients([3, 3], 8, 9)
+    expected = flora_na.estimate(B, A, align_to=(B[0].double(), A[0].double()))
+    found = flora_na.estimate(B, A, align_to=(B[0].double() * size, A[0].double() * size))
+    assert torch.allclose(found.B, expected.B, atol=1e-5)
+    assert torch.allclose(found.A, expected.A, atol=1e-5)
+
+
+@pytest.mark.parametrize("numbers", [["a", "b"], torch.ones(2, dtype=torch.complex64), [1j, 1.0]])
+@pytest.mark.parametrize("argument", ["weights", "scalings"])
+def test_numbers_that_are_none_are_named(argument, numbers):
+    B, A = clients([2, 2], 6, 5)
+    with pytest.raises(ValueError, match=f"{argument}: expected real numbers"):
+        flora_na.estimate(B, A, **{argument: numbers})
+    with pytest.raises(ValueError, match=f"{argument}: expected real numbers"):
+        flora_na.estimate_modules([B], [A], **{argument: numbers})

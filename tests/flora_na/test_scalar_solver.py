@@ -6,7 +6,7 @@ import torch
 from fedgram.flora_na import ScalarLeastSquares
 from fedgram.flora_na._scalar_solver import SOLVER, can_solve, certified_pair
 from fedgram.flora_na.divergence import pair_errors
-from fedgram.flora_na.estimation import drop_idle, estimate_targets
+from fedgram.flora_na.estimation import _active, estimate_targets
 from fedgram.flora_na.group import make_groups
 from fedgram.flora_na.target import make_target
 from fedgram.flora_na.weights import normalise_weights
@@ -28,7 +28,7 @@ def targets(ranks, modules=3, seed=0, dtype=torch.float64, scalings=None):
         B = [(shared_B[:, :r] + torch.randn(40, r, generator=g, dtype=torch.float64)).to(dtype) for r in ranks]
         A = [(shared_A[:r] + torch.randn(r, 50, generator=g, dtype=torch.float64)).to(dtype) for r in ranks]
         w = normalise_weights(torch.rand(len(ranks), generator=g) + 0.1, len(ranks))
-        out.append(drop_idle(make_target(B, A, w, scalings)))
+        out.append(make_target(*_active(B, A, w, scalings)))
     return out
 
 
