@@ -12,7 +12,7 @@ from .coefficients import AnyPair, Pair
 from .divergence import Errors, Factors, combine_measured, measured_errors, shows
 from .gauge import align
 from .group import Group, make_groups
-from .methods import check_method, doubtful_apart, solve_each, with_averages, zero_targets
+from .methods import check_method, doubtful_apart, solve_each, with_averages
 from .rank_choice import Rank, split_by_rank
 from .stack import concatenate, residual_factors
 from .target import Target, check_counts, make_target, scaling_numbers
@@ -163,8 +163,7 @@ def estimate_targets(
 
 def _pairs(groups: list[Group], method: str, ranks: list[int | None], shared: bool) -> list[AnyPair]:
     pairs = solve_each(groups, method, ranks, shared=shared)
-    zeros = [zero_targets(g, p) for g, p in zip(groups, pairs, strict=True)]
-    return [with_averages(g, p, z) if bool(z.any()) else p for g, p, z in zip(groups, pairs, zeros, strict=True)]
+    return [with_averages(group, pair) for group, pair in zip(groups, pairs, strict=True)]
 
 
 def _align(

@@ -13,7 +13,7 @@ from .divergence import energies, pair_errors
 from .group import Group, make_groups
 from .inner_products import group_gramians, module_gramians, spread
 from .layer import AdapterLike
-from .methods import COEFFICIENT_METHODS, check_method, solve, with_averages, zero_targets
+from .methods import COEFFICIENT_METHODS, check_method, solve, with_averages
 from .portions import chunks
 from .rank_choice import Rank, module_ranks, rank_curves
 from .rank_collapse import rank_collapses
@@ -107,8 +107,7 @@ def _ladders(group: Group, ranks: Sequence[int]) -> list[dict[str, float]]:
         part = group if len(ids) == len(ranks) else group.subset(ids)
         for method in COEFFICIENT_METHODS:
             [pair] = solve([part], method, rank)
-            pair = with_averages(part, pair, zero_targets(part, pair))
-            for i, rho in zip(ids, pair_errors(part, pair).rho, strict=True):
+            for i, rho in zip(ids, pair_errors(part, with_averages(part, pair)).rho, strict=True):
                 out[i][method] = rho
     return out
 

@@ -36,8 +36,8 @@ def check_method(method: str, rank: Rank, shared: bool) -> None:
 def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shared: bool = False) -> list[AnyPair]:
     """Coefficients of the estimate for every group.
 
-    ``rank=None`` is each group's largest member rank. Where dW is zero (B = 0 in the first round), every method
-    returns the averaged factors, with status ``zero-target``.
+    ``rank=None`` is each group's largest member rank. Where dW is zero (B = 0 in the first round) the pair means
+    nothing: see ``with_averages``.
     """
     if method == "fedavg":
         pairs = [solve_fedavg(group, rank) for group in groups]
@@ -142,11 +142,7 @@ def solve_each(
     return [p if r in (None, g.rank) else cut(g, p, r) for g, p, r in zip(groups, pairs, ranks, strict=True)]
 
 
-def zero_targets(group: Group, pair: AnyPair) -> Tensor:
-    """(L,) where dW is zero, so that no estimate but the average means anything."""
-    return energies(group) == 0
-
-
-def with_averages(group: Group, pair: AnyPair, zero: Tensor) -> Pair:
-    """The pair with averaged factors in the modules where dW is zero."""
-    return _choose(pair, solve_fedavg(group), zero)
+def with_averages(group: Group, pair: AnyPair) -> AnyPair:
+    """The pair with averaged factors where dW is zero: no estimate but the average means anything there."""
+    zero = energies(group) == 0
+    return _choose(pair, solve_fedavg(group), zero) if bool(zero.any()) else pair

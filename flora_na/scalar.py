@@ -54,9 +54,9 @@ class ScalarLeastSquares:
 
     The authors fit p and q by 200 steps of AdamW on the dense products, with a uniform target, weight decay and one
     pair for all layers. Here each half-step is the exact minimiser of ``||dW - BA||`` in one of the two, so the
-    objective never rises above that of ``fedavg``, where it starts, on the way to a local optimum. With few members q takes Newton's step instead
-    (p following at its best), unless that ends above the exact one's error. With an anchor ``(B_g, A_g)`` the
-    estimate is ``A_g + sum q_u (A_u - A_g)``: the coefficients, the anchor's included, sum to 1
+    objective never rises above that of ``fedavg``, where it starts, on the way to a local optimum. With few members q
+    takes Newton's step instead (p following at its best), unless that ends above the exact one's error. With an anchor
+    ``(B_g, A_g)`` the estimate is ``A_g + sum q_u (A_u - A_g)``: the coefficients, the anchor's included, sum to 1
     (under ``missing="zero"`` to the weight of the clients that have the module).
 
     Attributes:
