@@ -123,7 +123,12 @@ class Inspection:
 
     @property
     def cosines(self) -> Tensor:
-        """(U,) cosine of every client's update to the weighted mean update."""
+        """(U, U) cosines between the clients' whole updates; 0 with an update of norm zero."""
+        return cosines(self.gramian)
+
+    @property
+    def cosines_to_mean(self) -> Tensor:
+        """(U,) cosine of every client's whole update to the weighted mean update."""
         return mean_cosines(self.gramian, self.weights)
 
     @property
@@ -146,7 +151,7 @@ class Inspection:
         Kinds: ``outlier`` (score above 3, from five clients on), ``opposed`` (cosine to the mean below 0),
         ``zero-update``, ``screening`` (most of the weight is dropped), and ``rank-collapse`` (see ``rank_collapse``).
         """
-        columns = (x.tolist() for x in (self.client_norms, self.cosines, self.outlier_scores))
+        columns = (x.tolist() for x in (self.client_norms, self.cosines_to_mean, self.outlier_scores))
         found = [
             {"kind": kind, "message": f"{name}: {text}"}
             for name, *figures in zip(self.names, *columns, strict=True)
@@ -186,7 +191,7 @@ class Inspection:
         ``rank_collapse``, and in the order of ``clients`` the ``client_ranks``, ``client_norms`` and
         ``client_cosines_to_mean``.
         """
-        columns = (x.tolist() for x in (self.weights, self.client_norms, self.cosines, self.outlier_scores))
+        columns = (x.tolist() for x in (self.weights, self.client_norms, self.cosines_to_mean, self.outlier_scores))
         ranks = [max(of_one) for of_one in zip(*(m.client_ranks for m in self.modules.values()), strict=True)]
         labels = ("weight", "norm", "cosine_to_mean", "outlier_score", "largest_rank")
         whole = self.rank_collapse
@@ -199,7 +204,7 @@ class Inspection:
                 name: dict(zip(labels, figures, strict=True))
                 for name, *figures in zip(self.names, *columns, ranks, strict=True)
             },
-            "client_cosines": cosines(self.gramian).tolist(),
+            "client_cosines": self.cosines.tolist(),
             "rank_collapse": whole and whole.to_dict(),
             "screening": self.screening and self.screening.to_dict(),
             "warnings": self.warnings,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedgram.flora_na import Inspection
-from fedgram.flora_na.weight_space import JUDGES, OUTLIER, cosines
+from fedgram.flora_na.weight_space import JUDGES, OUTLIER
 
 from ..console import one_line
 
@@ -129,7 +129,9 @@ def _curves(axis: Axes, inspection: Inspection) -> None:
 
 def _clients(axis: Axes, inspection: Inspection) -> None:
     """Norm against cosine to the mean; outliers and dropped clients marked."""
-    columns = tuple(x.tolist() for x in (inspection.client_norms, inspection.cosines, inspection.outlier_scores))
+    columns = tuple(
+        x.tolist() for x in (inspection.client_norms, inspection.cosines_to_mean, inspection.outlier_scores)
+    )
     screening = inspection.screening
     dropped = set() if screening is None else set(screening.dropped)
     many = len(inspection.names) > LABELS
@@ -156,7 +158,7 @@ def _clients(axis: Axes, inspection: Inspection) -> None:
 
 def _matrix(axis: Axes, inspection: Inspection) -> None:
     """Cosines between the clients' updates."""
-    image = axis.imshow(cosines(inspection.gramian).numpy(), cmap="RdBu", vmin=-1, vmax=1)
+    image = axis.imshow(inspection.cosines.numpy(), cmap="RdBu", vmin=-1, vmax=1)
     axis.figure.colorbar(image, ax=axis, shrink=0.85)
     count = len(inspection.names)
     shown = range(count) if count <= LABELS else []

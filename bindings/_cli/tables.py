@@ -72,7 +72,7 @@ def clients_table(inspection: Inspection) -> Table:
     screening = inspection.screening
     extra = () if screening is None else ("factor", "aggregated with")
     table = _table("client", "weight", "‖update‖", "cosine to mean", "outlier score", *extra)
-    columns = (inspection.weights, inspection.client_norms, inspection.cosines, inspection.outlier_scores)
+    columns = (inspection.weights, inspection.client_norms, inspection.cosines_to_mean, inspection.outlier_scores)
     others = () if screening is None else (screening.factors, screening.weights)
     rows = zip(inspection.names, *(c.tolist() for c in (*columns, *others)), strict=True)
     for name, weight, norm, cosine, score, *screened in rows:

@@ -315,7 +315,9 @@ def test_inspection_agrees_with_aggregation():
     assert torch.allclose(found.gramian, flora_na.client_gramian(adapters), rtol=1e-12)
     assert int(found.outlier_scores.argmax()) == 4
     assert float(found.outlier_scores[4]) > 3
-    assert float(found.cosines[4]) > 0 > float(found.cosines[0])
+    assert float(found.cosines_to_mean[4]) > 0 > float(found.cosines_to_mean[0])
+    assert torch.allclose(found.cosines, found.cosines.mT)
+    assert torch.allclose(found.cosines.diagonal(), torch.ones(5, dtype=torch.float64))
     json.dumps(found.to_dict())
 
 

@@ -192,7 +192,7 @@ def test_clients_against_dense_updates():
     X = torch.stack([torch.cat([x.delta().double().flatten() for x in a.modules.values()]) for a in cohort])
     mean = weights @ X
     assert torch.allclose(found.client_norms, X.norm(dim=1), rtol=1e-6)
-    assert torch.allclose(found.cosines, torch.cosine_similarity(X, mean.unsqueeze(0)), atol=1e-6)
+    assert torch.allclose(found.cosines_to_mean, torch.cosine_similarity(X, mean.unsqueeze(0)), atol=1e-6)
     others = torch.stack([torch.cat([X[:u], X[u + 1 :]]).mean(0) for u in range(7)])
     distance = (X - others).norm(dim=1)
     spread = max(1.4826 * float((distance - distance.median()).abs().median()), 0.05 * float(distance.median()))
