@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fedgram.flora_na.report import json_number
+
 from .ceilings import Ceilings
 from .measure import Quartiles, Timing, interleave, synchronise
 from .measure import seconds as seconds_of
@@ -138,8 +140,8 @@ def _row(
     row: dict[str, Any] = {
         "name": name,
         "kind": contender.kind,
-        "error": finite(checked.error),
-        "tolerance": finite(contender.tolerance),
+        "error": json_number(checked.error),
+        "tolerance": json_number(contender.tolerance),
         "right": checked.right,
         "note": contender.note,
         "peak_bytes": peaks.get(name),
@@ -181,8 +183,3 @@ def _judge(target: Target, ours: str, rows: Mapping[str, Mapping[str, Any]]) -> 
     if reached is not None:
         met = mine["right"] and (reached >= target.value if at_least else reached <= target.value)
     return {"measure": target.measure, "against": target.against, "bound": target.value, "reached": reached, "met": met}
-
-
-def finite(value: float) -> float | None:
-    """The value, or None for what JSON does not have."""
-    return value if math.isfinite(value) else None

@@ -158,9 +158,9 @@ def balance(group: Group, pair: AnyPair, rank: int) -> Pair:
     (b, V_B), (a, V_A) = eigh_psd(S_B), eigh_psd(S_A)
     core = (V_B * b.sqrt().unsqueeze(-2)).mT @ (V_A * a.sqrt().unsqueeze(-2))
     U, sigma, Vt = torch.linalg.svd(core, full_matrices=False)
-    # B = Bs P and the product Bs P Q^T As: map its singular vectors back without inverting S_A or S_B twice
-    # below is rounding of their squares, which would be divided by its root
+    # singular values below this are rounding of their squares, which would be divided by its root
     resolved = sigma > math.sqrt(SQUARE_ROUNDING * sigma.shape[-1]) * sigma[..., :1]
+    # the singular vectors of the product Bs P Q^T As, mapped back without an inverse of S_A or S_B
     root = inverse_or_zero(torch.where(resolved & (sigma > 1e-150), sigma, 0.0).sqrt()).unsqueeze(-2)
     P = pair.P @ ((V_A * a.sqrt().unsqueeze(-2)) @ Vt.mT * root)
     Q = pair.Q @ ((V_B * b.sqrt().unsqueeze(-2)) @ U * root)

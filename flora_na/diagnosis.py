@@ -11,7 +11,7 @@ from torch import Tensor
 from .methods import COEFFICIENT_METHODS
 from .rank_choice import Rank, effective_rank
 from .rank_collapse import RankCollapse
-from .report import SCHEMA_VERSION, finite, total
+from .report import SCHEMA_VERSION, json_number, total
 from .screening import Screening
 from .weight_space import JUDGES, OUTLIER, cosines, mean_cosines, norms_of, outlier_scores
 
@@ -65,11 +65,11 @@ class ModuleInspection:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; NaN becomes None."""
         return {
-            "rho": {method: finite(value) for method, value in self.rho.items()},
+            "rho": {method: json_number(value) for method, value in self.rho.items()},
             "rank": self.rank,
             "norm": self.norm,
-            "rank_curve": [finite(value) for value in self.rank_curve],
-            "effective_rank": finite(self.effective_rank),
+            "rank_curve": [json_number(value) for value in self.rank_curve],
+            "effective_rank": json_number(self.effective_rank),
             "rank_collapse": self.rank_collapse and self.rank_collapse.to_dict(),
             "client_ranks": list(self.client_ranks),
             "client_norms": self.client_norms.tolist(),
@@ -198,7 +198,7 @@ class Inspection:
         return {
             "schema_version": SCHEMA_VERSION,
             "rank": self.rank,
-            "ladder": {method: finite(value) for method, value in self.ladder.items()},
+            "ladder": {method: json_number(value) for method, value in self.ladder.items()},
             "rank_curve": self.rank_curve,
             "clients": {
                 name: dict(zip(labels, figures, strict=True))

@@ -69,10 +69,10 @@ class ModuleReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; NaN becomes None."""
         return {
-            "rho": finite(self.rho),
-            "rho_fedavg": finite(self.rho_fedavg),
-            "rho_optimal": finite(self.rho_optimal),
-            "norm": finite(self.norm),
+            "rho": json_number(self.rho),
+            "rho_fedavg": json_number(self.rho_fedavg),
+            "rho_optimal": json_number(self.rho_optimal),
+            "norm": json_number(self.norm),
             "rank": self.rank,
             "status": self.status,
             "sweeps": self.sweeps,
@@ -124,9 +124,9 @@ class Report:
         return {
             "schema_version": SCHEMA_VERSION,
             "method": self.method,
-            "rho": finite(self.rho),
-            "rho_fedavg": finite(self.rho_fedavg),
-            "rho_optimal": finite(self.rho_optimal),
+            "rho": json_number(self.rho),
+            "rho_fedavg": json_number(self.rho_fedavg),
+            "rho_optimal": json_number(self.rho_optimal),
             "clients": dict(self.clients),
             "screening": self.screening and self.screening.to_dict(),
             "modules": {name: module.to_dict() for name, module in self.modules.items()},
@@ -143,6 +143,6 @@ def total(parts: Iterable[tuple[float, float]]) -> float:
     return math.sqrt(error / sum((norm / scale) ** 2 for _, norm in kept))
 
 
-def finite(value: float) -> float | None:
+def json_number(value: float) -> float | None:
     """The value, or None for NaN and Inf, which JSON does not have."""
     return value if math.isfinite(value) else None

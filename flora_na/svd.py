@@ -29,12 +29,12 @@ class Spectrum:
     With ``G_A = L L^T``, the squared singular values of ``dW = Bs D As`` are the eigenvalues of ``L^T D G_B D L``.
 
     Attributes:
-        energies: (L, R) squared singular values, descending, float64.
+        squares: (L, R) squared singular values, descending, float64.
         vectors: (L, R, R) eigenvectors, in the same order.
         L: (L, R, R) the square root of G_A.
     """
 
-    energies: Tensor
+    squares: Tensor
     vectors: Tensor
     L: Tensor
 
@@ -42,8 +42,8 @@ class Spectrum:
 def spectrum(group: Group) -> Spectrum:
     """The spectrum of every module's dW; needs the formed Grams."""
     M, L = _core(group)
-    energies, vectors = eigh_psd(M)
-    return Spectrum(energies.flip(-1), vectors.flip(-1), L)
+    squares, vectors = eigh_psd(M)
+    return Spectrum(squares.flip(-1), vectors.flip(-1), L)
 
 
 def squared_singular_values(group: Group) -> Tensor:
@@ -146,7 +146,7 @@ def certified_optimum(group: Group, rank: int) -> Pair | None:
 
 def _general_optimum(group: Group, rank: int) -> Pair:
     s = spectrum(group)
-    group.memo["singular values"] = s.energies
+    group.memo["singular values"] = s.squares
     V = group.D * (s.L @ s.vectors[..., :rank])
     # A = V^T dW^T dW spans the right singular vectors without a division; one sweep normalises and polishes it
     Q = group.D * (group.gram["B"] @ V)
@@ -154,9 +154,9 @@ def _general_optimum(group: Group, rank: int) -> Pair:
         Q = Q * inverse_or_zero(Q.abs().amax((-2, -1), keepdim=True))
     pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(Q, Q, ""), V.shape[-1])
     P, Q = fit_rank(pair.P, rank), fit_rank(pair.Q, rank)
-    tail = s.energies[:, rank:].sum(-1)
+    tail = s.squares[:, rank:].sum(-1)
     captured = (P * group.apply("B", P)).sum(-2).square().sum(-1)  # of a balanced pair
-    short = s.energies[:, :rank].sum(-1) - captured > EXCESS * tail + 4 * rounding(group) * group.mass**2
+    short = s.squares[:, :rank].sum(-1) - captured > EXCESS * tail + 4 * rounding(group) * group.mass**2
     again = (unresolved(group, tail) | short).nonzero().flatten().tolist()
     for i in again:
         P[i], Q[i] = _from_triangles(group, i, rank)
@@ -203,18 +203,18 @@ def blurred(group: Group, error: Tensor, mass: Tensor | float = 0.0) -> Tensor:
 
 def _from_triangles(group: Group, i: int, rank: int) -> tuple[Tensor, Tensor]:
     """Coefficients (R, rank) of module ``i`` from the SVD of ``R_B D R_A^T``, whose entries are not squared."""
-    R_B, R_A = triangles(group, i)
+    R_B, R_A = _triangles(group, i)
     P, Q = balanced_coefficients(R_B * group.D[i].mT, R_A)
     return fit_rank(group.D[i] * P, rank), fit_rank(Q, rank)
 
 
 def core_values(group: Group, i: int) -> Tensor:
     """The singular values of module ``i``, as many as its dW can have, from ``R_B D R_A^T``: nothing is squared."""
-    R_B, R_A = triangles(group, i)
+    R_B, R_A = _triangles(group, i)
     return torch.linalg.svdvals((R_B * group.D[i].mT) @ R_A.mT)
 
 
-def triangles(group: Group, i: int) -> tuple[Tensor, Tensor]:
+def _triangles(group: Group, i: int) -> tuple[Tensor, Tensor]:
     """R_B (k, R) and R_A (l, R) of the QR of module ``i``'s stacked factors, with their scalings."""
     target = group.targets[i]
     [R_B], [R_A] = kernels.factor_triangle([target.B], [target.A])
