@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedgram.kernels.native_calls import bits, run_jobs, table
 
-from ._compiled import DOUBTFUL, SOLVER, STATUS
+from ._compiled import DOUBTFUL, SOLVER, STATUS, Block
 from .coefficients import SAFE_PIVOT, Evidence, Pair
 from .divergence import MARGIN, rounding
 from .group import Group
@@ -37,12 +37,13 @@ def certified_blocks(
     assert gram is not None
     pair, figures = _solve(group, gram, start.contiguous(), (tolerance, cancelled), max_sweeps)
     found = figures.tolist()
-    state = int(max(row[0] for row in found))
+    state = int(max(row[Block.STATUS] for row in found))
     if state == DOUBTFUL:  # the other figures may not be set
         return None
-    group.memo.setdefault("energies", figures[:, 2])
-    ended = tuple((STATUS[int(row[0])], int(row[1])) for row in found)
-    evidence = Evidence(figures[:, 3], figures[:, 4:6])
+    if group.memo.energies is None:
+        group.memo.energies = figures[:, Block.ENERGY]
+    ended = tuple((STATUS[int(row[Block.STATUS])], int(row[Block.SWEEPS])) for row in found)
+    evidence = Evidence(figures[:, Block.ERROR], figures[:, Block.NORM_B :])
     return Pair(pair[0], pair[1], STATUS[state], max(count for _, count in ended), evidence, ended)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedgram.kernels.native_calls import bits, run_jobs, table
 
-from ._compiled import DOUBTFUL, SOLVER, STATUS
+from ._compiled import DOUBTFUL, SOLVER, STATUS, Scalar
 from .coefficients import SAFE_PIVOT, Evidence, ScalarPair
 from .divergence import MARGIN, rounding
 from .group import Group
@@ -42,15 +42,18 @@ def certified_pair(
         return None
     scalars, figures = _solved(group, (tolerance, coarse), max_sweeps)
     found = figures.tolist()
-    state = int(max(row[0] for row in found))
+    state = int(max(row[Scalar.STATUS] for row in found))
     if state == DOUBTFUL:  # the other figures may not be set
         return None
-    ended = tuple((STATUS[int(row[0])] if max_sweeps else "closed-form", int(row[1])) for row in found)
+    ended = tuple(
+        (STATUS[int(row[Scalar.STATUS])] if max_sweeps else "closed-form", int(row[Scalar.SWEEPS])) for row in found
+    )
     status, sweeps = STATUS[state] if max_sweeps else "closed-form", max(count for _, count in ended)
-    group.memo.setdefault("energies", figures[:, 2])
-    if min(row[4] for row in found) >= 0:
-        group.memo.setdefault("average errors", figures[:, 4])
-    evidence = Evidence(figures[:, 3], figures[:, 5:7])
+    if group.memo.energies is None:
+        group.memo.energies = figures[:, Scalar.ENERGY]
+    if group.memo.average_errors is None and min(row[Scalar.ERROR_START] for row in found) >= 0:
+        group.memo.average_errors = figures[:, Scalar.ERROR_START]
+    evidence = Evidence(figures[:, Scalar.ERROR], figures[:, Scalar.NORM_B :])
     return ScalarPair(group, scalars[0], scalars[1], status, sweeps, evidence, ended)
 
 
@@ -59,15 +62,15 @@ def doubtful_modules(group: Group, *, tolerance: float = 0.0, coarse: float = 0.
     if not can_solve(group):
         return []
     _, figures = _solved(group, (tolerance, coarse), max_sweeps)
-    return [l for l, state in enumerate(figures[:, 0].tolist()) if state == DOUBTFUL]
+    return [l for l, state in enumerate(figures[:, Scalar.STATUS].tolist()) if state == DOUBTFUL]
 
 
 def _solved(group: Group, tolerances: tuple[float, float], max_sweeps: int) -> tuple[Tensor, Tensor]:
     """``_solve``, once per group."""
-    key = f"scalars {tolerances} {max_sweeps}"
-    if key not in group.memo:
-        group.memo[key] = _solve(group, tolerances, max_sweeps)
-    return group.memo[key]
+    known = group.memo.scalars
+    if (tolerances, max_sweeps) not in known:
+        known[tolerances, max_sweeps] = _solve(group, tolerances, max_sweeps)
+    return known[tolerances, max_sweeps]
 
 
 def _solve(group: Group, tolerances: tuple[float, float], max_sweeps: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +80,7 @@ def _solve(group: Group, tolerances: tuple[float, float], max_sweeps: int) -> tu
     library = SOLVER.loaded
     layout, addresses = _layout(group.ranks)
     weights, grams = group.weights.contiguous(), [group.gram[side].contiguous() for side in ("B", "A")]
-    figures = library.fedgram_figures()
+    figures = library.fedgram_scalar_figures()
     scalars = torch.empty(2, L, U, dtype=torch.float64)
     found = torch.empty(L, figures, dtype=torch.float64)
     limits = map(bits, (*tolerances, SAFE_PIVOT, MARGIN * rounding(group)))

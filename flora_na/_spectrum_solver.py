@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedgram.kernels.native_calls import bits, run_jobs, table
 
-from ._compiled import DOUBTFUL, SOLVER
+from ._compiled import DOUBTFUL, SOLVER, Spectral
 from .coefficients import SAFE_PIVOT
 from .group import Group
 
@@ -53,5 +53,5 @@ def compiled_spectrum(group: Group, count: int, rank: int = 0) -> CompiledSpectr
         b, a, d, v, y, f = (first + stride * l for first, stride in given)
         jobs.append((b, a, d, *common, v, y, f))
     run_jobs(SOLVER.entries["spectrum"], table(jobs), L, library.fedgram_spectrum_work(R), L * R * R * R)
-    left = [l for l, state in enumerate(figures[:, 0].tolist()) if state == DOUBTFUL]
-    return CompiledSpectrum(values, figures[:, 1], rows, left)
+    left = [l for l, state in enumerate(figures[:, Spectral.STATUS].tolist()) if state == DOUBTFUL]
+    return CompiledSpectrum(values, figures[:, Spectral.TAIL], rows, left)

@@ -183,8 +183,10 @@ def factor_norms(group: Group) -> dict[Side, Tensor]:
 
 def _member_norms(group: Group) -> dict[Side, Tensor]:
     """(L, R) per side: for every stacked row the norm of its member's whole scaled factor."""
-    if "norms B" not in group.memo:
-        for side in ("B", "A"):
+    if group.memo.member_norms is None:
+        found: dict[Side, Tensor] = {}
+        sides: tuple[Side, Side] = ("B", "A")
+        for side in sides:
             factors = [t.B if side == "B" else t.A for t in group.targets]
             norms = torch.stack(
                 [
@@ -192,8 +194,9 @@ def _member_norms(group: Group) -> dict[Side, Tensor]:
                     for members in factors
                 ]
             )
-            group.memo[f"norms {side}"] = norms[:, group.member] * group.row_scale[side].squeeze(-1).abs()
-    return {"B": group.memo["norms B"], "A": group.memo["norms A"]}
+            found[side] = norms[:, group.member] * group.row_scale[side].squeeze(-1).abs()
+        group.memo.member_norms = found
+    return group.memo.member_norms
 
 
 def measured_errors(groups: Sequence[Group], results: Sequence[Factors], backend: str = "auto") -> list[Errors]:
@@ -294,9 +297,9 @@ def rounding(group: Group) -> float:
 
 def energies(group: Group) -> Tensor:
     """(L,) ``||dW||^2``, certified; exactly 0 where the terms cancel to rounding."""
-    if "energies" not in group.memo:
-        group.memo["energies"] = _exact_energies(group) if group.gram is None else _certified_energies(group)
-    return group.memo["energies"]
+    if group.memo.energies is None:
+        group.memo.energies = _exact_energies(group) if group.gram is None else _certified_energies(group)
+    return group.memo.energies
 
 
 def _certified_energies(group: Group) -> Tensor:

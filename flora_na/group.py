@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from fedgram import kernels
 from .finite import check_finite, check_traces
 from .members import Members, Side
 from .target import Target
+
+if TYPE_CHECKING:
+    from ._spectrum_solver import CompiledSpectrum
 
 Factors = tuple[list[Tensor], list[Tensor]]
 GRAM_RANK_LIMIT = 2048
@@ -64,6 +67,27 @@ class Average:
         return Average((B, A), products)
 
 
+@dataclass(eq=False)
+class Memo:
+    """What is computed once for a group, by those who name it.
+
+    Attributes:
+        energies: (L,) ``||dW||^2``, certified.
+        average_errors: (L,) ``||dW - BA||^2`` of the averaged factors.
+        singular_squares: (L, R) squared singular values of dW, descending.
+        best_rows: by rank, the compiled spectrum with the optimum's rows; None where the group is not for it.
+        scalars: by tolerances and most sweeps, what the compiled solver found.
+        member_norms: without Grams, (L, R) per side: for every stacked row the norm of its member's factor.
+    """
+
+    energies: Tensor | None = None
+    average_errors: Tensor | None = None
+    singular_squares: Tensor | None = None
+    best_rows: dict[int, CompiledSpectrum | None] = field(default_factory=dict)
+    scalars: dict[tuple[tuple[float, float], int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    member_norms: dict[Side, Tensor] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """L modules whose members have the same ranks, with the product by their Grams.
@@ -82,7 +106,7 @@ class Group:
     gram: dict[Side, Tensor] | None
     backend: str = "auto"
     average: Average | None = None
-    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    memo: Memo = field(default_factory=Memo, repr=False)
 
     def apply(self, side: Side, X: Tensor) -> Tensor:
         """``G_side @ X`` for X of shape (L, R, k), float64."""

@@ -48,20 +48,20 @@ def spectrum(group: Group) -> Spectrum:
 
 def squared_singular_values(group: Group) -> Tensor:
     """(L, R) float64 of every module's dW, descending; less work than ``spectrum``."""
-    if "singular values" not in group.memo:
+    if group.memo.singular_squares is None:
         found = compiled_spectrum(group, group.total_rank)
         values = _general_spectrum(group) if found is None else found.values
         if found is not None and found.left:
             values[found.left] = _general_spectrum(group.subset(found.left))
-        group.memo["singular values"] = values
-    return group.memo["singular values"]
+        group.memo.singular_squares = values
+    return group.memo.singular_squares
 
 
 def optimum_error(group: Group, rank: int) -> Tensor:
     """(L,) ``||dW - BA||^2`` of the best pair of ``rank``, to the rounding of the Grams; see ``unresolved``."""
     found = None
-    if "singular values" not in group.memo:
-        found = group.memo.get(("best rows", rank)) or compiled_spectrum(group, rank)
+    if group.memo.singular_squares is None:
+        found = group.memo.best_rows.get(rank) or compiled_spectrum(group, rank)
     if found is None:
         return squared_singular_values(group)[:, rank:].sum(-1)
     tail = found.tail.clone()
@@ -122,9 +122,9 @@ def _best_rows(group: Group, rank: int) -> CompiledSpectrum | None:
     """The compiled spectrum with its rows, or None."""
     if not 0 < rank <= min(group.total_rank, MOST_COLUMNS):
         return None
-    if ("best rows", rank) not in group.memo:
-        group.memo["best rows", rank] = compiled_spectrum(group, rank, rank)
-    return group.memo["best rows", rank]
+    if rank not in group.memo.best_rows:
+        group.memo.best_rows[rank] = compiled_spectrum(group, rank, rank)
+    return group.memo.best_rows[rank]
 
 
 def certified_optimum(group: Group, rank: int) -> Pair | None:
@@ -146,7 +146,7 @@ def certified_optimum(group: Group, rank: int) -> Pair | None:
 
 def _general_optimum(group: Group, rank: int) -> Pair:
     s = spectrum(group)
-    group.memo["singular values"] = s.squares
+    group.memo.singular_squares = s.squares
     V = group.D * (s.L @ s.vectors[..., :rank])
     # A = V^T dW^T dW spans the right singular vectors without a division; one sweep normalises and polishes it
     Q = group.D * (group.gram["B"] @ V)

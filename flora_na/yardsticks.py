@@ -24,8 +24,9 @@ class Yardsticks:
     def fedavg(self) -> Errors:
         """Errors of the averaged factors (FedIT), at this rank."""
         rank = min(self.rank, self.group.rank)
-        if rank == self.group.rank and "average errors" in self.group.memo:
-            return Errors(energies(self.group), self.group.memo["average errors"])
+        known = self.group.memo.average_errors
+        if rank == self.group.rank and known is not None:
+            return Errors(energies(self.group), known)
         return pair_errors(self.group, solve_fedavg(self.group, rank))
 
     @cached_property

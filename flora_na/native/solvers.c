@@ -27,10 +27,10 @@ struct module {
     int64_t U, R, rank, fit, max_sweeps;
     double tolerance, coarse, safe_pivot, doubt;
     double *p[2];  /* (U) each: p, q */
-    double *found; /* what `enum figure` names */
+    double *found; /* what `enum scalar_figure` names */
 };
 
-enum figure { STATUS, SWEEPS, ENERGY, ERROR, ERROR_START, NORM_B, NORM_A, FIGURES };
+enum scalar_figure { STATUS, SWEEPS, ENERGY, ERROR, ERROR_START, NORM_B, NORM_A, FIGURES };
 
 /* Work space: X and S of either side's combination, L and scale of its normal equations H step = rest, what the second
  * derivatives need, and an estimate to go back to. */
@@ -76,7 +76,7 @@ struct blocks {
     int64_t R, rank, max_sweeps;
     double tolerance, safe_pivot, cancelled, doubt;
     double *P, *Q;
-    double *found; /* STATUS, SWEEPS, and */
+    double *found; /* STATUS, SWEEPS, and what `enum block_figure` names */
 };
 
 /* One module again: where its `count` largest squared singular values go, descending, coefficients (R x rank, rank at
@@ -151,8 +151,8 @@ static struct room furnish(double *work, int64_t R, int64_t rank) {
 #endif
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 8; }
-int64_t fedgram_figures(void) { return FIGURES; }
+int64_t fedgram_abi(void) { return 9; }
+int64_t fedgram_scalar_figures(void) { return FIGURES; }
 int64_t fedgram_block_figures(void) { return BLOCK_FIGURES; }
 int64_t fedgram_spectrum_figures(void) { return SPECTRUM_FIGURES; }
 int64_t fedgram_blocks_work(int64_t R, int64_t rank) { return room_numbers(R, rank); }

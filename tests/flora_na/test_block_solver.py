@@ -77,7 +77,7 @@ def test_it_ends_where_the_general_path_ends(case, scale, monkeypatch):
         B, A = stack_B @ found.P[l], found.Q[l].T @ stack_A
         assert B.shape[1] == rank
         assert torch.allclose((dW - B @ A).square().sum(), found.evidence.error[l], rtol=1e-8)
-        assert torch.allclose(group.memo["energies"][l], dW.square().sum(), rtol=1e-12)
+        assert torch.allclose(group.memo.energies[l], dW.square().sum(), rtol=1e-12)
         assert torch.allclose(torch.stack([B.norm(), A.norm()]), found.evidence.norms[l], rtol=1e-8)
         squares = B.T @ B
         assert torch.allclose(squares, A @ A.T, atol=1e-9 * float(squares.max()))  # balanced,

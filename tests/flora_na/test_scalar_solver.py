@@ -51,8 +51,8 @@ def test_it_ends_where_the_general_path_ends(case):
     # both stop where a sweep gains less than 1e-10 of what is left, this one module by module
     assert torch.allclose(found.evidence.error, general.left, rtol=1e-8)
     assert found.status == general.status == "converged"
-    assert torch.allclose(group.memo["energies"], group.gram_energy, rtol=1e-12)
-    assert torch.allclose(group.memo["average errors"], pair_errors(group, certified_pair(group)).error, rtol=1e-9)
+    assert torch.allclose(group.memo.energies, group.gram_energy, rtol=1e-12)
+    assert torch.allclose(group.memo.average_errors, pair_errors(group, certified_pair(group)).error, rtol=1e-9)
     dense = [sum(c * b @ a for c, b, a in zip(t.coefficients, t.B, t.A, strict=True)) for t in group.targets]
     for l, (dW, t) in enumerate(zip(dense, group.targets, strict=True)):
         B, A = (
@@ -125,7 +125,7 @@ def test_rho_is_measured_where_rounding_of_the_factors_shows():
         dW = sum(c * b.double() @ a.double() for c, b, a in zip(*coefficients(group.targets[0]), strict=True))
         true = float((dW - e.B.double() @ e.A.double()).norm() / dW.norm())
         assert e.rho == pytest.approx(true, rel=5e-4)
-        exact = float((fitted(group).evidence.error / fitted(group).group.memo["energies"]).sqrt()[0])
+        exact = float((fitted(group).evidence.error / fitted(group).group.memo.energies).sqrt()[0])
         assert (e.rho == pytest.approx(exact, rel=1e-12)) == from_grams
 
 
