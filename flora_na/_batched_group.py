@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +11,8 @@ from fedgram import kernels
 
 from ._batched_algebra import layout_of, positions_of
 from .group import stacked
+from .members import SIDES, Side
 
-Side = Literal["B", "A"]
 Factors = Sequence[Sequence[Tensor]]
 PORTION_BYTES = 1 << 30
 """Grams that exist at one time where they are only needed for norms."""
@@ -48,9 +47,9 @@ class BatchedGroup:
     ) -> None:
         self.B, self.A, self.ranks, self.precise, self.backend = B, A, ranks, precise, backend
         self.modules, self.total_rank, self.rank = len(ids), sum(ranks), max(ranks)
-        layout, positions = layout_of, positions_of
-        if torch.compiler.is_compiling():  # a trace holds them as constants
-            layout, positions = layout_of.__wrapped__, positions_of.__wrapped__
+        traced = torch.compiler.is_compiling()  # a trace holds them as constants
+        layout = layout_of.__wrapped__ if traced else layout_of
+        positions = positions_of.__wrapped__ if traced else positions_of
         self.member, self.membership, self.selector = layout(ranks, weights.device)
         self.index = positions(tuple(ids), weights.device)
         self.weights = weights
@@ -61,13 +60,14 @@ class BatchedGroup:
         }  # fmt: skip
         self.narrow = torch.float64 if weights.device.type == "cpu" else torch.float32
         self.gram: dict[Side, Tensor] | None = None
-        energies, diagonals = [], {"B": [], "A": []}
+        energies: list[Tensor] = []
+        diagonals: dict[Side, list[Tensor]] = {"B": [], "A": []}
         step = self.modules if formed else max(1, PORTION_BYTES // (16 * max(1, self.total_rank) ** 2))
         for start in range(0, self.modules, step):
             part = slice(start, start + step)
             gram = self._grams(B if step >= self.modules else B[part], A if step >= self.modules else A[part])
             energies.append(((gram["B"] * gram["A"]) @ self.D * self.D).sum((-2, -1)))
-            for side in ("B", "A"):
+            for side in SIDES:
                 diagonals[side].append(gram[side].diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt())
             self.gram = gram if formed else None
         self.energy = torch.cat(energies)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ._batched_algebra import cholesky_inverse_root, inverse_or_zero, solve_shifted
-from ._batched_group import BatchedGroup, Side
+from ._batched_group import BatchedGroup
 from ._scalar_problem import conjugate_gradients, even_norms
 from .als import CANCELLED
+from .members import Side
 
 CG_STEPS = 4
 """Steps of conjugate gradients towards a half-step where H is not formed: they start from the last sweep's scalars."""
@@ -64,7 +65,7 @@ def _improve(group: BatchedGroup, side: Side, p: Tensor, q: Tensor) -> tuple[Ten
 def _equal_norms(group: BatchedGroup, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """``||B||`` and ``||A||`` within a factor of two."""
     P, Q = group.expand(p), group.expand(q)
-    b, a = ((X * group.apply(side, X)).sum((-2, -1)) for side, X in (("B", P), ("A", Q)))
+    b, a = (P * group.apply("B", P)).sum((-2, -1)), (Q * group.apply("A", Q)).sum((-2, -1))
     ratio = even_norms(b, a).unsqueeze(-1)
     return p * ratio, q / ratio
 

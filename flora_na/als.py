@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._block_solver import certified_blocks
-from .coefficients import Pair, balance, inverse_or_zero, orthonormaliser
+from .coefficients import AnyPair, Pair, balance, inverse_or_zero, orthonormaliser
 from .divergence import energies, factor_norms
 from .group import Group
 from .members import Side
@@ -40,7 +40,7 @@ class AlternatingLeastSquares:
     tolerance: float = 1e-6
     max_sweeps: int = 200
 
-    def solve(self, group: Group, start: Pair, rank: int | None = None) -> Pair:
+    def solve(self, group: Group, start: AnyPair, rank: int | None = None) -> Pair:
         """Improve ``start`` (any rank) to the best pair of rank ``rank`` (default: its own) that the sweeps reach.
 
         Returns:
@@ -50,8 +50,8 @@ class AlternatingLeastSquares:
         Q = starting_rows(group, start, rank)
         if self.max_sweeps > 1 and rank < group.total_rank:
             Q = tilted(Q, _sketch(group, rank), factor_norms(group))
-        limits = {"tolerance": self.tolerance, "max_sweeps": self.max_sweeps, "cancelled": CANCELLED}
-        if (found := certified_blocks(group, Q, **limits)) is not None:
+        found = certified_blocks(group, Q, tolerance=self.tolerance, max_sweeps=self.max_sweeps, cancelled=CANCELLED)
+        if found is not None:
             return found
         zero = energies(group) == 0
         formed = group.gram is not None
@@ -75,7 +75,7 @@ class AlternatingLeastSquares:
         return balance(group, Pair(P, Q_hat, status, sweep), rank)
 
 
-def starting_rows(group: Group, start: Pair, rank: int) -> Tensor:
+def starting_rows(group: Group, start: AnyPair, rank: int) -> Tensor:
     """Coefficients (L, R, rank) of rows of A to start from; a fixed sketch fills what is lacking.
 
     It is by position: above the members' rank their order shows, within the tolerance of the sweeps.

@@ -154,8 +154,8 @@ class Inspection:
         columns = (x.tolist() for x in (self.client_norms, self.cosines_to_mean, self.outlier_scores))
         found = [
             {"kind": kind, "message": f"{name}: {text}"}
-            for name, *figures in zip(self.names, *columns, strict=True)
-            for kind, text in _client_warnings(*figures, len(self.names))
+            for name, norm, cosine, score in zip(self.names, *columns, strict=True)
+            for kind, text in _client_warnings(norm, cosine, score, len(self.names))
         ]
         return [*found, *self._screening_warnings(), *self._collapse_warnings()]
 

@@ -20,7 +20,7 @@ from fedgram import kernels
 
 from .coefficients import AnyPair, Evidence, Pair, ScalarPair, trace_product
 from .group import Factors, Group, stacked
-from .members import Side
+from .members import SIDES, Side
 from .target import Target
 
 MARGIN = 2000.0
@@ -73,7 +73,7 @@ def _combined(groups: Sequence[tuple[Group, AnyPair]], dtype: torch.dtype | None
         return []
     factors = kernels.Described.joined([group.factors for group, _ in groups])
     B, A = kernels.factor_combine(factors.B, factors.A, *_all_coefficients(groups), dtype=dtype, backend=backend)
-    return list(zip(_split(B, groups), _split(A, groups), strict=True))
+    return list(zip(_split(B or [], groups), _split(A or [], groups), strict=True))
 
 
 def combine_measured(
@@ -163,9 +163,15 @@ def _doubtful(group: Group, error: Tensor, mass: Tensor) -> Tensor:
 
 def mass_of_pair(group: Group, pair: AnyPair) -> Tensor:
     """(L,) what may cancel within the product of a pair: the sums of the norms of what its factors are made of."""
-    bounds = factor_norms(group)
-    B, A = ((bounds[side].unsqueeze(-1) * X.abs()).sum(1) for side, X in (("B", pair.P), ("A", pair.Q)))
+    B, A = column_masses(group, pair)
     return (B * A).sum(-1)
+
+
+def column_masses(group: Group, pair: AnyPair) -> tuple[Tensor, Tensor]:
+    """(L, r) for B and A: what every column of B, and row of A, is made of, as the sum of the norms of its terms."""
+    norms = factor_norms(group)
+    B, A = norms["B"].unsqueeze(-1) * pair.P.abs(), norms["A"].unsqueeze(-1) * pair.Q.abs()
+    return B.sum(1), A.sum(1)
 
 
 def mass_of_target(group: Group) -> Tensor:
@@ -185,8 +191,7 @@ def _member_norms(group: Group) -> dict[Side, Tensor]:
     """(L, R) per side: for every stacked row the norm of its member's whole scaled factor."""
     if group.memo.member_norms is None:
         found: dict[Side, Tensor] = {}
-        sides: tuple[Side, Side] = ("B", "A")
-        for side in sides:
+        for side in SIDES:
             factors = [t.B if side == "B" else t.A for t in group.targets]
             norms = torch.stack(
                 [

@@ -146,6 +146,7 @@ def estimate_targets(
     if not isinstance(rank, str) and not shared:
         groups = doubtful_apart(groups, method, rank)
     groups, ranks = split_by_rank(groups, rank)
+    pairs: list[AnyPair]
     if method == "stack":
         pairs = [Pair(torch.empty(0), torch.empty(0), "exact") for _ in groups]
         factors = [_stacked(group) for group, _ in groups]

@@ -11,9 +11,8 @@ from fedgram import kernels
 
 from ._scalar_solver import certified_pair
 from .coefficients import AnyPair, Ended, Pair, ScalarPair, balance, balanced_coefficients, fit_rank
-from .divergence import ROUNDING, combine, factor_norms
+from .divergence import ROUNDING, column_masses, combine
 from .group import Group
-from .members import Side
 
 SHARP = 1e-4
 """Rounding of the Grams above this part of a product can be seen in how it is cut."""
@@ -49,9 +48,7 @@ def cut(group: Group, pair: AnyPair, rank: int) -> Pair:
     the factors themselves.
     """
     found = balance(group, pair, rank)
-    norms = factor_norms(group)
-    sides: tuple[tuple[Side, Tensor], ...] = (("B", pair.P), ("A", pair.Q))
-    size_B, size_A = ((norms[side].unsqueeze(-1) * X.abs()).sum(1).square().sum(-1) for side, X in sides)
+    size_B, size_A = (mass.square().sum(-1) for mass in column_masses(group, pair))
     kept = (found.P * group.apply("B", found.P)).sum(-2).square().sum(-1)  # of a balanced pair
     ids = (ROUNDING["float64"] * size_B * size_A > SHARP**2 * kept).nonzero().flatten().tolist()
     if not ids:

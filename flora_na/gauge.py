@@ -10,13 +10,13 @@ from torch import Tensor
 from fedgram import kernels
 from fedgram.kernels import FLOATS
 
-from .coefficients import Pair
+from .coefficients import AnyPair, Pair
 from .finite import is_finite
 from .group import Group
 from .target import DTYPES_NAMED, Target
 
 
-def align(group: Group, pair: Pair, previous: Sequence[tuple[Tensor, Tensor]], backend: str = "auto") -> Pair:
+def align(group: Group, pair: AnyPair, previous: Sequence[tuple[Tensor, Tensor]], backend: str = "auto") -> Pair:
     """Rotate every module's pair to come nearest to the previous factors ``(B_prev (m, k), A_prev (k, n))``, k <= r.
 
     The orthogonal R that minimises ``||BR - B_prev||^2 + ||R^T A - A_prev||^2`` is the polar factor of
@@ -27,14 +27,16 @@ def align(group: Group, pair: Pair, previous: Sequence[tuple[Tensor, Tensor]], b
             rank than the result.
     """
     rank = pair.P.shape[-1]
-    for target, (B, A) in zip(group.targets, previous, strict=True):
-        _check(target, B, A, rank)
-    previous = [_sized(B, A) for B, A in previous]
+    for target, (b, a) in zip(group.targets, previous, strict=True):
+        _check(target, b, a, rank)
+    previous = [_sized(b, a) for b, a in previous]
     wide = [torch.promote_types(t.dtype, torch.float32) for t in group.targets]
-    B = [b.to(dtype) for dtype, (b, _) in zip(wide, previous, strict=True)]
-    A = [a.to(dtype) for dtype, (_, a) in zip(wide, previous, strict=True)]
-    X_B, X_A = kernels.factor_cross([t.B for t in group.targets], [t.A for t in group.targets], B, A, backend=backend)
-    Y_B, Y_A = (group.row_scale[side] * _stack(X, rank).to(group.device) for side, X in (("B", X_B), ("A", X_A)))
+    to_B = [b.to(dtype) for dtype, (b, _) in zip(wide, previous, strict=True)]
+    to_A = [a.to(dtype) for dtype, (_, a) in zip(wide, previous, strict=True)]
+    B, A = [t.B for t in group.targets], [t.A for t in group.targets]
+    X_B, X_A = kernels.factor_cross(B, A, to_B, to_A, backend=backend)
+    Y_B = group.row_scale["B"] * _stack(X_B, rank).to(group.device)
+    Y_A = group.row_scale["A"] * _stack(X_A, rank).to(group.device)
     M = pair.P.mT @ Y_B + pair.Q.mT @ Y_A
     U, _, Vt = torch.linalg.svd(M)
     R = U @ Vt

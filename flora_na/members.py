@@ -16,6 +16,7 @@ from fedgram import kernels
 from .target import Target
 
 Side = Literal["B", "A"]
+SIDES: tuple[Side, Side] = ("B", "A")
 
 
 @dataclass(frozen=True, eq=False)

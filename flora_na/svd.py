@@ -145,6 +145,7 @@ def certified_optimum(group: Group, rank: int) -> Pair | None:
 
 
 def _general_optimum(group: Group, rank: int) -> Pair:
+    assert group.gram is not None
     s = spectrum(group)
     group.memo.singular_squares = s.squares
     V = group.D * (s.L @ s.vectors[..., :rank])
