@@ -53,8 +53,8 @@ class Problem:
 
     def balanced_start(self) -> tuple[Tensor, Tensor]:
         """p and q of the averages, had every member's two factors one norm; 0 for a member without an update."""
-        norms = [self.collect(list(side)) for side in zip(*self._member_norms, strict=True)]
-        b, a = (x.square().sum(-1) for x in norms)
+        squares = [[x.square().sum(-1) for x in both] for both in self._member_norms]
+        b, a = (self.collect(list(side)) for side in zip(*squares, strict=True))
         ratio = torch.where((b > 0) & (a > 0), a * inverse_or_zero(b), 0.0).sqrt().sqrt()
         return self.start() * ratio, self.start() * inverse_or_zero(ratio)
 
