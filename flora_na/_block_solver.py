@@ -9,7 +9,7 @@ from fedgram.kernels.native_calls import bits, run_jobs, table
 
 from ._compiled import DOUBTFUL, SOLVER, STATUS, Block
 from .coefficients import SAFE_PIVOT, Evidence, Pair
-from .divergence import MARGIN, rounding
+from .energies import MARGIN, rounding
 from .group import Group
 
 MOST_RANKS = 512  # total; three to five times as fast as matrix products of one module from 192 up to it

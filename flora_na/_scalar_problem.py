@@ -13,7 +13,7 @@ from fedgram import kernels
 
 from ._scalar_newton import newton_step
 from .coefficients import inverse_or_zero, solve_psd, trace_product
-from .divergence import ROUNDING, energies, factor_norms, mass_of_target
+from .energies import ROUNDING, energies, factor_norms, mass_of_target
 from .group import Group
 from .members import Side
 from .pair_products import PairProducts

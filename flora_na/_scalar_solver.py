@@ -12,7 +12,7 @@ from fedgram.kernels.native_calls import bits, run_jobs, table
 
 from ._compiled import DOUBTFUL, SOLVER, STATUS, Scalar
 from .coefficients import SAFE_PIVOT, Evidence, ScalarPair
-from .divergence import MARGIN, rounding
+from .energies import MARGIN, rounding
 from .group import Group
 
 MOST_CLIENTS = 128  # above, LAPACK factorises the normal equations faster

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._block_solver import certified_blocks
 from .coefficients import AnyPair, Pair, balance, inverse_or_zero, orthonormaliser
-from .divergence import energies, factor_norms
+from .energies import energies, factor_norms
 from .group import Group
 from .members import Side
 

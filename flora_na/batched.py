@@ -20,7 +20,7 @@ from ._batched_group import BatchedGroup, Factors
 from ._batched_solvers import alternating, scalars
 from .als import tilted
 from .coefficients import fit_rank
-from .divergence import MARGIN, ROUNDING, ZERO
+from .energies import MARGIN, ROUNDING, ZERO
 from .rank_choice import LARGEST_RANK
 from .weights import real_numbers
 

@@ -11,7 +11,8 @@ from fedgram import kernels
 
 from ._scalar_solver import certified_pair
 from .coefficients import AnyPair, Ended, Pair, ScalarPair, balance, balanced_coefficients, fit_rank
-from .divergence import ROUNDING, column_masses, combine
+from .divergence import combine
+from .energies import ROUNDING, column_masses
 from .group import Group
 
 SHARP = 1e-4

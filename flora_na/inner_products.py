@@ -10,7 +10,7 @@ from torch import Tensor
 from fedgram import kernels
 
 from .cohort import Cohort, make_cohort
-from .divergence import ROUNDING
+from .energies import ROUNDING
 from .finite import check_finite
 from .group import Group, make_groups
 from .layer import AdapterLike

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .cohort import Cohort, make_cohort
 from .diagnosis import Inspection, ModuleInspection
-from .divergence import energies, pair_errors
+from .divergence import pair_errors
+from .energies import energies
 from .group import Group, make_groups
 from .inner_products import group_gramians, module_gramians, spread
 from .layer import AdapterLike

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .als import AlternatingLeastSquares, starting_rows
 from .coefficients import Pair, fit_rank, inverse_or_zero, orthonormaliser
-from .divergence import energies
+from .energies import energies
 from .fedavg import solve_fedavg
 from .group import Group
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from ._scalar_solver import doubtful_modules
 from .als import AlternatingLeastSquares
 from .coefficients import AnyPair, Pair, fit_rank
-from .divergence import energies, mass_of_pair, pair_errors
+from .divergence import pair_errors
+from .energies import energies, mass_of_pair
 from .fedavg import cut, scalar_pair, solve_fedavg
 from .group import Group
 from .rank_choice import Rank, check_rank

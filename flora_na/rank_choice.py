@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .divergence import MARGIN, energies, pair_errors, rounding
+from .divergence import pair_errors
+from .energies import MARGIN, energies, rounding
 from .group import Group
 from .svd import core_values, solve_svd, squared_singular_values
 

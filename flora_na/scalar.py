@@ -12,7 +12,7 @@ from torch import Tensor
 from ._scalar_problem import HalfStep, Problem
 from ._scalar_solver import certified_pair, doubtful_modules
 from .coefficients import Ended, ScalarPair
-from .divergence import MARGIN, energies
+from .energies import MARGIN, energies
 from .group import Group
 
 GAUGE_SWEEPS = 4

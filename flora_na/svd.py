@@ -13,7 +13,7 @@ from ._block_solver import MOST_COLUMNS, certified_blocks
 from ._spectrum_solver import CompiledSpectrum, compiled_spectrum
 from .als import CANCELLED, IMPLICIT_FLOOR, AlternatingLeastSquares
 from .coefficients import Pair, balanced_coefficients, eigh_psd, fit_rank, inverse_or_zero
-from .divergence import MARGIN, ROUNDING, energies, mass_of_target, rounding
+from .energies import MARGIN, ROUNDING, energies, mass_of_target, rounding
 from .group import Group
 from .krylov import solve_krylov
 

@@ -7,7 +7,8 @@ from functools import cached_property
 
 import torch
 
-from .divergence import Errors, energies, pair_errors
+from .divergence import Errors, pair_errors
+from .energies import energies
 from .fedavg import solve_fedavg
 from .group import Group
 from .svd import by_krylov, optimum_error, solve_svd, unresolved
