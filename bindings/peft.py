@@ -30,6 +30,7 @@ from ._peft.merging import BASE, AdapterConfig, check_shared, merge_configs
 from ._peft.output import output_config
 from ._peft.shards import ShardedTensors, TensorSource
 from ._peft.stored_layers import StoredLayers
+from .files.documents import filed_errors
 from .files.staging import check_writable, staged_directory
 from .files.tensor_file import TensorFile, TensorSpec, spec_of, write_tensors
 
@@ -292,7 +293,7 @@ def extra_specs(adapter: Adapter) -> dict[str, TensorSpec]:
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8") as file, filed_errors(path):
         json.dump(document, file, indent=2, sort_keys=True)
         file.write("\n")
         file.flush()

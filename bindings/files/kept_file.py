@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from .buffers import Buffer
-from .documents import open_regular
+from .documents import filed_errors, open_regular
 from .read_behind import ReadBehind
 
 MOST = 128
@@ -62,7 +62,7 @@ class KeptFile:
         self._lock.release()
 
     def _reopen(self) -> None:
-        with open_regular(self._path) as file:
+        with open_regular(self._path) as file, filed_errors(self._path):
             self._descriptor = os.dup(file.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)

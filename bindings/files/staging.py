@@ -9,13 +9,17 @@ import glob
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .documents import named_error
 from .output_folders import is_mount, made_parents, may_replace
 from .output_lock import beside, locked, reserved
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+NOT_FOR_DIRECTORIES = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)
+"""What file systems answer, FUSE's and network ones among them, where a directory cannot be synced by itself."""
 _HEX = frozenset("0123456789abcdef")
 Hold = Callable[[Path], contextlib.AbstractContextManager[None]]
 
@@ -105,11 +109,18 @@ def publish(stage: Path, target: Path, owned: frozenset[str]) -> None:
     Raises:
         ValueError: ``target`` has come to hold files that are not ``owned``.
         OSError: the swap failed; ``target`` is as it was.
+
+    Warns:
+        UserWarning: the new files are in place, and the disk would not confirm it.
     """
     _sync_directory(stage)
     check_replaceable(target, owned)  # again: it may be hours since
     _swap(stage, target)
-    _sync_directory(target.parent)
+    try:
+        _sync_directory(target.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        warnings.warn(f"{target}: written, but a power cut may still undo it ({reason})", stacklevel=3)
 
 
 @contextlib.contextmanager
@@ -190,10 +201,14 @@ def _swap_in_two_steps(stage: Path, target: Path) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
+    """Have the names in a directory on the disk, where its file system has a way to do that."""
     if os.name == "nt":
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_FOR_DIRECTORIES:
+            raise named_error(error, directory) from None
     finally:
         os.close(descriptor)

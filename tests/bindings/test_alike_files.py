@@ -1,9 +1,12 @@
 """Clients' files that are laid out alike share what is known of their tensors, and nothing else."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fedgram.bindings._peft import contents as peft_contents
 from fedgram.bindings.files import tensor_header
@@ -72,3 +75,16 @@ def test_nothing_is_kept_once_the_adapters_are_gone(tmp_path):
     assert (len(tensor_header._alike), len(peft_contents._alike)) == (before[0] + 1, before[1] + 1)
     del adapter
     assert (len(tensor_header._alike), len(peft_contents._alike)) == before
+
+
+def test_a_file_for_which_no_descriptor_is_left_is_named(tmp_path, monkeypatch):
+    save_file({"x": torch.ones(2)}, tmp_path / "t.safetensors")
+    file = TensorFile(tmp_path / "t.safetensors")
+
+    def none_left(descriptor):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "dup", none_left)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        file.read("x")
+    assert caught.value.filename == str(tmp_path / "t.safetensors")

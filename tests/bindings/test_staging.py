@@ -1,9 +1,11 @@
 """Outputs are whole or not there: exceptions, kills, full disks, two writers at once, other people's files."""
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -349,3 +351,39 @@ def test_errors_name_the_output_and_not_its_stage(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         fail()
     assert caught.value.filename == str(tmp_path / "out" / "a" / "b")
+
+
+def failing_syncs(monkeypatch, code, which):
+    """Have the syncs of directories fail that ``which`` takes the number of, counted from 1."""
+    real, count = os.fsync, iter(range(1, 100))
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) and which(next(count)):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_file_systems_that_do_not_sync_directories_are_written_to(tmp_path, monkeypatch):
+    failing_syncs(monkeypatch, errno.EINVAL, lambda number: True)
+    write(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "a").read_text() == "new"
+
+
+def test_a_disk_that_fails_before_the_swap_keeps_the_previous_output_and_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "out", "old")
+    failing_syncs(monkeypatch, errno.EIO, lambda number: number == 1)
+    with pytest.raises(OSError, match="error") as caught:
+        write(tmp_path / "out", "new")
+    assert "out" in str(caught.value.filename)
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_a_disk_that_fails_after_the_swap_is_a_warning(tmp_path, monkeypatch):
+    write(tmp_path / "out", "old")
+    failing_syncs(monkeypatch, errno.EIO, lambda number: number == 2)
+    with pytest.warns(UserWarning, match=r"out: written, but a power cut may still undo it \(.*error\)"):
+        write(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "a").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
