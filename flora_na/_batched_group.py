@@ -10,7 +10,7 @@ from torch import Tensor
 from fedgram import kernels
 
 from ._batched_algebra import layout_of, positions_of
-from .group import stacked
+from .grouping import stacked
 from .members import SIDES, Side
 
 Factors = Sequence[Sequence[Tensor]]

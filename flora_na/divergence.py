@@ -20,7 +20,8 @@ from fedgram import kernels
 
 from .coefficients import AnyPair, Evidence, Pair, ScalarPair, trace_product
 from .energies import MARGIN, energies, mass_of_pair, rounding
-from .group import Factors, Group, stacked
+from .group import Factors, Group
+from .grouping import stacked
 from .members import Side
 from .target import Target
 

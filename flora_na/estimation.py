@@ -11,7 +11,8 @@ from torch import Tensor
 from .coefficients import AnyPair, Pair
 from .divergence import Errors, Factors, combine_measured, measured_errors, shows
 from .gauge import align
-from .group import Group, make_groups
+from .group import Group
+from .grouping import make_groups
 from .methods import check_method, doubtful_apart, solve_each, with_averages
 from .rank_choice import Rank, split_by_rank
 from .stack import concatenate, residual_factors

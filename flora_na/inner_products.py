@@ -12,7 +12,8 @@ from fedgram import kernels
 from .cohort import Cohort, make_cohort
 from .energies import ROUNDING
 from .finite import check_finite
-from .group import Group, make_groups
+from .group import Group
+from .grouping import make_groups
 from .layer import AdapterLike
 from .portions import chunks
 from .screening import Clip, Screening, check_screening, screen, screened

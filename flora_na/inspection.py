@@ -11,7 +11,8 @@ from .cohort import Cohort, make_cohort
 from .diagnosis import Inspection, ModuleInspection
 from .divergence import pair_errors
 from .energies import energies
-from .group import Group, make_groups
+from .group import Group
+from .grouping import make_groups
 from .inner_products import group_gramians, module_gramians, spread
 from .layer import AdapterLike
 from .methods import COEFFICIENT_METHODS, check_method, solve, with_averages

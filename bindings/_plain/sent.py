@@ -12,7 +12,7 @@ from torch import Tensor
 from fedgram.flora_na import Adapter, LoraLayer, Report
 from fedgram.flora_na.cohort import Cohort
 from fedgram.flora_na.divergence import measured_errors
-from fedgram.flora_na.group import make_groups
+from fedgram.flora_na.grouping import make_groups
 from fedgram.flora_na.stack import residual_factors
 from fedgram.flora_na.target import Target
 from fedgram.stamp.structure import finite

@@ -11,7 +11,7 @@ from fedgram.flora_na.coefficients import Pair
 from fedgram.flora_na.divergence import pair_errors
 from fedgram.flora_na.estimation import estimate_targets
 from fedgram.flora_na.fedavg import solve_fedavg
-from fedgram.flora_na.group import make_groups
+from fedgram.flora_na.grouping import make_groups
 from fedgram.flora_na.target import make_target
 
 pytestmark = pytest.mark.skipif(SOLVER.missing is not None, reason=str(SOLVER.missing))

@@ -5,7 +5,7 @@ import torch
 
 from fedgram import kernels
 from fedgram.flora_na.estimation import estimate_targets
-from fedgram.flora_na.group import make_groups, stacked
+from fedgram.flora_na.grouping import make_groups, stacked
 from fedgram.flora_na.target import make_target
 from fedgram.kernels import native_calls
 

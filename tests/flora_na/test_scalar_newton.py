@@ -9,7 +9,7 @@ from fedgram.flora_na._scalar_newton import DAMPING, newton_step
 from fedgram.flora_na._scalar_problem import Problem
 from fedgram.flora_na.divergence import pair_errors
 from fedgram.flora_na.estimation import estimate_targets
-from fedgram.flora_na.group import make_groups
+from fedgram.flora_na.grouping import make_groups
 from fedgram.flora_na.target import make_target
 
 CASES = {"even ranks": [4] * 5, "ragged ranks": [1, 3, 5, 2]}

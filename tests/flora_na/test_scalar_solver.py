@@ -7,7 +7,7 @@ from fedgram.flora_na import ScalarLeastSquares
 from fedgram.flora_na._scalar_solver import SOLVER, can_solve, certified_pair
 from fedgram.flora_na.divergence import pair_errors
 from fedgram.flora_na.estimation import _active, estimate_targets
-from fedgram.flora_na.group import make_groups
+from fedgram.flora_na.grouping import make_groups
 from fedgram.flora_na.target import make_target
 from fedgram.flora_na.weights import normalise_weights
 

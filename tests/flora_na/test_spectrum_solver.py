@@ -7,7 +7,7 @@ from fedgram import flora_na
 from fedgram.flora_na import svd
 from fedgram.flora_na._compiled import SOLVER
 from fedgram.flora_na._spectrum_solver import MOST_RANKS, compiled_spectrum
-from fedgram.flora_na.group import make_groups
+from fedgram.flora_na.grouping import make_groups
 from fedgram.flora_na.svd import solve_svd, squared_singular_values
 from fedgram.flora_na.target import make_target
 
