@@ -13,6 +13,7 @@ from fedgram.stamp import Dual
 from fedgram.stamp.spatial import copied
 
 from ._frameworks.options import AGGREGATION, check_aggregation, passed, shown
+from ._peft.merging import merge_configs
 from ._plain.keys import completed
 from .plain import aggregate_state_dicts, match_state_dicts
 
@@ -294,7 +295,10 @@ class StateDictMatcher(nn.Module):
 
 
 def _carried(previous: Adapter, adapter: Adapter) -> Adapter:
-    """The new adapter with what only the previous one has."""
+    """The new adapter with what only the previous one has, and a configuration that declares it."""
+    config, earlier = adapter.config, previous.config
+    if config is not None and earlier is not None and (previous.extras.keys() - adapter.extras.keys()):
+        config = merge_configs([config, earlier])
     modules = {**previous.modules, **adapter.modules}
     extras, roles = {**previous.extras, **adapter.extras}, {**previous.roles, **adapter.roles}
-    return Adapter(modules, extras, adapter.config, roles)
+    return Adapter(modules, extras, config, roles)

@@ -36,9 +36,9 @@ from .peft import (
     OUTPUT_FILES,
     LazyMapping,
     PathLike,
+    config_of_result,
     load_adapters,
     load_global,
-    merge_configs,
     save_adapter,
     save_residual,
 )
@@ -150,7 +150,7 @@ def aggregate_to_directory(
         with reading_once(size_of([*adapters, *(x for x in (anchor, align_to) if x is not None)])):
             run.average()  # first: what is wrong with them is found before the long work
             run.solve(progress)
-        config = merge_configs(adapter.config for adapter in adapters)
+        config = config_of_result(adapters, weights)
         if residual is not None:
             save_residual(run.adapter(RESIDUAL, config), residual)
         save_adapter(run.adapter(LAYER, config), output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -105,7 +105,7 @@ def make_cohort(
     if missing not in MISSING:
         raise ValueError(f"missing: expected one of {', '.join(MISSING)}, got {missing!r}")
     w = normalise_weights(weights, len(adapters))
-    labels = [f"client {u}" for u in range(len(adapters))] if names is None else numbered(names)
+    labels = [f"client {u}" for u in range(len(adapters))] if names is None else numbered(list(names))
     if len(labels) != len(adapters):
         raise ValueError(f"names: expected {len(adapters)} (one per client), got {len(labels)}")
     active = [u for u, weight in enumerate(w.tolist()) if weight > 0]
@@ -131,15 +131,14 @@ def _merged_config(configs: Sequence[Mapping[str, Any] | None], names: Sequence[
 
 def numbered(names: Sequence[str]) -> list[str]:
     """The names, with a number to those that are there already: reports are by name."""
-    if len(set(names)) == len(names):
-        return list(names)
-    seen: set[str] = set()
     taken, labels = set(names), []
+    numbers: dict[str, Iterator[int]] = {}
     for name in names:
         label = name
-        if name in seen:
-            label = next(other for i in count(2) if (other := f"{name} ({i})") not in taken)
-        seen.add(name)
+        if name in numbers:
+            while label in taken:
+                label = f"{name} ({next(numbers[name])})"
+        numbers.setdefault(name, count(2))
         taken.add(label)
         labels.append(label)
     return labels

@@ -31,8 +31,8 @@ class Estimate:
         rho: ``||dW - BA|| / ||dW||`` of the factors as returned, their rounding included; NaN where dW is zero.
         norm: ``||dW||``, Frobenius.
         status: ``closed-form``, ``converged``, ``max-sweeps``, ``exact`` (stack) or ``zero-target`` (dW is zero: the
-            averaged factors are returned); of ``flora-na`` also ``unresolved``: so much cancels within dW that the
-            Grams hold nothing more to go by, and the pair is the best that was seen.
+            averaged factors are returned); of ``flora-na`` also ``unresolved``: so much cancels within dW, or
+            within the pair, that the Grams hold nothing more to go by, and the pair is the best that was seen.
         sweeps: alternating sweeps used; 0 for closed forms.
     """
 

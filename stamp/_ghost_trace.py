@@ -94,7 +94,8 @@ class Trace:
     def first_not_finite(self) -> int | None:
         """The first task with a factor or gradient that is not finite, or None."""
         for k in range(self.tasks):
-            tensors = [grad for grads in self.materialised().values() if (grad := grads[k]) is not None]
+            own = [grads[k] for grads in self.materialised().values()]
+            tensors = [grad for grad in own if grad is not None]
             for ghost in self.ghosts.values():
                 tensors += [t for use in ghost.uses[k] for t in use.factors()] if ghost.is_ghost else []
             if not all(bool(torch.isfinite(t).all()) for t in tensors):

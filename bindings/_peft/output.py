@@ -72,6 +72,8 @@ def _written_selection(config: Mapping[str, Any], modules: Collection[str]) -> d
     runs them over the names of the base model wherever it is loaded, and a stranger's may take for ever.
     """
     names = sorted(modules)
+    if not names:  # only parameters, such as those of experts
+        return dict.fromkeys(SELECTION) | {"target_modules": []}
     if not only_names(config):
         return dict.fromkeys(SELECTION) | {"target_modules": "|".join(map(re.escape, names))}
     if all(_targeted(config, module) for module in names):
@@ -140,12 +142,14 @@ def _reads_as(pattern: Mapping[str, int], ranks: Mapping[str, int], default: int
 
 def _saved_extras(config: Mapping[str, Any], extras: list[str], modules: Collection[str]) -> dict[str, Any]:
     """modules_to_save and bias as far as their tensors are there: PEFT fails on declared tensors that are not."""
-    entries = config["modules_to_save"] or []
-    if not entries and config["bias"] == "none":
-        entries = sorted({key.rpartition(".")[0] for key in extras if not is_frozen(key, modules)} - {""})
+    entries, bias = config["modules_to_save"] or [], config["bias"]
+    if not entries and bias == "none":  # told by the tensors: a bias alone was trained as one
+        found = [key.rpartition(".") for key in extras if not is_frozen(key, modules)]
+        entries = sorted({module for module, _, part in found if part != "bias"} - {""})
+        bias = "all"
     saved = [entry for entry in entries if any(saved_by(entry, key) for key in extras)]
     has_bias = any(key.endswith("bias") and not any(saved_by(entry, key) for entry in saved) for key in extras)
-    kept = {"modules_to_save": saved or None, "bias": config["bias"] if has_bias else "none"}
+    kept = {"modules_to_save": saved or None, "bias": bias if has_bias else "none"}
     settings = LoraSettings.parse({**config, **kept}, Path("config"))
     for key in extras:
         tied = settings.tying and bool(saved) and key.endswith(".weight")

@@ -20,7 +20,7 @@ from fedgram.flora_na.weights import Weights, normalise_weights
 
 from .._peft.files import files_of
 
-FORMAT = 2
+FORMAT = 3  # also raised where the same options give other numbers than before
 Stamp = list[str | int]
 
 

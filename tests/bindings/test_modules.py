@@ -10,6 +10,7 @@ from fedgram.bindings.modules import LoraAggregator, StateDictAggregator
 from fedgram.bindings.peft import load_adapter, save_adapter
 from fedgram.flora_na import Adapter, LoraLayer
 from fedgram_testing.lora_states import states
+from fedgram_testing.peft_adapters import load_with_peft, mlp, write_client
 
 WEIGHTS = [8.0, 1.0, 1.0]
 
@@ -185,3 +186,21 @@ def test_options_that_cannot_work_are_refused_at_once(make, options, message):
 
 def test_it_prints_its_options():
     assert "method='svd', rank=4" in repr(LoraAggregator("svd", rank=4))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"modules_to_save": ["2"]}, {}),
+        ({"bias": "all"}, {"bias": "none"}),
+        ({"modules_to_save": ["2"]}, {"bias": "all"}),
+    ],
+)
+def test_what_is_carried_over_is_declared_and_loads(tmp_path, first, second):
+    server = LoraAggregator(method="fedavg")
+    for number, options in enumerate((first, second)):
+        write_client(tmp_path / f"{number}", mlp(), target_modules=["0"], r=2, **options)
+        result = server([load_adapter(tmp_path / f"{number}")])
+    save_adapter(result, tmp_path / "out")
+    assert set(load_adapter(tmp_path / "out").extras) == set(result.extras)
+    load_with_peft(mlp(), tmp_path / "out")

@@ -287,3 +287,10 @@ def test_gaussian_initialisation_of_the_clients_is_not_carried_over(tmp_path):
     quietly(write_client, tmp_path / "in", mlp(), target_modules=["0"], r=2, init_lora_weights="gaussian")
     save_adapter(load_adapter(tmp_path / "in"), tmp_path / "out")
     assert config_of(tmp_path / "out")["init_lora_weights"] is True
+
+
+def test_adapters_of_parameters_alone_select_no_module(tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [], "exclude_modules": ["q"]}
+    layers = {f"mlp.experts [expert {i} of 2]": layer(4, 5, 2, seed=i) for i in (0, 1)}
+    save_adapter(Adapter(layers, {}, config | {"target_parameters": ["mlp.experts.w"]}), tmp_path / "out")
+    assert config_of(tmp_path / "out")["target_modules"] == []

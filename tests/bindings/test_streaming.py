@@ -15,10 +15,11 @@ from fedgram.bindings import streaming
 from fedgram.bindings._streaming import extras
 from fedgram.bindings.files.linked_file import PAGE
 from fedgram.bindings.files.tensor_file import TensorFile
-from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
+from fedgram.bindings.peft import load_adapter, load_adapters, save_adapter
 from fedgram.bindings.streaming import aggregate_directories
 from fedgram.flora_na import portions
 from fedgram_testing.cli_clients import refused, run
+from fedgram_testing.peft_adapters import edit_config
 from fedgram_testing.streaming import MODULES, files_of, interrupted, write_adapter, write_clients
 
 
@@ -40,10 +41,9 @@ def in_memory(dirs, output, weights=None, *, residual=None, anchor=None, align_t
         align_to=align_to and load_adapter(align_to),
         **options,
     )
-    config = merge_configs(adapter.config for adapter in adapters)
-    save_adapter(done.adapter, output, config=config)
+    save_adapter(done.adapter, output)
     if residual is not None:
-        save_adapter(done.residual, residual, config=config | {"task_type": None})
+        save_adapter(done.residual, residual, config=done.adapter.config | {"task_type": None})
     return done.report
 
 
@@ -71,6 +71,15 @@ def test_the_bits_are_those_of_aggregate(tmp_path, monkeypatch, method, size):
         for i, dtype in enumerate(dtypes)
     ]
     same(tmp_path, dirs, [3, 1, 2.5], method=method)
+
+
+def test_a_client_of_weight_zero_has_no_say_in_the_configuration(tmp_path):
+    dirs = write_clients(tmp_path)
+    edit_config(dirs[0], target_modules=".*(query|value)", base_model_name_or_path="another")
+    adapters = [load_adapter(path) for path in dirs]
+    streaming.aggregate_to_directory(adapters, tmp_path / "out", [0, 1, 1])
+    save_adapter(flora_na.aggregate(adapters, [0, 1, 1]).adapter, tmp_path / "expected")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
 
 def test_anchor_alignment_residual_screening_and_missing_modules(tmp_path):
