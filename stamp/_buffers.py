@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ._look import may_look
 
@@ -48,8 +49,12 @@ class Kept:
 
 
 def remembered(model: nn.Module) -> list[Kept]:
-    """What every module holds."""
-    return [Kept.of(module) for module in model.modules()]
+    """What every module holds; a lazy one holds nothing until it has seen an input."""
+    return [Kept.of(module) for module in model.modules() if not _lazy(module)]
+
+
+def _lazy(module: nn.Module) -> bool:
+    return any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()))
 
 
 @torch.no_grad()

@@ -280,10 +280,13 @@ def _to_device(batch: Any, device: torch.device | None) -> Any:
         return batch.to(device)
     if isinstance(batch, Mapping):
         moved = {key: _to_device(part, device) for key, part in batch.items()}
+        if all(moved[key] is part for key, part in batch.items()):
+            return batch
         if not isinstance(batch, MutableMapping):
             return moved
         whole = copy.copy(batch)
-        whole.update(moved)
+        for key, part in moved.items():  # some, such as transformers' outputs, refuse ``update``
+            whole[key] = part
         return whole
     if not isinstance(batch, tuple | list):
         return batch

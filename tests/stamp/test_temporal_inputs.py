@@ -195,3 +195,27 @@ def test_an_outer_step_out_of_range_is_refused(dtype, lr):
 def test_the_current_weight_is_a_share(weight):
     with pytest.raises(ValueError, match="current_weight: expected a"):
         stamp.TemporalMatcher(network(), loss_fn, Memory(data()), current_weight=weight)
+
+
+class Output(collections.OrderedDict):
+    """A mapping as transformers' outputs are: entries can be set, ``update`` is refused."""
+
+    def update(self, *args, **kwargs):
+        raise RuntimeError("you cannot use update")
+
+
+def test_mappings_that_refuse_update_keep_their_type():
+    batch = Output()
+    batch["x"] = torch.ones(2)
+    assert _to_device(batch, torch.device("cpu")) is batch
+    moved = _to_device(batch, torch.device("meta"))
+    assert type(moved) is Output
+    assert moved["x"].device.type == "meta"
+    assert batch["x"].device.type == "cpu"
+
+
+def test_lazy_modules_take_their_first_step():
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.LazyLinear(3))
+    matcher = stamp.TemporalMatcher(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), stamp.PrototypeMemory(4))
+    assert matcher.step((torch.randn(8, 5), torch.arange(8) % 3)).match.status == "optimal"
+    assert all(p.grad is not None for p in model.parameters())
