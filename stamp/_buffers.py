@@ -54,7 +54,8 @@ def remembered(model: nn.Module) -> list[Kept]:
 
 
 def _lazy(module: nn.Module) -> bool:
-    return any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()))
+    held = (*module._parameters.values(), *module._buffers.values())
+    return any(t is not None and is_lazy(t) for t in held)
 
 
 @torch.no_grad()
