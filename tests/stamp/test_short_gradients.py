@@ -9,6 +9,7 @@ from torch import nn
 
 from fedgram import stamp
 from fedgram_testing.gradient_families import duality
+from fedgram_testing.memories import OneTask
 
 RATIOS = (1e2, 3e2, 1e3, 1e4, 1e6, 3e7, 1e9, 1e12)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -179,16 +180,6 @@ def test_on_the_server(ratio):
         assert torch.equal(stamp.solve_dual(step.gramian, 0.5).weights, step.dual.weights)
 
 
-class Memory:
-    tasks = ("old",)
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def task(self, name):
-        return self.batch
-
-
 def scaled_loss(model, batch):
     return batch[2] * nn.functional.mse_loss(model(batch[0]), batch[1])
 
@@ -198,7 +189,7 @@ def test_a_memorised_old_task(ratio):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2)).double()
     now, old = ((torch.randn(4, 6).double(), torch.randn(4, 2).double(), s) for s in (1.0, 1 / ratio))
-    found = stamp.TemporalMatcher(model, scaled_loss, Memory(old), c=0.5).step(now).match
+    found = stamp.TemporalMatcher(model, scaled_loss, OneTask(old), c=0.5).step(now).match
     X = torch.stack(
         [
             torch.cat([g.flatten() for g in torch.autograd.grad(scaled_loss(model, b), tuple(model.parameters()))])

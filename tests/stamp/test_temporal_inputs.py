@@ -10,18 +10,9 @@ from torch.nn.utils.rnn import pack_sequence
 
 from fedgram import stamp
 from fedgram.stamp.temporal import _to_device
+from fedgram_testing.memories import OneTask
 
 Batch = collections.namedtuple("Batch", "x y")
-
-
-class Memory:
-    tasks = ("old",)
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def task(self, name):
-        return self.batch
 
 
 class Moved:
@@ -95,16 +86,16 @@ def test_named_and_packed_batches_and_mappings_are_steps_like_others():
     def named(m, b):
         return F.cross_entropy(m(b.x), b.y)
 
-    expected = stamp.TemporalMatcher(network(), loss_fn, Memory(data(1))).step(data(0)).match.coefficients
-    found = stamp.TemporalMatcher(network(), named, Memory(data(1))).step(data(0))
+    expected = stamp.TemporalMatcher(network(), loss_fn, OneTask(data(1))).step(data(0)).match.coefficients
+    found = stamp.TemporalMatcher(network(), named, OneTask(data(1))).step(data(0))
     assert torch.equal(found.match.coefficients, expected)
     by_name = stamp.TemporalMatcher(
-        network(), lambda m, b: F.cross_entropy(m(b["x"]), b["y"]), Memory(data(1)._asdict())
+        network(), lambda m, b: F.cross_entropy(m(b["x"]), b["y"]), OneTask(data(1)._asdict())
     ).step(data(0)._asdict())
     assert torch.equal(by_name.match.coefficients, expected)
     model = nn.LSTM(3, 4)
     packed = pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
-    steps = stamp.TemporalMatcher(model, lambda m, b: m(b[0])[0].data.square().mean(), Memory((packed, 0)))
+    steps = stamp.TemporalMatcher(model, lambda m, b: m(b[0])[0].data.square().mean(), OneTask((packed, 0)))
     assert steps.step((packed, 0)).match.status == "optimal"
 
 
@@ -129,7 +120,7 @@ def test_named_and_packed_batches_and_mappings_are_steps_like_others():
 def test_losses_that_are_none_are_named(loss, message):
     model = network()
     before = whole(model)
-    matcher = stamp.TemporalMatcher(model, loss, Memory(data(1, 6)))
+    matcher = stamp.TemporalMatcher(model, loss, OneTask(data(1, 6)))
     with pytest.raises(ValueError, match=f"loss_fn: {message}"):
         matcher.step(data())
     with pytest.raises(ValueError, match=f"loss_fn: {message}"):
@@ -145,7 +136,7 @@ def test_a_refused_batch_leaves_running_statistics_and_modes():
     bad.x[0, 0] = float("nan")
     before = whole(model)
     with pytest.raises(ValueError, match=r"the current task, '0.weight' is not finite"):
-        stamp.TemporalMatcher(model, loss_fn, Memory(data())).step(bad)
+        stamp.TemporalMatcher(model, loss_fn, OneTask(data())).step(bad)
     unchanged(model, before)
 
     def evaluating(m, b):
@@ -153,7 +144,7 @@ def test_a_refused_batch_leaves_running_statistics_and_modes():
         return loss_fn(m, b)
 
     with pytest.raises(ValueError, match="is not finite"):
-        stamp.TemporalMatcher(model, evaluating, Memory(data())).step(bad)
+        stamp.TemporalMatcher(model, evaluating, OneTask(data())).step(bad)
     unchanged(model, before)
 
 
@@ -164,7 +155,7 @@ def test_an_earlier_task_that_changes_modes_does_not_change_them_for_good():
         m.train(len(b[0]) == 8)
         return loss_fn(m, b)
 
-    stamp.TemporalMatcher(model, loss, Memory(data(1, 6))).step(data())
+    stamp.TemporalMatcher(model, loss, OneTask(data(1, 6))).step(data())
     assert all(m.training for m in model.modules())
 
 
@@ -173,7 +164,7 @@ def test_the_outer_step_has_a_finite_length(lr):
     model = network()
     before = whole(model)
     with pytest.raises(ValueError, match="lr: expected a finite number"):
-        stamp.TemporalMatcher(model, loss_fn, Memory(data(1))).multi_step(
+        stamp.TemporalMatcher(model, loss_fn, OneTask(data(1))).multi_step(
             [data()], steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), lr=lr
         )
     unchanged(model, before)
@@ -185,7 +176,7 @@ def test_an_outer_step_out_of_range_is_refused(dtype, lr):
     before = whole(model)
     now, old = (Batch(b.x.to(dtype), b.y) for b in (data(), data(1)))
     with pytest.raises(ValueError, match=rf"lr: with .*, '.*' would exceed .*, the largest number of {dtype}"):
-        stamp.TemporalMatcher(model, loss_fn, Memory(old)).multi_step(
+        stamp.TemporalMatcher(model, loss_fn, OneTask(old)).multi_step(
             [now], steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=100.0), lr=lr
         )
     unchanged(model, before)
@@ -194,7 +185,7 @@ def test_an_outer_step_out_of_range_is_refused(dtype, lr):
 @pytest.mark.parametrize("weight", ["a", float("nan"), -0.1, [0.5, 0.5]])
 def test_the_current_weight_is_a_share(weight):
     with pytest.raises(ValueError, match="current_weight: expected a"):
-        stamp.TemporalMatcher(network(), loss_fn, Memory(data()), current_weight=weight)
+        stamp.TemporalMatcher(network(), loss_fn, OneTask(data()), current_weight=weight)
 
 
 class Output(collections.OrderedDict):
