@@ -55,8 +55,8 @@ def _solve(
     library = SOLVER.loaded
     D, grams = group.D.contiguous(), [gram[side].contiguous() for side in ("B", "A")]
     figures = library.fedgram_block_figures()
-    pair = torch.empty(2, L, R, rank, dtype=torch.float64)
-    found = torch.empty(L, figures, dtype=torch.float64)
+    pair = torch.empty(2, L, R, rank, dtype=torch.float64, device="cpu")
+    found = torch.empty(L, figures, dtype=torch.float64, device="cpu")
     tolerance, cancelled = limits
     common = (R, rank, max_sweeps, *map(bits, (tolerance, SAFE_PIVOT, cancelled, MARGIN * rounding(group))))
     square, line, block, row = 8 * R * R, 8 * R, 8 * R * rank, 8 * figures

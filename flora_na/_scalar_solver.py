@@ -81,8 +81,8 @@ def _solve(group: Group, tolerances: tuple[float, float], max_sweeps: int) -> tu
     layout, addresses = _layout(group.ranks)
     weights, grams = group.weights.contiguous(), [group.gram[side].contiguous() for side in ("B", "A")]
     figures = library.fedgram_scalar_figures()
-    scalars = torch.empty(2, L, U, dtype=torch.float64)
-    found = torch.empty(L, figures, dtype=torch.float64)
+    scalars = torch.empty(2, L, U, dtype=torch.float64, device="cpu")
+    found = torch.empty(L, figures, dtype=torch.float64, device="cpu")
     limits = map(bits, (*tolerances, SAFE_PIVOT, MARGIN * rounding(group)))
     common = (*addresses, U, R, rank, int(max_sweeps > 0), max_sweeps, *limits)
     square, line, row = 8 * R * R, 8 * U, 8 * figures

@@ -45,7 +45,7 @@ def compiled_spectrum(group: Group, count: int, rank: int = 0) -> CompiledSpectr
     library = SOLVER.loaded
     D, grams = group.D.contiguous(), [group.gram[side].contiguous() for side in ("B", "A")]
     shapes = ((L, count), (L, library.fedgram_spectrum_figures()), (L, R, rank))
-    values, figures, rows = (torch.empty(shape, dtype=torch.float64) for shape in shapes)
+    values, figures, rows = (torch.empty(shape, dtype=torch.float64, device="cpu") for shape in shapes)
     given = [(t.data_ptr(), t.stride(0) * t.element_size()) for t in (*grams, D, values, rows, figures)]
     common = (R, count, rank, bits(SAFE_PIVOT))
     jobs = []

@@ -98,8 +98,8 @@ def tilted(Q: Tensor, sketch: Tensor, norms: dict[Side, Tensor]) -> Tensor:
 
 def _sketch(group: Group, columns: int) -> Tensor:
     """(L, R, columns) fixed random combinations of rows of A."""
-    generator = torch.Generator().manual_seed(0)
-    sketch = torch.randn(group.total_rank, columns, dtype=torch.float64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    sketch = torch.randn(group.total_rank, columns, dtype=torch.float64, generator=generator, device="cpu")
     return group.D.sqrt() * sketch.to(group.device)
 
 

@@ -163,7 +163,7 @@ class Group:
     @cached_property
     def slot(self) -> Tensor:
         """(R,) the position of each stacked row within its member."""
-        return torch.cat([torch.arange(r) for r in self.ranks]).to(self.device)
+        return torch.cat([torch.arange(r, device=self.device) for r in self.ranks])
 
     @cached_property
     def selector(self) -> Tensor:

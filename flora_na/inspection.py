@@ -79,7 +79,7 @@ def sum_of(gramians: Mapping[str, Tensor]) -> Tensor:
 
 def _positions(cohort: Cohort, screening: Screening | None) -> dict[str, list[int]]:
     """Module by module, where the clients that take part stand in the whole cohort."""
-    kept = torch.ones(len(cohort.names)) if screening is None else screening.weights
+    kept = [1.0] * len(cohort.names) if screening is None else screening.weights.tolist()
     return {m: [u for u in cohort.present(m) if kept[u] > 0] for m in cohort.modules}
 
 

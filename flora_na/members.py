@@ -77,7 +77,7 @@ class Members:
 @functools.lru_cache(maxsize=64)
 def members_of_rows(ranks: tuple[int, ...]) -> Tensor:
     """(R,) of every stacked row the member that it belongs to; shared, hence not to be written to."""
-    return torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+    return torch.arange(len(ranks), device="cpu").repeat_interleave(torch.tensor(ranks, device="cpu"))
 
 
 def _lines(vectors: list[Tensor]) -> Tensor:

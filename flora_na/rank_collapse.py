@@ -99,7 +99,7 @@ def rank_collapses(
     if len(set(ranks)) < 2:
         return [None] * len(group.targets)
     low, high = min(ranks), max(ranks)
-    mass, beyond = torch.zeros(2, len(group.targets), dtype=torch.float64)
+    mass, beyond = torch.zeros(2, len(group.targets), dtype=torch.float64, device="cpu")
     for u, rank in enumerate(group.ranks):
         if rank > low:
             values = _client_energies(group, u)

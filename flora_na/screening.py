@@ -232,7 +232,7 @@ def _bound(clip: Clip, norms: Tensor) -> float | None:
 
 def _filter(gramian: Tensor, weights: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
     """(U,) who remains, and the cosines that decided it."""
-    kept = torch.ones(len(weights), dtype=torch.bool)
+    kept = torch.ones_like(weights, dtype=torch.bool)
     found = mean_cosines(gramian, weights)
     while threshold is not None and kept.any():
         shares = torch.where(kept, weights, 0.0)

@@ -143,7 +143,7 @@ def scaling_numbers(scalings: Sequence[float] | Tensor | None, count: int) -> tu
 @lru_cache(maxsize=64)
 def _vector(numbers: tuple[float, ...]) -> Tensor:
     """float64; most modules share one, which is not to be written to."""
-    return torch.tensor(numbers, dtype=torch.float64)
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def _plain(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ def normalise_weights(weights: Weights, count: int, names: Sequence[str] | None 
     if count == 0:
         raise ValueError("adapters: expected at least one client, got none")
     if weights is None:
-        return torch.full((count,), 1.0 / count, dtype=torch.float64)
+        return torch.full((count,), 1.0 / count, dtype=torch.float64, device="cpu")
     w = real_numbers("weights", weights)
     if w.numel() != count:
         raise ValueError(f"weights: expected {count} (one per client), got {w.numel()}")
