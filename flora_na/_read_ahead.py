@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import portions
+from .cohort import Cohort
 from .layer import Adapter, LoraLayer
 
 HELD = 1.5
@@ -22,8 +23,7 @@ SPARE = 1 << 23
 class Portion:
     """Some modules of every client, in memory, and their bytes."""
 
-    adapters: tuple[Adapter, ...]
-    modules: tuple[str, ...]
+    cohort: Cohort
     nbytes: int
 
 
@@ -39,8 +39,8 @@ class ReadAhead:
     the block.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], modules: Sequence[str]) -> None:
-        self._adapters, self._modules = adapters, modules
+    def __init__(self, cohort: Cohort, modules: Sequence[str]) -> None:
+        self._cohort, self._modules = cohort, modules
         self._change = threading.Condition()
         self._ready: deque[Portion | BaseException | None] = deque()
         # bytes: all that the thread has read, and all that the consumer has given back; each is written by one of them
@@ -107,7 +107,7 @@ class ReadAhead:
 
     def _read(self) -> Iterator[Portion]:
         """Modules put together as ``portions.chunks`` does it."""
-        layers: list[dict[str, LoraLayer]] = [{} for _ in self._adapters]
+        layers: list[dict[str, LoraLayer]] = [{} for _ in self._cohort.adapters]
         names: list[str] = []
         size = nbytes = 0
         for module in self._modules:
@@ -127,15 +127,15 @@ class ReadAhead:
             yield self._portion(layers, names, nbytes)
 
     def _portion(self, layers: Sequence[dict[str, LoraLayer]], modules: Sequence[str], nbytes: int) -> Portion:
-        adapters = [Adapter(mine, {}, adapter.config) for adapter, mine in zip(self._adapters, layers, strict=True)]
-        return Portion(tuple(adapters), tuple(modules), nbytes)
+        adapters = tuple([Adapter(mine) for mine in layers])
+        return Portion(replace(self._cohort, adapters=adapters, modules=tuple(modules)), nbytes)
 
     def _module(self, module: str) -> tuple[list[LoraLayer | None], int]:
         read: list[LoraLayer | None] = []
         total = 0
-        for adapter in self._adapters:
+        for client, adapter in enumerate(self._cohort.adapters):
             self._wait_for_room()
-            layer = adapter.modules.get(module)
+            layer = self._cohort.layer(client, module) if module in adapter.modules else None
             read.append(layer)
             total += self._count(0 if layer is None else layer.A.nbytes + layer.B.nbytes)
             del layer

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cohort import Cohort, average_extras, check_anchor, extra_roles, make_cohort
+from .cohort import Cohort, average_extras, check_anchor, extra_roles, make_cohort, read_layer
 from .estimation import Estimate, estimate_targets
 from .inner_products import screen_cohort
 from .layer import Adapter, AdapterLike, LoraLayer
@@ -155,7 +155,7 @@ def _previous(targets: list[Target], adapter: Adapter | None) -> list[tuple[Tens
     """Earlier factors with the scaling split over both, as the result has it."""
     if adapter is None:
         return None
-    layers = [adapter.modules[t.name].trimmed() for t in targets]
+    layers = [read_layer(adapter, t.name, "align_to").trimmed() for t in targets]
     roots = [abs(layer.scaling) ** 0.5 for layer in layers]
     return [
         (layer.B * (root if layer.scaling > 0 else -root), layer.A * root)

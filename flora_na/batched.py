@@ -121,8 +121,8 @@ def _check(B: Factors, A: Factors, method: str, rank: int | None, sweeps: int) -
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if rank is not None and (method != "als" or type(rank) is not int or not 1 <= rank <= LARGEST_RANK):
         raise ValueError(f"rank: from 1 to {LARGEST_RANK}, of 'als', not {rank!r} of {method!r}")
-    if sweeps < 1:
-        raise ValueError(f"sweeps: expected at least 1, got {sweeps}")
+    if type(sweeps) is not int or sweeps < 1:
+        raise ValueError(f"sweeps: expected an integer of at least 1, got {sweeps!r}")
     if not len(B) or len(B) != len(A):
         raise ValueError(f"B and A: expected the same positive number of modules, got {len(B)} and {len(A)}")
     U = len(B[0])

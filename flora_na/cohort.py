@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedgram.kernels import FLOATS
+
 from .finite import is_finite
 from .layer import Adapter, AdapterLike, LoraLayer, MergingConfig, as_adapter
-from .target import Target, make_target
+from .target import DTYPES_NAMED, Target, make_target
 from .weights import Weights, normalise_weights
 
 MISSING = ("error", "renormalize", "zero")
@@ -55,6 +57,10 @@ class Cohort:
         """Positions of the clients that have the module."""
         return [u for u, adapter in enumerate(self.adapters) if module in adapter.modules]
 
+    def layer(self, client: int, module: str) -> LoraLayer:
+        """Read one client's layer of a module that it has."""
+        return read_layer(self.adapters[client], module, self.names[client])
+
     def target(self, module: str, anchor: Adapter | None = None) -> Target:
         """Read the module's layers and put its target together.
 
@@ -62,14 +68,14 @@ class Cohort:
         sum 1 (``renormalize``).
         """
         clients = self.present(module)
-        layers = [_layer(self.adapters[u], module, self.names[u]) for u in clients]
+        layers = [self.layer(u, module) for u in clients]
         whole = len(clients) == len(self.adapters)
         weights, names = self.weights, self.names
         if not whole:
             weights, names = weights[clients], tuple([names[u] for u in clients])
         if self.missing == "renormalize" and not whole:
             weights = weights / weights.sum()
-        base = None if anchor is None else _layer(anchor, module, "the anchor").trimmed()
+        base = None if anchor is None else read_layer(anchor, module, "the anchor").trimmed()
         return make_target(
             [layer.B for layer in layers],
             [layer.A for layer in layers],
@@ -82,11 +88,15 @@ class Cohort:
         )
 
 
-def _layer(adapter: Adapter, module: str, name: str) -> LoraLayer:
+def read_layer(adapter: Adapter, module: str, owner: str) -> LoraLayer:
+    """Read one layer; ValueError names the owner where there is none, or something else in its place."""
     try:
-        return adapter.modules[module]
+        layer = adapter.modules[module]
     except KeyError:
-        raise ValueError(f"{module}: {name} has no such module") from None
+        raise ValueError(f"{module}: {owner} has no such module") from None
+    if not isinstance(layer, LoraLayer):
+        raise ValueError(f"{module}: {owner} has a {type(layer).__name__} there: expected a LoraLayer")
+    return layer
 
 
 def make_cohort(
@@ -104,12 +114,14 @@ def make_cohort(
     """
     if missing not in MISSING:
         raise ValueError(f"missing: expected one of {', '.join(MISSING)}, got {missing!r}")
+    if not isinstance(adapters, Sequence):
+        raise ValueError(f"adapters: expected a sequence, one adapter per client, got a {type(adapters).__name__}")
     w = normalise_weights(weights, len(adapters))
     labels = [f"client {u}" for u in range(len(adapters))] if names is None else numbered(list(names))
     if len(labels) != len(adapters):
         raise ValueError(f"names: expected {len(adapters)} (one per client), got {len(labels)}")
     active = [u for u, weight in enumerate(w.tolist()) if weight > 0]
-    kept = [as_adapter(adapters[u]) for u in active]
+    kept = [as_adapter(adapters[u], labels[u]) for u in active]
     modules = tuple(dict.fromkeys(name for adapter in kept for name in adapter.modules))
     chosen = [labels[u] for u in active]
     config = _merged_config([adapter.config for adapter in kept], chosen)
@@ -189,13 +201,13 @@ def average_extra(cohort: Cohort, name: str, coefficients: Tensor | None = None)
     weights = cohort.weights[present] if coefficients is None else coefficients[present]
     if coefficients is None and not (cohort.missing == "zero" and role == "update"):
         weights = weights / weights.sum()
-    first = cohort.adapters[present[0]].extras[name]
+    first = _read_extra(cohort, present[0], name)
     exact = role == "frozen" or not first.is_floating_point()
     dtype, total = first.dtype, None
     for u, w in zip(present, weights.tolist(), strict=True):
-        tensor = first if u == present[0] else cohort.adapters[u].extras[name]
+        tensor = first if u == present[0] else _read_extra(cohort, u, name)
         labels = (cohort.names[u], cohort.names[present[0]])
-        _check_extra(tensor, first, name, *labels)
+        _check_extra(tensor, first, name, *labels, averaged=not exact)
         if exact:
             _check_equal(tensor, first, name, *labels)
             continue
@@ -213,17 +225,27 @@ def _check_absent(cohort: Cohort, name: str, present: list[int], role: str) -> N
     raise ValueError(f"{name}: {cohort.names[absent]} has no such tensor; a full tensor has no zero to stand for it")
 
 
-def _check_extra(tensor: Tensor, like: Tensor, name: str, client: str, first: str) -> None:
+def _read_extra(cohort: Cohort, client: int, name: str) -> Tensor:
+    tensor = cohort.adapters[client].extras[name]
+    if not isinstance(tensor, Tensor) or tensor.is_meta:
+        kind = "tensor without numbers (meta)" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name}: {cohort.names[client]} has a {kind}: expected a torch.Tensor")
+    return tensor
+
+
+def _check_extra(tensor: Tensor, like: Tensor, name: str, client: str, first: str, *, averaged: bool) -> None:
     if tensor.shape != like.shape:
         raise ValueError(f"{name}: {client} has shape {tuple(tensor.shape)}, {first} has {tuple(like.shape)}")
     if tensor.is_complex() or tensor.is_floating_point() != like.is_floating_point():
         raise ValueError(f"{name}: {client} has dtype {tensor.dtype}, {first} {like.dtype}: expected floating point")
-    if tensor.is_floating_point() and not is_finite(tensor):
+    if averaged and tensor.dtype not in FLOATS:
+        raise ValueError(f"{name}: {client} has dtype {tensor.dtype}, which is not averaged: expected {DTYPES_NAMED}")
+    if tensor.dtype in FLOATS and not is_finite(tensor):
         raise ValueError(f"{name}: the tensor of {client} contains NaN or Inf")
 
 
 def _check_equal(tensor: Tensor, like: Tensor, name: str, client: str, first: str) -> None:
-    if not torch.equal(tensor, like):
+    if tensor is not like and not torch.equal(tensor, like):
         kind = "a base tensor that is stored but not trained" if like.is_floating_point() else "integers"
         raise ValueError(f"{name}: {client} and {first} differ: {kind} cannot be averaged, and must be the same")
 
@@ -232,7 +254,7 @@ def check_anchor(anchor: AdapterLike | None, cohort: Cohort, argument: str) -> A
     """An anchor or a previous adapter, which must have every module."""
     if anchor is None:
         return None
-    adapter = as_adapter(anchor)
+    adapter = as_adapter(anchor, argument)
     lacking = [name for name in cohort.modules if name not in adapter.modules]
     if lacking:
         raise ValueError(f"{argument}: has no module {lacking[0]}")

@@ -106,7 +106,7 @@ def estimate(
         ValueError: bad shapes, dtypes, weights, rank or method; NaN or Inf in a factor (names the client).
     """
     for argument, pair in (("anchor", anchor), ("align_to", align_to)):
-        if pair is not None and (len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair)):
+        if pair is not None and not _is_pair(pair):
             raise ValueError(f"{argument}: expected a pair of tensors, B (m, r) and A (r, n)")
     w = normalise_weights(weights, len(B))
     target = make_target(*_active(B, A, w, scalings), anchor=anchor)
@@ -114,6 +114,10 @@ def estimate(
         [target], method=method, rank=rank, align_to=None if align_to is None else [align_to], backend=backend
     )
     return result
+
+
+def _is_pair(given: object) -> bool:
+    return isinstance(given, Sequence) and len(given) == 2 and all(isinstance(x, Tensor) for x in given)
 
 
 def _active(

@@ -53,6 +53,9 @@ def _check(target: Target, B: Tensor, A: Tensor, rank: int) -> None:
     for name, factor in (("lora_B", B), ("lora_A", A)):
         if factor.dtype not in FLOATS:
             raise ValueError(f"align_to: {target.name}: {name} is {factor.dtype}: expected {DTYPES_NAMED}")
+        if factor.layout != torch.strided or factor.device != target.device:
+            where = f"{factor.layout} on {factor.device}"
+            raise ValueError(f"align_to: {target.name}: {name} is {where}: expected dense ones on {target.device}")
         if not is_finite(factor):
             raise ValueError(f"align_to: {target.name}: {name} contains NaN or Inf")
 

@@ -114,6 +114,15 @@ class Adapter:
 AdapterLike: TypeAlias = Adapter | Mapping[str, LoraLayer]
 
 
-def as_adapter(adapter: AdapterLike) -> Adapter:
-    """Return ``adapter`` itself, or a plain mapping of layers wrapped as an Adapter."""
-    return adapter if isinstance(adapter, Adapter) else Adapter(modules=adapter)
+def as_adapter(adapter: AdapterLike, owner: str = "the adapter") -> Adapter:
+    """Return ``adapter`` itself, or a plain mapping of layers wrapped as an Adapter.
+
+    Raises:
+        ValueError: it is neither; the message names the owner.
+    """
+    if isinstance(adapter, Adapter):
+        return adapter
+    if not isinstance(adapter, Mapping):
+        kind = type(adapter).__name__
+        raise ValueError(f"{owner}: expected an Adapter, or a mapping from module names to LoraLayers, got a {kind}")
+    return Adapter(modules=adapter)

@@ -10,9 +10,10 @@ import torch
 
 from ._read_ahead import ReadAhead
 from .aggregation import Aggregation, aggregate_cohort
-from .cohort import Cohort, make_cohort
+from .cohort import Cohort, check_anchor, make_cohort
 from .inner_products import screen_cohort
 from .layer import AdapterLike
+from .methods import check_method
 from .report import ModuleReport, Report
 from .screening import Clip, Screening
 from .weights import Weights
@@ -68,11 +69,9 @@ class Stream:
     def parts(self, skip: Collection[str] = ()) -> Iterator[Aggregation]:
         """The portions, without modules to ``skip``: those of the first portions of an earlier run."""
         left = [module for module in self.cohort.modules if module not in skip]
-        with ReadAhead(self.cohort.adapters, left) as portions:
+        with ReadAhead(self.cohort, left) as portions:
             for portion in portions:
-                cohort = replace(self.cohort, adapters=portion.adapters, modules=portion.modules)
-                done = self._settled(aggregate_cohort(cohort, **self.options))
-                del cohort
+                done = self._settled(aggregate_cohort(portion.cohort, **self.options))
                 del portion  # freed before more is read
                 yield done
                 del done
@@ -103,6 +102,9 @@ def stream(
     """Check the clients, and screen them where that is asked for; see ``iter_aggregate``."""
     if shared:
         raise ValueError("shared: one solve spans all modules, so none is ready before all are read: not streamed")
+    check_method(options.get("method", "als"), options.get("rank"), shared)
     cohort = make_cohort(adapters, weights, names=names, missing=missing)
+    for argument in ("anchor", "align_to"):  # no portion is done before the last one's modules are known to be there
+        check_anchor(options.get(argument), cohort, argument)
     cohort, screening = screen_cohort(cohort, clip, min_cosine, backend)
     return Stream(cohort, screening, {"backend": backend, **options})

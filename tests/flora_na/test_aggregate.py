@@ -154,6 +154,30 @@ def test_lazy_adapters_are_read_once_a_few_modules_at_a_time(monkeypatch):
     assert all(adapter.reads == list(SHAPES) for adapter in lazy)
 
 
+def test_a_layer_that_vanishes_is_no_missing_module():
+    """``Mapping.get`` takes a KeyError from within the reader for one: the target would then be without the client."""
+
+    class Vanished(Lazy):
+        def __getitem__(self, name):
+            raise KeyError(name)
+
+    adapters = [*cohort(3), Vanished(cohort()[0].modules)]
+    for missing in ("error", "renormalize"):
+        with pytest.raises(ValueError, match=r"layer\.0\.query: client 3 has no such module"):
+            list(flora_na.iter_aggregate(adapters, missing=missing))
+
+
+def test_what_a_stream_needs_is_checked_before_its_first_portion(monkeypatch):
+    monkeypatch.setattr(portions, "CHUNK_BYTES", 1)
+    adapters = cohort()
+    short = {name: adapters[0].modules[name] for name in ("layer.0.query", "layer.0.value")}
+    for options in ({"anchor": short}, {"align_to": short}):
+        with pytest.raises(ValueError, match=r"has no module layer\.1\.query"):
+            flora_na.iter_aggregate(adapters, **options)
+    with pytest.raises(ValueError, match="method: expected one of"):
+        flora_na.iter_aggregate(adapters, method="mean", clip="2x")
+
+
 @pytest.mark.parametrize(("lazy", "budget"), [(True, "CHUNK_BYTES"), (False, "HELD_BYTES")])
 def test_portions_of_adapters_in_memory_have_a_budget_of_their_own(lazy, budget, monkeypatch):
     adapters, sizes = cohort(), []
@@ -251,6 +275,13 @@ def test_fedavg_reads_the_factors_once(monkeypatch):
     [
         (lambda a: dict(adapters=[]), "at least one client"),
         (lambda a: dict(adapters=[{}, {}]), "no client has a LoRA module"),
+        (lambda a: dict(adapters=a[0].modules), "adapters: expected a sequence, one adapter per client, got a dict"),
+        (lambda a: dict(adapters=["a/", "b/"]), "client 0: expected an Adapter, or a mapping .* got a str"),
+        (
+            lambda a: dict(adapters=[{"q.lora_A": torch.ones(1, 2)}]),
+            "q.lora_A: client 0 has a Tensor there: expected a",
+        ),
+        (lambda a: dict(adapters=a, align_to="a/"), "align_to: expected an Adapter"),
         (lambda a: dict(adapters=a, names=["x"]), "names: expected 4"),
         (lambda a: dict(adapters=a, weights=[1, 2]), "expected 4"),
         (lambda a: dict(adapters=[a[0], Adapter(a[1].modules)]), "classifier.weight: client 1 has no such tensor"),
@@ -262,6 +293,11 @@ def test_fedavg_reads_the_factors_once(monkeypatch):
             lambda a: dict(adapters=[a[0], Adapter(a[1].modules, {"classifier.weight": torch.ones(2, 3) / 0})]),
             "the tensor of client 1 contains NaN or Inf",
         ),
+        (
+            lambda a: dict(adapters=[Adapter(a[0].modules, {"w": torch.ones(3).to(torch.float8_e4m3fn)})]),
+            "w: client 0 has dtype torch.float8_e4m3fn, which is not averaged",
+        ),
+        (lambda a: dict(adapters=[Adapter(a[0].modules, {"w": [1.0]})]), "w: client 0 has a list: expected a torch"),
         (
             lambda a: dict(adapters=[a[0], Adapter(a[1].modules, {"classifier.weight": torch.ones(2, 3).int()})]),
             "expected floating point",

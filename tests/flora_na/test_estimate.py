@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedgram import flora_na
+from fedgram.flora_na import LoraLayer
 from fedgram.flora_na import group as group_module
 from fedgram_testing.factors import clients, dense, divergence, optimum
 
@@ -216,6 +217,9 @@ GOOD = clients([3, 3], 6, 7)
         (lambda B, A: dict(B=B, A=A, align_to=(B[0].int(), A[0])), "lora_B is torch.int32: expected floating point"),
         (lambda B, A: dict(B=B, A=A, align_to=(B[0], A[0] * float("nan"))), "align_to: .*lora_A contains NaN or Inf"),
         (lambda B, A: dict(B=B, A=A, align_to=(B[0],)), "align_to: expected a pair of tensors"),
+        (lambda B, A: dict(B=B, A=A, anchor=LoraLayer(A[0], B[0])), "anchor: expected a pair of tensors"),
+        (lambda B, A: dict(B=B, A=A, align_to=(B[0].to_sparse(), A[0])), "lora_B is torch.sparse_coo on cpu: expected"),
+        (lambda B, A: dict(B=B, A=A, align_to=(B[0], A[0].to("meta"))), "lora_A is torch.strided on meta: expected"),
         (lambda B, A: dict(B=B, A=A, anchor=(None, None)), "anchor: expected a pair of tensors"),
         (lambda B, A: dict(B=B, A=A, align_to=(torch.zeros(6, 9), torch.zeros(9, 7))), "above the result's rank 3"),
         (lambda B, A: dict(B=B, A=A, anchor=(B[0][:3], A[0])), "the anchor has B"),

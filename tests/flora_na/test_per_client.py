@@ -141,3 +141,6 @@ def test_equal_integers_come_back_as_they_are():
     found = average_extra(extras_of(T([3, 5]), T([3, 5])), "x")
     assert torch.equal(found, T([3, 5]))
     assert found.dtype == torch.int64
+    eighth = T([1.0, 2.0]).to(torch.float8_e4m3fn)
+    same = average_extra(extras_of(eighth, eighth.clone(), role="frozen"), "x")
+    assert torch.equal(same.float(), eighth.float())
