@@ -117,9 +117,7 @@ def make_cohort(
     if not isinstance(adapters, Sequence):
         raise ValueError(f"adapters: expected a sequence, one adapter per client, got a {type(adapters).__name__}")
     w = normalise_weights(weights, len(adapters))
-    labels = [f"client {u}" for u in range(len(adapters))] if names is None else numbered(list(names))
-    if len(labels) != len(adapters):
-        raise ValueError(f"names: expected {len(adapters)} (one per client), got {len(labels)}")
+    labels = client_labels(names, len(adapters))
     active = [u for u, weight in enumerate(w.tolist()) if weight > 0]
     kept = [as_adapter(adapters[u], labels[u]) for u in active]
     modules = tuple(dict.fromkeys(name for adapter in kept for name in adapter.modules))
@@ -139,6 +137,16 @@ def _merged_config(configs: Sequence[Mapping[str, Any] | None], names: Sequence[
         if isinstance(config, MergingConfig):
             return config.merged(configs, names)
     return configs[0]
+
+
+def client_labels(names: Sequence[str] | None, count: int) -> list[str]:
+    """One label per client, each of another name; ValueError unless there are as many names as clients."""
+    if names is None:
+        return [f"client {u}" for u in range(count)]
+    labels = numbered(list(names))
+    if len(labels) != count:
+        raise ValueError(f"names: expected {count} (one per client), got {len(labels)}")
+    return labels
 
 
 def numbered(names: Sequence[str]) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from .aggregation import Aggregation, Progress, module_report
-from .cohort import average_extras, extra_roles, make_cohort
+from .cohort import average_extras, client_labels, extra_roles, make_cohort, read_layer
 from .estimation import estimate_targets
 from .inner_products import screen_cohort
 from .layer import Adapter, AdapterLike, LoraLayer, as_adapter
@@ -18,7 +18,7 @@ from .screening import Clip
 from .target import Target
 from .weights import Weights
 
-Pair = tuple[LoraLayer, ModuleReport]
+Result = tuple[LoraLayer, ModuleReport]
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def aggregate_for_clients(
 
     The target ``dW = sum_u w_u s_u B_u A_u`` is that of ``aggregate`` (arXiv:2509.26399), the same for all clients;
     with ``svd`` each client gets the best pair of its own rank (Eckart-Young). Pairs of equal rank are the same
-    tensors. The factors are read once.
+    tensors. The factors are read once (with screening twice).
 
     Args:
         adapters, weights, missing, clip, min_cosine, backend, progress, names: as in ``aggregate``. Clients of weight
@@ -53,10 +53,11 @@ def aggregate_for_clients(
         ValueError: as ``aggregate``; ``stack`` has no rank to choose.
     """
     check_method(method, 1, False)
-    clients = [as_adapter(adapter) for adapter in adapters]
-    cohort = make_cohort(clients, weights, names=names, missing=missing)
+    cohort = make_cohort(adapters, weights, names=names, missing=missing)
     cohort, screening = screen_cohort(cohort, clip, min_cosine, backend)
-    found: list[dict[str, Pair]] = [{} for _ in clients]
+    labels = client_labels(names, len(adapters))
+    clients = {label: as_adapter(adapter, label) for label, adapter in zip(labels, adapters, strict=True)}
+    found: dict[str, dict[str, Result]] = {label: {} for label in clients}
     done = 0
     for targets in chunks(cohort, None, whole=False):
         wanted = [_ranks(clients, target) for target in targets]
@@ -65,8 +66,8 @@ def aggregate_for_clients(
             estimates = estimate_targets([targets[i] for i in some], method=method, rank=rank, backend=backend)
             for i, e in zip(some, estimates, strict=True):
                 pair = LoraLayer(A=e.A, B=e.B), module_report(e, targets[i])
-                for u in (u for u, own in wanted[i].items() if own == rank):
-                    found[u][targets[i].name] = pair
+                for label in (label for label, own in wanted[i].items() if own == rank):
+                    found[label][targets[i].name] = pair
         done += len(targets)
         if progress is not None:
             progress(done, len(cohort.modules), targets[-1].name)
@@ -75,19 +76,23 @@ def aggregate_for_clients(
     return [
         Aggregation(
             Adapter(
-                {name: layer for name, (layer, _) in pairs.items()},
+                {name: layer for name, (layer, _) in found[label].items()},
                 {name: tensor for name, tensor in extras.items() if name in client.extras},
                 client.config,
                 roles,
             ),
             None,
-            Report(method, shares, {name: report for name, (_, report) in pairs.items()}, screening),
+            Report(method, shares, {name: report for name, (_, report) in found[label].items()}, screening),
         )
-        for client, pairs in zip(clients, found, strict=True)
+        for label, client in clients.items()
     ]
 
 
-def _ranks(clients: Sequence[Adapter], target: Target) -> dict[int, int]:
-    """Every client that has the target's module -> its rank there, at least 1."""
-    name = target.name
-    return {u: max(client.modules[name].rank, 1) for u, client in enumerate(clients) if name in client.modules}
+def _ranks(clients: Mapping[str, Adapter], target: Target) -> dict[str, int]:
+    """Every client that has the target's module -> its rank there, at least 1; read for those without a part in it."""
+    name, known = target.name, dict(zip(target.clients, target.ranks, strict=True))
+    return {
+        label: max(known[label] if label in known else read_layer(client, name, label).rank, 1)
+        for label, client in clients.items()
+        if name in client.modules
+    }

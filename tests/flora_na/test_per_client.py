@@ -1,5 +1,7 @@
 """One result per client, at the ranks of its own layers; what extras of each role become under every policy."""
 
+from collections import UserDict
+
 import pytest
 import torch
 
@@ -41,11 +43,27 @@ def test_every_client_gets_the_pair_of_its_own_rank(method):
             torch.testing.assert_close(layer.delta(), one.adapter.modules[name].delta(), rtol=1e-4, atol=1e-5)
 
 
-def test_pairs_of_one_rank_are_shared_and_factors_are_read_once_per_rank_list():
+def test_pairs_of_one_rank_are_the_same_tensors():
     adapters = cohort()
     adapters[0].modules["q"] = adapters[1].modules["q"]
     results = flora_na.aggregate_for_clients(adapters, WEIGHTS, method="svd")
     assert results[0].adapter.modules["q"] is results[1].adapter.modules["q"]
+
+
+@pytest.mark.parametrize(("options", "times"), [({}, [1, 1, 1]), ({"clip": "1x"}, [2, 2, 2])])
+def test_the_factors_are_read_once(options, times):
+    class Counted(UserDict):
+        reads = 0
+
+        def __getitem__(self, name):
+            self.reads += name == "q"
+            return super().__getitem__(name)
+
+    counted = [Counted(adapter.modules) for adapter in cohort()]
+    flora_na.aggregate_for_clients(counted, WEIGHTS, **options)
+    assert [modules.reads for modules in counted] == times
+    flora_na.aggregate_for_clients(counted, [0.0, 2.0, 5.0], **options)
+    assert counted[0].reads == times[0] + 1
 
 
 def test_clients_without_weight_or_without_a_module_get_their_own_modules_only():
