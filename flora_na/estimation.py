@@ -147,10 +147,9 @@ def estimate_targets(
         raise ValueError(f"align_to: rotates the pairs of 'als' and 'svd'; {method!r} has a gauge of its own")
     averaged = method == "fedavg" and rank is None  # the coefficients are known before the Grams
     measured = averaged and any(shows(target.dtype) for target in targets)
-    groups = make_groups(targets, backend, averaged=averaged, measured=measured)
-    if not isinstance(rank, str) and not shared:
-        groups = doubtful_apart(groups, method, rank)
-    groups, ranks = split_by_rank(groups, rank)
+    groups, ranks = split_by_rank(make_groups(targets, backend, averaged=averaged, measured=measured), rank)
+    if method != "stack" and not shared:
+        groups, ranks = doubtful_apart(groups, method, ranks)
     pairs: list[AnyPair]
     if method == "stack":
         pairs = [Pair(torch.empty(0), torch.empty(0), "exact") for _ in groups]

@@ -55,24 +55,24 @@ def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shar
 
 
 def doubtful_apart(
-    groups: Sequence[tuple[Group, list[int]]], method: str, rank: int | None
-) -> list[tuple[Group, list[int]]]:
-    """The groups, each with its modules' positions, cut in two where some modules only need the general path.
+    groups: Sequence[tuple[Group, list[int]]], method: str, ranks: Sequence[int | None]
+) -> tuple[list[tuple[Group, list[int]]], list[int | None]]:
+    """The groups, each with its modules' positions and rank, cut in two where some modules only need the general path.
 
     What the compiled solvers leave to it, because their Grams leave doubt (a module that is zero, clients
     that are alike), would take the other modules of a group with it, to a path that is many times as slow.
     """
-    if method == "stack":
-        return list(groups)
     parts: list[tuple[Group, list[int]]] = []
-    for group, ids in groups:
+    of_parts: list[int | None] = []
+    for (group, ids), rank in zip(groups, ranks, strict=True):
         doubtful = set(_doubtful(group, method, rank)) if len(ids) > 1 else set()
         both = [[i for i in range(len(ids)) if (i in doubtful) == side] for side in (False, True)]
         if all(both):
             parts += [(group.subset(own), [ids[i] for i in own]) for own in both]
         else:
             parts.append((group, ids))
-    return parts
+        of_parts += [rank] * (len(parts) - len(of_parts))
+    return parts, of_parts
 
 
 def _doubtful(group: Group, method: str, rank: int | None) -> list[int]:

@@ -164,6 +164,21 @@ def test_a_module_in_doubt_leaves_the_others_bits_whatever_the_rank():
                 assert torch.equal(both[name].A, alone.A), (method, rank, name)
 
 
+@pytest.mark.parametrize("method", ["als", "svd"])
+def test_a_module_in_doubt_leaves_the_others_bits_at_ranks_of_their_own(method):
+    modules = {f"m{seed}": random_clients(4, seed) for seed in range(6)}
+    modules["m1"][1][1] = modules["m1"][1][0]  # two clients with one A: their Gram is singular
+    adapters = [{n: flora_na.LoraLayer(A=A[u], B=B[u]) for n, (B, A) in modules.items()} for u in range(4)]
+    both = flora_na.aggregate(adapters, method=method, rank="auto:0.6").adapter.modules
+    beside = [name for name in modules if name != "m1" and both[name].rank == both["m1"].rank]
+    assert beside
+    for name in beside:
+        of_one = [{name: a[name]} for a in adapters]
+        [alone] = flora_na.aggregate(of_one, method=method, rank="auto:0.6").adapter.modules.values()
+        assert torch.equal(both[name].B, alone.B)
+        assert torch.equal(both[name].A, alone.A)
+
+
 @pytest.mark.parametrize("clients", [6, 12, 20])
 @pytest.mark.parametrize("shared", [False, True])
 def test_flora_na_of_alike_updates_split_unevenly_is_no_worse_than_a_half_step(clients, shared):
