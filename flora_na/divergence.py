@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
 import numpy as np
 import torch
@@ -18,11 +19,11 @@ from torch.nn.functional import pad
 
 from fedgram import kernels
 
-from .coefficients import AnyPair, Evidence, Pair, ScalarPair, trace_product
+from .coefficients import AnyPair, Evidence, Pair, trace_product
+from .combination import combine, combine_with_products, known_averages
 from .energies import MARGIN, energies, mass_of_pair, rounding
 from .group import Factors, Group
 from .grouping import stacked
-from .members import Side
 from .target import Target
 
 SEEN = 2.5e-4
@@ -42,36 +43,6 @@ class Errors:
         return torch.where(self.energy > 0, self.error / self.energy, torch.nan).sqrt().tolist()
 
 
-def combine(
-    groups: Sequence[tuple[Group, AnyPair]], dtype: torch.dtype | None = None, backend: str = "auto"
-) -> list[Factors]:
-    """The factors of all modules in one read of the clients' factors, or from the read that took the Grams.
-
-    Returns:
-        (list of B, list of A) per group.
-    """
-    known = [_averages(group, pair) if dtype is None else None for group, pair in groups]
-    rest = [groups[at] for at, found in enumerate(known) if found is None]
-    combined = iter(_combined(rest, dtype, backend))
-    return [next(combined) if found is None else found for found in known]
-
-
-def _averages(group: Group, pair: AnyPair) -> Factors | None:
-    """The factors of the pair where the group has them already."""
-    if group.average is None or not isinstance(pair, ScalarPair):
-        return None
-    is_average = torch.equal(pair.p, group.weights) and torch.equal(pair.q, group.weights)
-    return group.average.factors if is_average else None
-
-
-def _combined(groups: Sequence[tuple[Group, AnyPair]], dtype: torch.dtype | None, backend: str) -> list[Factors]:
-    if not groups:
-        return []
-    factors = kernels.Described.joined([group.factors for group, _ in groups])
-    B, A = kernels.factor_combine(factors.B, factors.A, *_all_coefficients(groups), dtype=dtype, backend=backend)
-    return list(zip(_split(B or [], groups), _split(A or [], groups), strict=True))
-
-
 def combine_measured(
     groups: Sequence[tuple[Group, AnyPair]], backend: str = "auto"
 ) -> tuple[list[Factors], list[Errors]]:
@@ -81,53 +52,19 @@ def combine_measured(
     what is returned with the clients' factors, which are taken in the same read where they can be.
     """
     known = [_exact_errors(group, pair) or _average_errors(group, pair) for group, pair in groups]
-    left = [at for at, (group, _) in enumerate(groups) if known[at] is None and group.gram is not None]
-    rest = [at for at in range(len(groups)) if at not in left]
-    factors: dict[int, Factors] = dict(zip(rest, combine([groups[at] for at in rest], backend=backend), strict=True))
-    errors = {at: found for at, found in enumerate(known) if found is not None}
-    for at, found, products in _combine_with_products([(at, *groups[at]) for at in left], backend):
-        factors[at], errors[at] = found, _measured(groups[at][0], found, *products)
-    for at in rest:
-        if at not in errors:
-            errors[at] = _exactly_measured(groups[at][0], factors[at])
-    return [factors[at] for at in range(len(groups))], [errors[at] for at in range(len(groups))]
-
-
-def _combine_with_products(
-    groups: Sequence[tuple[int, Group, AnyPair]], backend: str
-) -> list[tuple[int, Factors, Factors]]:
-    """Of every group its number, its factors, and their products with the clients' factors and with themselves."""
-    if not groups:
-        return []
-    pairs = [(group, pair) for _, group, pair in groups]
-    factors = kernels.Described.joined([group.factors for group, _ in pairs])
-    (B, A), (X_B, X_A) = kernels.combine_products(
-        factors.B, factors.A, *_all_coefficients(pairs), precise=True, backend=backend
-    )
-    parts = [_split(items, pairs) for items in (B, A, X_B, X_A)]
-    return [(at, (b, a), (x, y)) for (at, _, _), b, a, x, y in zip(groups, *parts, strict=True)]
-
-
-def _all_coefficients(groups: Sequence[tuple[Group, AnyPair]]) -> tuple[list[Tensor], list[Tensor]]:
-    P, Q = ([c for group, pair in groups for c in _coefficients(group, pair, side)] for side in ("B", "A"))
-    return P, Q
-
-
-def _coefficients(group: Group, pair: AnyPair, side: Side) -> Sequence[Tensor]:
-    """Of every module, for the factors without their scalings and where these are: blocks, or one scalar per member."""
-    where = group.targets[0].device
-    if isinstance(pair, ScalarPair):
-        x = pair.p if side == "B" else pair.q
-        return kernels.moved(x if group.members.unscaled else x * group.members.scale[side], where).unbind()
-    x = group.row_scale[side] * (pair.P if side == "B" else pair.Q)
-    x = x if side == "B" else x.mT
-    return x.unbind() if where.type == "cpu" else kernels.moved(x.contiguous(), where).unbind()
-
-
-def _split(items: list[Tensor], groups: Sequence[tuple[Group, AnyPair]]) -> list[list[Tensor]]:
-    """What belongs to the modules of each group."""
-    rest = iter(items)
-    return [[next(rest) for _ in group.targets] for group, _ in groups]
+    beside = [error is None and group.gram is not None for error, (group, _) in zip(known, groups, strict=True)]
+    alone = iter(combine([pair for pair, measured in zip(groups, beside, strict=True) if not measured], None, backend))
+    with_products = iter(combine_with_products(list(compress(groups, beside)), backend))
+    factors, errors = [], []
+    for (group, _), error, measured in zip(groups, known, beside, strict=True):
+        if measured:
+            found, products = next(with_products)
+            error = _measured(group, found, *products)
+        else:
+            found = next(alone)
+        factors.append(found)
+        errors.append(error or _exactly_measured(group, found))
+    return factors, errors
 
 
 def pair_errors(group: Group, pair: AnyPair) -> Errors:
@@ -210,7 +147,7 @@ def _products_of(group: Group, factors: Factors, backend: str) -> Factors:
 
 def _average_errors(group: Group, pair: AnyPair) -> Errors | None:
     """Errors of averages that were measured in the read that took the Grams, or None."""
-    if group.average is None or group.average.products is None or (factors := _averages(group, pair)) is None:
+    if group.average is None or group.average.products is None or (factors := known_averages(group, pair)) is None:
         return None
     return _measured(group, factors, *group.average.products)
 

@@ -11,7 +11,7 @@ from fedgram import kernels
 
 from ._scalar_solver import certified_pair
 from .coefficients import AnyPair, Ended, Pair, ScalarPair, balance, balanced_coefficients, fit_rank
-from .divergence import combine
+from .combination import combine
 from .energies import ROUNDING, column_masses
 from .group import Group
 
