@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fedgram import kernels
 
 from ._batched_algebra import layout_of, positions_of
+from .group import ModuleFactors, implicit_product
 from .grouping import stacked
 from .members import SIDES, Side
 
-Factors = Sequence[Sequence[Tensor]]
 PORTION_BYTES = 1 << 30
 """Grams that exist at one time where they are only needed for norms."""
 
@@ -34,8 +32,8 @@ class BatchedGroup:
 
     def __init__(
         self,
-        B: Factors,
-        A: Factors,
+        B: ModuleFactors,
+        A: ModuleFactors,
         ranks: tuple[int, ...],
         ids: list[int],
         weights: Tensor,
@@ -58,7 +56,6 @@ class BatchedGroup:
         self.scale: dict[Side, Tensor] = {
             "B": (scalings.sign() * root)[self.member].unsqueeze(-1), "A": root[self.member].unsqueeze(-1)
         }  # fmt: skip
-        self.narrow = torch.float64 if weights.device.type == "cpu" else torch.float32
         self.gram: dict[Side, Tensor] | None = None
         energies: list[Tensor] = []
         diagonals: dict[Side, list[Tensor]] = {"B": [], "A": []}
@@ -74,7 +71,7 @@ class BatchedGroup:
         self.norms = {side: torch.cat(parts) for side, parts in diagonals.items()}
         self.mass = (self.D.squeeze(-1) * self.norms["B"] * self.norms["A"]).sum(-1)
 
-    def _grams(self, B: Factors, A: Factors) -> dict[Side, Tensor]:
+    def _grams(self, B: ModuleFactors, A: ModuleFactors) -> dict[Side, Tensor]:
         G_B, G_A = kernels.factor_gram(B, A, precise=self.precise, backend=self.backend)
         in_one = torch.stack if torch.compiler.is_compiling() else stacked
         return {
@@ -86,15 +83,8 @@ class BatchedGroup:
         """``G_side @ X`` for (L, R, k) float64; without Grams in two reads of the factors."""
         if self.gram is not None:
             return self.gram[side] @ X
-        X = self.scale[side] * X
-        if side == "B":
-            B, _ = kernels.factor_combine(self.B, None, list(X), None, dtype=self.narrow, backend=self.backend)
-            Y, _ = kernels.factor_cross(self.B, None, B, None, backend=self.backend)
-        else:
-            _, A = kernels.factor_combine(None, self.A, None, list(X.mT), dtype=self.narrow, backend=self.backend)
-            _, Y = kernels.factor_cross(None, self.A, None, A, backend=self.backend)
-        assert Y is not None
-        return self.scale[side] * torch.stack(Y)
+        scale = self.scale[side]
+        return scale * implicit_product(side, self.B if side == "B" else self.A, scale * X, self.backend)
 
     def expand(self, p: Tensor) -> Tensor:
         """Scalars per client (L, U) as coefficient blocks (L, R, rank)."""

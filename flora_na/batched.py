@@ -16,11 +16,12 @@ from torch import Tensor
 from fedgram import kernels
 
 from ._batched_algebra import spread_columns
-from ._batched_group import BatchedGroup, Factors
+from ._batched_group import BatchedGroup
 from ._batched_solvers import alternating, scalars
 from .als import tilted
 from .coefficients import fit_rank
 from .energies import MARGIN, ROUNDING, ZERO
+from .group import ModuleFactors
 from .rank_choice import LARGEST_RANK
 from .weights import real_numbers
 
@@ -56,8 +57,8 @@ class BatchedEstimate(NamedTuple):
 
 @torch.no_grad()
 def estimate_modules(
-    B: Factors,
-    A: Factors,
+    B: ModuleFactors,
+    A: ModuleFactors,
     weights: Sequence[float] | Tensor | None = None,
     scalings: Sequence[float] | Tensor | None = None,
     *,
@@ -116,7 +117,7 @@ def estimate_modules(
     return BatchedEstimate(out_B, out_A, rho, norm, certain, ran, converged)
 
 
-def _check(B: Factors, A: Factors, method: str, rank: int | None, sweeps: int) -> None:
+def _check(B: ModuleFactors, A: ModuleFactors, method: str, rank: int | None, sweeps: int) -> None:
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if rank is not None and (method != "als" or type(rank) is not int or not 1 <= rank <= LARGEST_RANK):
@@ -144,7 +145,7 @@ def _numbers(name: str, given: Sequence[float] | Tensor | None, count: int, devi
 
 
 def _groups(
-    B: Factors, A: Factors, w: Tensor, s: Tensor, precise: bool, backend: str
+    B: ModuleFactors, A: ModuleFactors, w: Tensor, s: Tensor, precise: bool, backend: str
 ) -> list[tuple[BatchedGroup, list[int]]]:
     """Modules by their clients' ranks; the Grams of all that form them in one call."""
     order: dict[tuple[int, ...], list[int]] = {}
@@ -202,8 +203,8 @@ def _start(group: BatchedGroup, Q: Tensor, rank: int) -> Tensor:
 
 def _measured(
     groups: Sequence[tuple[BatchedGroup, list[int]]],
-    B: Factors,
-    A: Factors,
+    B: ModuleFactors,
+    A: ModuleFactors,
     out_B: list[Tensor],
     out_A: list[Tensor],
     precise: bool,

@@ -7,9 +7,10 @@ products with ``G_B = Bs^T Bs`` and ``G_A = As As^T``. A group batches L modules
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ from .target import Target
 if TYPE_CHECKING:
     from ._spectrum_solver import CompiledSpectrum
 
-Factors = tuple[list[Tensor], list[Tensor]]
+Factors: TypeAlias = tuple[list[Tensor], list[Tensor]]
+"""B and A of L modules, one each: of pairs, and of products with them."""
+ModuleFactors: TypeAlias = Sequence[Sequence[Tensor]]
+"""One side's factors of every module's members, ``[module][member]``."""
 GRAM_RANK_LIMIT = 2048
 SMALL_RANK = 512
 
@@ -39,6 +43,22 @@ def forms_grams(total_rank: int, length: int) -> bool:
         length: m + n, of the largest module.
     """
     return total_rank <= min(GRAM_RANK_LIMIT, max(SMALL_RANK, length // 2))
+
+
+def implicit_product(side: Side, factors: ModuleFactors, X: Tensor, backend: str) -> Tensor:
+    """Every module's Gram of one side, without scalings, times X (L, R, k) on the factors' device: (L, R, k).
+
+    The Gram is never formed: combine the factors, then project on them (two reads of them).
+    """
+    dtype = torch.float64 if X.device.type == "cpu" else torch.float32
+    if side == "B":
+        combined, _ = kernels.factor_combine(factors, None, list(X), None, dtype=dtype, backend=backend)
+        Y, _ = kernels.factor_cross(factors, None, combined, None, backend=backend)
+    else:
+        _, combined = kernels.factor_combine(None, factors, None, list(X.mT), dtype=dtype, backend=backend)
+        _, Y = kernels.factor_cross(None, factors, None, combined, backend=backend)
+    assert Y is not None
+    return torch.stack(Y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,21 +124,11 @@ class Group:
 
     def apply(self, side: Side, X: Tensor) -> Tensor:
         """``G_side @ X`` for X of shape (L, R, k), float64."""
-        return self.gram[side] @ X if self.gram is not None else self._implicitly(side, X)
-
-    def _implicitly(self, side: Side, X: Tensor) -> Tensor:
-        """The same with a Gram that is never formed: combine the factors, then project on them (two reads of them)."""
-        X = self.row_scale[side] * X
-        dtype = torch.float64 if self.device.type == "cpu" else torch.float32  # solved where the factors are
-        B, A = self.factors.B, self.factors.A
-        if side == "B":
-            combined, _ = kernels.factor_combine(B, None, list(X), None, dtype=dtype, backend=self.backend)
-            Y, _ = kernels.factor_cross(B, None, combined, None, backend=self.backend)
-        else:
-            _, combined = kernels.factor_combine(None, A, None, list(X.mT), dtype=dtype, backend=self.backend)
-            _, Y = kernels.factor_cross(None, A, None, combined, backend=self.backend)
-        assert Y is not None
-        return self.row_scale[side] * torch.stack(Y)
+        if self.gram is not None:
+            return self.gram[side] @ X
+        factors = self.factors.B if side == "B" else self.factors.A
+        scale = self.row_scale[side]
+        return scale * implicit_product(side, factors, scale * X, self.backend)
 
     @property
     def targets(self) -> tuple[Target, ...]:
