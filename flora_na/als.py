@@ -51,28 +51,41 @@ class AlternatingLeastSquares:
         if self.max_sweeps > 1 and rank < group.total_rank:
             Q = tilted(Q, _sketch(group, rank), factor_norms(group))
         found = certified_blocks(group, Q, tolerance=self.tolerance, max_sweeps=self.max_sweeps, cancelled=CANCELLED)
-        if found is not None:
-            return found
+        return self._swept(group, Q) if found is None else found
+
+    def _swept(self, group: Group, Q: Tensor) -> Pair:
+        """From the rows Q by products with the Grams, all modules in step."""
         zero = energies(group) == 0
-        formed = group.gram is not None
-        energy, floor = (group.gram_energy, 1e-13) if formed else (energies(group), IMPLICIT_FLOOR)
-        P, captured = Q, torch.zeros(len(group.targets), dtype=torch.float64, device=group.device)
+        captured = torch.zeros(len(group.targets), dtype=torch.float64, device=group.device)
+        P, Q_hat = _first_half_step(group, Q, fill=self.max_sweeps > 1)
         status, sweep = "max-sweeps", 0
         for sweep in range(1, self.max_sweeps + 1):
             before = captured
-            P, Q_hat, _ = half_step(group, "A", Q)
-            if sweep == 1 and self.max_sweeps > 1 and bool((lost := (Q_hat == 0).all(-2, keepdim=True)).any()):
-                # A start of lower rank (zero rows, dependent averages) would stay there: no sweep adds a direction.
-                filled = torch.where(lost, _sketch(group, rank), Q_hat)
-                P, Q_hat, _ = half_step(group, "A", torch.where(lost.any(-1, keepdim=True), filled, Q))
             Q, _, captured = half_step(group, "B", P)
-            left = (energy - captured).clamp_min(floor * energy)
-            enough = torch.maximum(self.tolerance * left, RESOLVED * captured)
-            if bool(((captured - before <= enough) | zero).all()):
+            P, Q_hat, _ = half_step(group, "A", Q)
+            if bool((self._settled(group, before, captured) | zero).all()):
                 status = "converged"
                 break
-        P, Q_hat, _ = half_step(group, "A", Q)
-        return balance(group, Pair(P, Q_hat, status, sweep), rank)
+        return balance(group, Pair(P, Q_hat, status, sweep), Q.shape[-1])
+
+    def _settled(self, group: Group, before: Tensor, captured: Tensor) -> Tensor:
+        """(L,) where a sweep gained too little to go on, or no more than rounding."""
+        formed = group.gram is not None
+        energy, floor = (group.gram_energy, 1e-13) if formed else (energies(group), IMPLICIT_FLOOR)
+        left = (energy - captured).clamp_min(floor * energy)
+        return captured - before <= torch.maximum(self.tolerance * left, RESOLVED * captured)
+
+
+def _first_half_step(group: Group, Q: Tensor, *, fill: bool) -> tuple[Tensor, Tensor]:
+    """P for the rows Q, and these made orthonormal; ``fill`` puts other rows in the place of those that are lost.
+
+    A start of lower rank (zero rows, dependent averages) would stay there: no sweep adds a direction.
+    """
+    P, Q_hat, _ = half_step(group, "A", Q)
+    if fill and bool((lost := (Q_hat == 0).all(-2, keepdim=True)).any()):
+        filled = torch.where(lost, _sketch(group, Q.shape[-1]), Q_hat)
+        P, Q_hat, _ = half_step(group, "A", torch.where(lost.any(-1, keepdim=True), filled, Q))
+    return P, Q_hat
 
 
 def starting_rows(group: Group, start: AnyPair, rank: int) -> Tensor:
