@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from . import portions
 from .cohort import Cohort
@@ -24,6 +25,14 @@ class Portion:
     """Some modules of every client, in memory, and their bytes."""
 
     cohort: Cohort
+    nbytes: int
+
+
+class _Module(NamedTuple):
+    """One module's layers, of every client or None, and their bytes."""
+
+    name: str
+    layers: list[LoraLayer | None]
     nbytes: int
 
 
@@ -107,39 +116,31 @@ class ReadAhead:
 
     def _read(self) -> Iterator[Portion]:
         """Modules put together as ``portions.chunks`` does it."""
+        for modules in portions.together(map(self._module, self._modules), _bytes_and_limit):
+            portion = self._portion(modules)
+            del modules
+            yield portion
+            del portion
+
+    def _portion(self, modules: Sequence[_Module]) -> Portion:
         layers: list[dict[str, LoraLayer]] = [{} for _ in self._cohort.adapters]
-        names: list[str] = []
-        size = nbytes = 0
-        for module in self._modules:
-            read, own = self._module(module)
-            taken = _bytes_taken([layer for layer in read if layer is not None])
-            if names and size + taken > portions.CHUNK_BYTES:
-                yield self._portion(layers, names, nbytes)
-                layers, names, size, nbytes = [{} for _ in layers], [], 0, 0
-            _add(layers, module, read)
-            names.append(module)
-            size, nbytes = size + taken, nbytes + own
-            del read
-            if size >= portions.CHUNK_BYTES:
-                yield self._portion(layers, names, nbytes)
-                layers, names, size, nbytes = [{} for _ in layers], [], 0, 0
-        if names:
-            yield self._portion(layers, names, nbytes)
+        for module in modules:
+            for mine, layer in zip(layers, module.layers, strict=True):
+                if layer is not None:
+                    mine[module.name] = layer
+        cohort = replace(self._cohort, adapters=tuple(map(Adapter, layers)), modules=tuple([m.name for m in modules]))
+        return Portion(cohort, sum(module.nbytes for module in modules))
 
-    def _portion(self, layers: Sequence[dict[str, LoraLayer]], modules: Sequence[str], nbytes: int) -> Portion:
-        adapters = tuple([Adapter(mine) for mine in layers])
-        return Portion(replace(self._cohort, adapters=adapters, modules=tuple(modules)), nbytes)
-
-    def _module(self, module: str) -> tuple[list[LoraLayer | None], int]:
-        read: list[LoraLayer | None] = []
+    def _module(self, name: str) -> _Module:
+        layers: list[LoraLayer | None] = []
         total = 0
         for client, adapter in enumerate(self._cohort.adapters):
             self._wait_for_room()
-            layer = self._cohort.layer(client, module) if module in adapter.modules else None
-            read.append(layer)
+            layer = self._cohort.layer(client, name) if name in adapter.modules else None
+            layers.append(layer)
             total += self._count(0 if layer is None else layer.A.nbytes + layer.B.nbytes)
             del layer
-        return read, total
+        return _Module(name, layers, total)
 
     def _wait_for_room(self) -> None:
         """Wait while another layer (as large as the last) were too much and the consumer will give some back."""
@@ -164,12 +165,6 @@ class ReadAhead:
         return nbytes
 
 
-def _add(layers: Sequence[dict[str, LoraLayer]], module: str, read: Sequence[LoraLayer | None]) -> None:
-    """Put the clients' layers of a module into their mappings; a function, so that no name keeps any of them alive."""
-    for mine, layer in zip(layers, read, strict=True):
-        if layer is not None:
-            mine[module] = layer
-
-
-def _bytes_taken(layers: Sequence[LoraLayer]) -> int:
-    return portions.module_bytes([layer.B for layer in layers], [layer.A for layer in layers])
+def _bytes_and_limit(module: _Module) -> tuple[int, int]:
+    layers = [layer for layer in module.layers if layer is not None]
+    return portions.module_bytes([layer.B for layer in layers], [layer.A for layer in layers]), portions.CHUNK_BYTES

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .group import forms_grams
 from .layer import Adapter
 from .target import Target
 
+T = TypeVar("T")
 CHUNK_BYTES = 16 << 20
 """What is read and worked on together, on the CPU: bounds the memory of lazily read adapters. A larger module is a
 portion of its own. How modules are put together decides when their iterations stop, so it depends on sizes only."""
@@ -36,21 +38,30 @@ def chunks(cohort: Cohort, anchor: Adapter | None, *, whole: bool) -> Iterator[l
     """Modules in portions that fit the budget; all at once where one solve spans them."""
     held = all(isinstance(adapter.modules, dict) for adapter in cohort.adapters)
     budget = HELD_BYTES if held else CHUNK_BYTES
-    chunk: list[Target] = []
+    targets = (cohort.target(module, anchor) for module in cohort.modules)
+    return iter([list(targets)]) if whole else together(targets, lambda target: _bytes_and_limit(target, budget))
+
+
+def together(items: Iterable[T], bytes_and_limit: Callable[[T], tuple[int, int]]) -> Iterator[list[T]]:
+    """Items in portions, in their order: as many as take no more than the limit, a larger one by itself.
+
+    A portion that is full is handed over before another item is read.
+    """
+    portion: list[T] = []
     size = 0
-    for module in cohort.modules:
-        target = cohort.target(module, anchor)
-        nbytes, limit = _bytes_and_limit(target, budget)
-        if chunk and not whole and size + nbytes > limit:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(target)
+    for item in items:
+        nbytes, limit = bytes_and_limit(item)
+        if portion and size + nbytes > limit:
+            yield portion
+            portion, size = [], 0
+        portion.append(item)
+        del item  # else it were held while the next is read
         size += nbytes
-        if not whole and size >= limit:  # before another module is read
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+        if size >= limit:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
 
 
 def _bytes_and_limit(target: Target, budget: int) -> tuple[int, int]:
