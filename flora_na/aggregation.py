@@ -22,7 +22,8 @@ from .weights import Weights
 
 Progress = Callable[[int, int, str], None]
 LAZY_RANK = 256
-"""Up to this total rank a report keeps the Grams for its yardsticks; above it they are computed at once."""
+"""Up to this total rank a report keeps the Grams, and factors that lie in memory anyway, for its yardsticks; else they
+are computed at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +136,7 @@ def aggregate_cohort(
             if residual:
                 rest_B, rest_A = e.residual()
                 rests[target.name] = LoraLayer(A=rest_A, B=rest_B)
-            reports[target.name] = module_report(e, target)
+            reports[target.name] = module_report(e, target, cohort)
             if progress is not None:
                 progress(len(layers), len(cohort.modules), target.name)
     return Aggregation(
@@ -145,10 +146,10 @@ def aggregate_cohort(
     )
 
 
-def module_report(estimate: Estimate, target: Target) -> ModuleReport:
-    """The report of one estimate; it keeps the Grams for its yardsticks unless they are large."""
+def module_report(estimate: Estimate, target: Target, cohort: Cohort) -> ModuleReport:
+    """The report of one estimate; it keeps Grams and factors for its yardsticks unless that would take memory."""
     report = ModuleReport.of(estimate)
-    return report if sum(target.ranks) <= LAZY_RANK else report.settled()
+    return report if cohort.held and sum(target.ranks) <= LAZY_RANK else report.settled()
 
 
 def _previous(targets: list[Target], adapter: Adapter | None) -> list[tuple[Tensor, Tensor]] | None:

@@ -53,6 +53,11 @@ class Cohort:
     missing: str = "error"
     config: Mapping[str, Any] | None = None
 
+    @property
+    def held(self) -> bool:
+        """Whether the factors lie in memory already; of a lazy mapping they do while someone keeps them."""
+        return all(isinstance(adapter.modules, dict) for adapter in self.adapters)
+
     def present(self, module: str) -> list[int]:
         """Positions of the clients that have the module."""
         return [u for u, adapter in enumerate(self.adapters) if module in adapter.modules]

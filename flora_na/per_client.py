@@ -65,7 +65,7 @@ def aggregate_for_clients(
             some = [i for i, ranks in enumerate(wanted) if rank in ranks.values()]
             estimates = estimate_targets([targets[i] for i in some], method=method, rank=rank, backend=backend)
             for i, e in zip(some, estimates, strict=True):
-                pair = LoraLayer(A=e.A, B=e.B), module_report(e, targets[i])
+                pair = LoraLayer(A=e.A, B=e.B), module_report(e, targets[i], cohort)
                 for label in (label for label, own in wanted[i].items() if own == rank):
                     found[label][targets[i].name] = pair
         done += len(targets)

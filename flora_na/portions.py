@@ -36,8 +36,7 @@ def module_bytes(B: Sequence[Tensor], A: Sequence[Tensor]) -> int:
 
 def chunks(cohort: Cohort, anchor: Adapter | None, *, whole: bool) -> Iterator[list[Target]]:
     """Modules in portions that fit the budget; all at once where one solve spans them."""
-    held = all(isinstance(adapter.modules, dict) for adapter in cohort.adapters)
-    budget = HELD_BYTES if held else CHUNK_BYTES
+    budget = HELD_BYTES if cohort.held else CHUNK_BYTES
     targets = (cohort.target(module, anchor) for module in cohort.modules)
     return iter([list(targets)]) if whole else together(targets, lambda target: _bytes_and_limit(target, budget))
 

@@ -1,9 +1,11 @@
 """Whole adapters: reports, extras, residuals, missing modules, lazy mappings, scope."""
 
 import copy
+import gc
 import json
 import math
 import pickle
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -152,6 +154,24 @@ def test_lazy_adapters_are_read_once_a_few_modules_at_a_time(monkeypatch):
     assert [s[:3] for s in seen] == [(i + 1, 3, name) for i, name in enumerate(SHAPES)]
     assert seen[0][3] == ["layer.0.query"]
     assert all(adapter.reads == list(SHAPES) for adapter in lazy)
+
+
+@pytest.mark.parametrize("aggregate", [flora_na.aggregate, flora_na.aggregate_for_clients])
+def test_layers_that_were_read_are_not_held_by_the_report(aggregate, monkeypatch):
+    monkeypatch.setattr("fedgram.flora_na.portions.CHUNK_BYTES", 1)
+    known = []
+
+    class Reader(Lazy):
+        def __getitem__(self, name):
+            layer = super().__getitem__(name)
+            read = LoraLayer(A=layer.A.clone(), B=layer.B.clone())
+            known.append(weakref.ref(read.B))
+            return read
+
+    found = aggregate([Reader(a.modules) for a in cohort(ranks=[3, 4, 3, 3])], method="fedavg")
+    gc.collect()
+    assert found
+    assert not any(ref() is not None for ref in known)
 
 
 def test_a_layer_that_vanishes_is_no_missing_module():
