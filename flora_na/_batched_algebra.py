@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from .coefficients import inverse_or_zero
+
 SHIFTS = (1e-12, 1e-5)
 """Added to the diagonal of unit-diagonal matrices before Cholesky: what float64 needs to go through, and where it does
 not (Grams of the GPU kernels are right to 2e-6), enough for any of those. A shift never makes an estimate wrong: the
@@ -32,11 +34,6 @@ def layout_of(ranks: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
 def positions_of(ids: tuple[int, ...], device: torch.device) -> Tensor:
     """Positions of modules as an index on the device, made once."""
     return torch.tensor(ids, dtype=torch.int64, device=device)
-
-
-def inverse_or_zero(x: Tensor) -> Tensor:
-    """``1 / x`` where x is positive, else 0."""
-    return torch.where(x > 0, x, torch.inf).reciprocal()
 
 
 def cholesky_inverse_root(S: Tensor, floor: Tensor | None = None) -> Tensor:

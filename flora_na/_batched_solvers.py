@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._batched_algebra import cholesky_inverse_root, inverse_or_zero, solve_shifted
+from ._batched_algebra import cholesky_inverse_root, solve_shifted
 from ._batched_group import BatchedGroup
 from ._scalar_problem import conjugate_gradients, even_norms
 from .als import CANCELLED
+from .coefficients import inverse_or_zero
 from .members import Side
 
 CG_STEPS = 4
