@@ -25,6 +25,8 @@ from .yardsticks import Yardsticks
 class Estimate:
     """One pair of factors near ``dW = sum w_u s_u B_u A_u``, with its evidence. The scaling of the pair is 1.
 
+    Yardsticks and residual are computed when asked for, from the clients' factors: change these in place only after.
+
     Attributes:
         B: (m, r), in the input dtype and on the input device.
         A: (r, n), likewise.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ._read_ahead import ReadAhead
-from .aggregation import Aggregation, aggregate_cohort
+from .aggregation import Aggregation, Progress, aggregate_cohort
 from .cohort import Cohort, check_anchor, make_cohort
 from .inner_products import screen_cohort
 from .layer import AdapterLike
@@ -69,12 +69,20 @@ class Stream:
     def parts(self, skip: Collection[str] = ()) -> Iterator[Aggregation]:
         """The portions, without modules to ``skip``: those of the first portions of an earlier run."""
         left = [module for module in self.cohort.modules if module not in skip]
+        before = len(self.cohort.modules) - len(left)
         with ReadAhead(self.cohort, left) as portions:
             for portion in portions:
-                done = self._settled(aggregate_cohort(portion.cohort, **self.options))
+                options = {**self.options, "progress": self._progress(before)}
+                done = self._settled(aggregate_cohort(portion.cohort, **options))
+                before += len(portion.cohort.modules)
                 del portion  # freed before more is read
                 yield done
                 del done
+
+    def _progress(self, before: int) -> Progress | None:
+        """The caller's, told of all modules where a portion's are counted."""
+        tell, total = self.options.get("progress"), len(self.cohort.modules)
+        return None if tell is None else lambda done, _, name: tell(before + done, total, name)
 
     def report(self, modules: Mapping[str, ModuleReport]) -> Report:
         """The report of all portions together."""

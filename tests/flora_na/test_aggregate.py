@@ -198,6 +198,13 @@ def test_what_a_stream_needs_is_checked_before_its_first_portion(monkeypatch):
         flora_na.iter_aggregate(adapters, method="mean", clip="2x")
 
 
+def test_progress_of_a_stream_counts_all_modules(monkeypatch):
+    monkeypatch.setattr(portions, "CHUNK_BYTES", 1)
+    seen = []
+    list(flora_na.iter_aggregate(cohort(), progress=lambda *told: seen.append(told)))
+    assert seen == [(i + 1, 3, name) for i, name in enumerate(SHAPES)]
+
+
 @pytest.mark.parametrize(("lazy", "budget"), [(True, "CHUNK_BYTES"), (False, "HELD_BYTES")])
 def test_portions_of_adapters_in_memory_have_a_budget_of_their_own(lazy, budget, monkeypatch):
     adapters, sizes = cohort(), []
