@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .cohort import Cohort
+from .cohort import Cohort, extra_roles
 from .layer import Adapter, LoraLayer
 from .parts import part_of, shape_of
 from .weight_space import mean_cosines, norms_of
@@ -150,7 +150,8 @@ def screened(cohort: Cohort, screening: Screening) -> Cohort:
     which are updates, are scaled with their client's).
     """
     kept = [u for u, w in enumerate(screening.weights.tolist()) if w > 0]
-    adapters = tuple(scaled(cohort.adapters[u], float(screening.factors[u])) for u in kept)
+    roles = extra_roles(cohort)
+    adapters = tuple(scaled(cohort.adapters[u], float(screening.factors[u]), roles) for u in kept)
     left = {name for adapter in adapters for name in adapter.modules}
     if not left:
         raise ValueError("min_cosine: none of the clients that remain has a LoRA module")
@@ -163,8 +164,11 @@ def screened(cohort: Cohort, screening: Screening) -> Cohort:
     )
 
 
-def scaled(adapter: Adapter, factor: float) -> Adapter:
-    """The adapter with its update times ``factor``: layers, and extras that are updates; still read when asked for."""
+def scaled(adapter: Adapter, factor: float, roles: Mapping[str, str]) -> Adapter:
+    """The adapter with its update times ``factor``: layers, and extras whose role in the cohort is ``update``.
+
+    All are still read when asked for.
+    """
     if factor == 1.0:
         return adapter
 
@@ -172,7 +176,7 @@ def scaled(adapter: Adapter, factor: float) -> Adapter:
         return replace(own, scaling=own.scaling * factor)
 
     def extra(name: str, own: Tensor) -> Tensor:
-        return own * factor if adapter.roles.get(name) == "update" else own
+        return own * factor if roles.get(name) == "update" else own
 
     return replace(adapter, modules=_Changed(adapter.modules, layer), extras=_ChangedTensors(adapter.extras, extra))
 

@@ -57,10 +57,12 @@ def test_clipping_is_the_mean_of_the_scaled_dense_updates(clip):
     assert torch.equal(result.adapter.extras["head"], flora_na.aggregate(cohort, w).adapter.extras["head"])
 
 
-def test_updates_beside_the_factors_are_scaled_along_and_states_are_not():
+@pytest.mark.parametrize("who_says_so", [5, 1])
+def test_updates_beside_the_factors_are_scaled_along_and_states_are_not(who_says_so):
     bias, state = torch.ones(3), torch.full((2,), 4.0)
     cohort = [
-        Adapter(a.modules, {"bias": bias, "head": state}, None, {"bias": "update"}) for a in adapters(5, modules=1)
+        Adapter(a.modules, {"bias": bias, "head": state}, None, {"bias": "update"} if u < who_says_so else {})
+        for u, a in enumerate(adapters(5, modules=1))
     ]
     plain, result = (flora_na.aggregate(cohort, clip=clip) for clip in (None, "0.5x"))
     factors = result.report.screening.factors
