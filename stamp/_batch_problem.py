@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._problem import EPS
+from .gramian import distant
 
 TINY = 1e-300
 
@@ -77,7 +78,7 @@ def build(parts: tuple[Tensor, ...], u: Tensor, c: float) -> Batch:
         b = times(G, u)
         n = (b * u).sum(-1)
         h, H = b - n[:, None], G - b[:, :, None] - b[:, None, :] + n[:, None, None]
-        keep = H.diagonal(dim1=1, dim2=2).amax(-1) <= n / 4
+        keep = (H.diagonal(dim1=1, dim2=2).amax(-1) <= n / 4) & distant(n, H)
         n, h = torch.where(keep, n, 0.0), torch.where(keep[:, None], h, 0.0)
         H = torch.where(keep[:, None, None], H, G)
     H = (H + H.transpose(1, 2)) / 2

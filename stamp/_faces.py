@@ -34,7 +34,11 @@ def face_minimum(problem: Problem, members: NDArray[np.intp], w: Array) -> FaceM
     C = H[1:, 1:] - H[1:, :1] - H[:1, 1:] + H[0, 0]
     sides = np.stack([h[0] + H[0, 0] - h[1:] - H[0, 1:], (beta[0] - beta[1:]) / problem.s], axis=1)
     # Squared lengths below the rounding of what they were subtracted from are taken for that rounding.
-    length = np.sqrt(np.maximum(C.diagonal(), EPS * (H.diagonal()[1:] + H[0, 0]) + 1e-300))
+    roots = problem.root[members]
+    rounding = EPS * (roots[1:] ** 2 + roots[0] ** 2) + EPS * EPS * max(problem.n, 0.0) + 1e-300
+    squares = np.maximum(C.diagonal(), rounding)
+    np.fill_diagonal(C, squares)
+    length = np.sqrt(squares)
     unit, sides = C / length[:, None] / length, sides / length[:, None]
     solved = solve_gram(unit, sides)
     if solved is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._linear import is_positive_definite
 from ._problem import EPS, Array, Problem
-from .gramian import Gramian, as_tensor
+from .gramian import NEAR, Gramian, as_tensor
 
 FLOAT32 = 1e-3  # float32 sums over millions of products may be off by that; Gram matrices made of them are welcome
 HALF = 2e-2
@@ -139,7 +139,8 @@ def problem_of(gramian: Gramian | Array, u: Array, c: float) -> Problem:
     b = G @ u
     n0 = float(b @ u)
     H = G - b[:, None] - b + n0
-    # Every gradient longer than half the mean: centring subtracts nothing that it needs.
-    if H.diagonal().max() <= n0 / 4:
+    # Every gradient longer than half the mean, and none so near it that its distance is rounding: centring subtracts
+    # nothing that is needed.
+    if NEAR * n0 <= H.diagonal().min() and H.diagonal().max() <= n0 / 4:
         return Problem.build(n0, b - n0, H, u, c)
     return Problem.build(0.0, np.zeros(len(G)), G, u, c)

@@ -18,7 +18,7 @@ from ._buffers import buffers_kept, put_back, remembered
 from ._ghost_trace import Trace
 from ._loss import LossFn
 from .dual import Dual, solve_dual
-from .gramian import Gramian, WeightsLike, normalised_weights, one_hot, recentred, triple
+from .gramian import Gramian, WeightsLike, distant, normalised_weights, one_hot, plain, recentred, triple
 
 Tasks = Sequence[Any | Callable[[], Any]]
 
@@ -64,7 +64,8 @@ def ghost_gramian(
     in any backward pass). From there on products and sums are float64: G is off by at most about 1e-16 times
     ``sum |a_i||a_j||d_i||d_j|``, so that gradients differing by a relative 1e-4 keep about eight digits of their
     differences' products where rows do not cancel. Materialised parts are centred first (``grad_gram``): at the mean,
-    or at the shortest gradient where one is shorter than 2^-9 of the mean.
+    or at the shortest gradient where one is shorter than 2^-9 of the mean. Where a gradient is within a relative 2^-15
+    of the mean, what is known is a plain matrix, and so is the result (its centre is zero).
 
     Args:
         model: any module with trainable parameters.
@@ -152,7 +153,10 @@ def _gramian(trace: Trace, u: Tensor, backend: str) -> Gramian:
         return Gramian(n0, h, H, *(None if x is None else x.to(h.device) for x in (u, centre)))
 
     found = around(None)
-    return recentred(found.cpu(), lambda k: around(one_hot(k, trace.tasks)).cpu()).to(found.H.device)
+    known = recentred(found.cpu(), lambda k: around(one_hot(k, trace.tasks)).cpu())
+    if dense is not None and known.centre is None and not bool(distant(known.n0, known.H)):
+        known = plain(known.dense(), u)
+    return known.to(found.H.device)
 
 
 def _column(parameter: Tensor, grads: list[Tensor | None]) -> list[Tensor]:

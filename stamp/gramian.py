@@ -19,6 +19,9 @@ WeightsLike = Sequence[float] | np.ndarray | Tensor
 # task k binds alone, c ||g0|| / ||g_k|| times that stands in its gap, which is relative to c ||g0|| ||g_k|| or more:
 # down to ||g_k|| = 2^-9 ||z|| at most 2^4 * 2^-52 * 2^18 = 2^-30, just within the 1e-9 that an answer is held to.
 SHORT = 2.0**-18
+# What a plain matrix says of the distances from the mean is a difference of terms of the size of ||g0||^2. Below this
+# share of it, rounding may be all of it, and the centred matrix indefinite.
+NEAR = 2.0**-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +31,8 @@ class Gramian:
     ``<g_k, g_l> = n0 + h_k + h_l + H_kl``. Gradients of neighbouring tasks share a large part; the dense matrix drowns
     their differences in it, the three parts do not. The common vector is the weighted mean, unless a gradient is so
     much shorter (2^-9 and less) that its own length would drown in that of the mean: then it is the shortest gradient,
-    or zero. Leading batch dimensions are allowed on all parts alike.
+    or zero. It is zero, too, where a plain matrix was all there was, and one of its gradients is nearer the mean than
+    that tells. Leading batch dimensions are allowed on all parts alike.
 
     Attributes:
         n0: ``||g0||^2`` of the common vector, shape ().
@@ -96,14 +100,15 @@ class Gramian:
     def from_dense(cls, G: Tensor | np.ndarray, weights: WeightsLike | None = None) -> Gramian:
         """Centre a plain Gram matrix, shape (K, K), at the mean under ``weights`` (default uniform).
 
-        It stays plain, with a centre of zero, where a gradient is so short that centring would cost its digits.
+        It stays plain, with a centre of zero, where a gradient is so short that centring would cost its digits, or
+        so near the mean that the difference would be rounding.
         """
         G = _real(G, "matrix")
         if G.ndim < 2 or G.shape[-1] != G.shape[-2] or not G.shape[-1]:
             raise ValueError(f"gramian: expected (K, K) with K at least 1, got {tuple(G.shape)}")
         u = torch.from_numpy(normalised_weights(weights, G.shape[-1])).to(G.device)
         n0, h, H = triple(G, u)
-        kept = (G.diagonal(dim1=-2, dim2=-1) >= SHORT * n0[..., None]).all(-1)
+        kept = (G.diagonal(dim1=-2, dim2=-1) >= SHORT * n0[..., None]).all(-1) & distant(n0, H)
         n0, h = torch.where(kept, n0, 0.0), torch.where(kept[..., None], h, 0.0)
         return cls(n0, h, torch.where(kept[..., None, None], H, G), u, u * kept[..., None])
 
@@ -113,6 +118,17 @@ def triple(G: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     b = G @ v
     n0 = b @ v
     return n0, b - n0[..., None], G - b[..., :, None] - b[..., None, :] + n0[..., None, None]
+
+
+def plain(G: Tensor, u: Tensor) -> Gramian:
+    """The Gramian around zero of a plain matrix, shape (K, K), under the weights ``u``."""
+    zeros = torch.zeros_like(G[0])
+    return Gramian(zeros.sum(), zeros, G, u, zeros)
+
+
+def distant(n0: Tensor, H: Tensor) -> Tensor:
+    """Whether no gradient is so near the centre of a plain matrix's triple that its distance may be rounding: (...)."""
+    return (H.diagonal(dim1=-2, dim2=-1) >= NEAR * n0[..., None]).all(-1)
 
 
 def recentred(gramian: Gramian, about: Callable[[int], Gramian]) -> Gramian:

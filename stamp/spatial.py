@@ -14,7 +14,7 @@ from fedgram.kernels import grad_combine, moved
 from ._inputs import checked_number
 from ._look import may_look
 from .dual import Dual, rescaling, solve_dual
-from .gramian import Gramian, WeightsLike, normalised_weights, one_hot, recentred
+from .gramian import Gramian, WeightsLike, normalised_weights, one_hot, plain, recentred
 from .match import gramian_about, match_gramian
 from .structure import Inputs, average, finite, read, unfit, wrapping_sum
 
@@ -137,8 +137,7 @@ class SpatialMatcher:
 
         def around_old(_: int) -> Gramian:
             H = gramian_about(inputs, weights, one_hot(K, K + 1), True, self.backend).H
-            zeros = torch.zeros_like(H[K, :K])
-            return Gramian(zeros.sum(), zeros, H[:K, :K], u, zeros)
+            return plain(H[:K, :K], u)
 
         return recentred(gramian, around_old) if may_look(H.device) else gramian
 
