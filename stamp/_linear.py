@@ -22,9 +22,9 @@ def solve_gram(C: Array, sides: Array) -> Array | None:
     if len(C) <= SMALL:
         try:
             pivots = np.linalg.cholesky(C).diagonal()
-        except np.linalg.LinAlgError:
+            return _solved(C, sides) if pivots.min() >= SINGULAR else None
+        except np.linalg.LinAlgError:  # of LU, too: a pivot that Cholesky left just above rounding may be its zero
             return None
-        return _solved(C, sides) if pivots.min() >= SINGULAR else None
     factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(C))
     if int(failed) or float(factor.diagonal().min()) < SINGULAR:
         return None
