@@ -43,9 +43,10 @@ class Kept:
                 held.copy_(value)
         for store, before in ((self.module._buffers, self.buffers), (self.module.__dict__, self.plain)):
             now = store if store is self.module._buffers else _plain(self.module)
-            for name in set(now) - set(before):
+            for name in set(now.keys()) - set(before):
                 del store[name]
-            store.update(before)
+            for name, value in before.items():  # a scripted module's buffers lack ``update``
+                store[name] = value
 
 
 def remembered(model: nn.Module) -> list[Kept]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+
 
 @dataclass(frozen=True, eq=False)
 class DenseUse:
@@ -64,15 +66,13 @@ def supported(module: nn.Module) -> bool:
     Exact types only: a subclass, a parametrised or a re-parametrised layer may compute anything, and so may one whose
     ``forward`` was replaced. Backward hooks of the old kind change the gradients of the weight itself.
     """
-    if "forward" in module.__dict__ or module._is_full_backward_hook is False:
+    if type(module) not in LAYERS or "forward" in module.__dict__ or module._is_full_backward_hook is False:
         return False
     if not isinstance(module._parameters.get("weight"), nn.Parameter) or set(module._parameters) > {"weight", "bias"}:
         return False
     if isinstance(module, nn.Embedding):
-        return type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return type(module) in (nn.Conv1d, nn.Conv2d) and module.groups == 1
-    return type(module) is nn.Linear
+        return module.max_norm is None and not module.scale_grad_by_freq
+    return not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups == 1
 
 
 def use_of(module: nn.Module, x: Tensor, grad: Tensor) -> Use:

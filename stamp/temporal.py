@@ -178,7 +178,7 @@ class TemporalMatcher:
                 as before then.
         """
         lr = checked_number(lr, "lr")
-        if checked_whole(steps, "steps") < 1:
+        if (steps := checked_whole(steps, "steps")) < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         earlier = self._earlier(task)
         parameters = _trainable(self.model)

@@ -182,6 +182,11 @@ def test_an_outer_step_out_of_range_is_refused(dtype, lr):
     unchanged(model, before)
 
 
+def test_a_whole_number_of_steps_may_be_a_float():
+    matcher = stamp.TemporalMatcher(network(), loss_fn, OneTask(data()))
+    matcher.multi_step([data()] * 2, steps=2.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+
+
 @pytest.mark.parametrize("weight", ["a", float("nan"), -0.1, [0.5, 0.5]])
 def test_the_current_weight_is_a_share(weight):
     with pytest.raises(ValueError, match="current_weight: expected a"):
@@ -210,3 +215,20 @@ def test_lazy_modules_take_their_first_step():
     matcher = stamp.TemporalMatcher(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), stamp.PrototypeMemory(4))
     assert matcher.step((torch.randn(8, 5), torch.arange(8) % 3)).match.status == "optimal"
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("traced", [False, True])
+def test_scripted_models(traced):
+    def loss_fn(model, x):
+        return model(x).square().sum()
+
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model = torch.jit.trace(model, torch.randn(2, 5), check_trace=False) if traced else torch.jit.script(model)
+    stamp.TemporalMatcher(model, loss_fn, OneTask(torch.randn(6, 5))).step(torch.randn(8, 5))
+    passes = int(model.state_dict()["1.num_batches_tracked"])
+    with pytest.raises(ValueError, match="current task"):
+        stamp.TemporalMatcher(model, loss_fn, OneTask(torch.randn(6, 5))).step(torch.full((8, 5), torch.nan))
+    with pytest.warns(UserWarning, match="no ghost form for 0, 1, 2"):
+        stamp.ghost_gramian(model, loss_fn, [torch.randn(8, 5)])
+    assert int(model.state_dict()["1.num_batches_tracked"]) == passes
