@@ -119,7 +119,8 @@ def _active_set(problem: Problem, w: Array) -> Solution:
 
 def _entering(problem: Problem, point: Point, most: int) -> Array:
     """The tasks outside the face that gain most, relative to the rounding of their terms: at most so many."""
-    gain = (point.slope - float(point.w @ point.slope)) / np.maximum(problem.rounding(point.w), 1e-300)
+    # A gradient at the centre has no rounding at all; the quotient is to stay finite for it.
+    gain = (point.slope - float(point.w @ point.slope)) / np.maximum(problem.rounding(point.w), 1e-200)
     gain[point.w > 0] = np.inf
     first = gain.argsort(kind="stable")[:most]
     return first[gain[first] < min(-VIOLATION, SHARE * gain[first[0]])]

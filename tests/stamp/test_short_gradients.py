@@ -70,6 +70,12 @@ def test_norms_over_eight_decades(K):
         certified(X, 0.25, stamp.match(list(X)).dual)
 
 
+def test_norms_over_sixteen_decades_in_a_plane():
+    for seed in range(40):  # the shortest, around which the Gram matrix is held, has no rounding: no warning of that
+        X = drawn(4, 2, seed) * 10 ** (16 * torch.rand(4, 1, generator=torch.Generator().manual_seed(seed)) - 8)
+        certified(X, 0.25, stamp.match(list(X)).dual)
+
+
 def test_several_short_ones_of_different_lengths(reads):
     X = drawn(6, 50, 1) / torch.tensor([1, 1e12, 1, 1e6, 1e9, 1])[:, None]
     found = stamp.match(list(X), c=0.5)
