@@ -19,6 +19,7 @@ from ._ghost_trace import Trace
 from ._loss import LossFn
 from .dual import Dual, solve_dual
 from .gramian import Gramian, WeightsLike, distant, normalised_weights, one_hot, plain, recentred, triple
+from .structure import finite
 
 Tasks = Sequence[Any | Callable[[], Any]]
 
@@ -111,8 +112,8 @@ def ghost_match(
     those of Python or numpy. The second is an ordinary training pass, which updates running statistics.
 
     ``.grad`` is overwritten, not added to, and None where no task reaches a parameter. If anything raises, it is as
-    before, and so are buffers and modes. Arguments, shapes and errors as in ``ghost_gramian``; a callable task is
-    called once.
+    before, and so are buffers and modes. Arguments, shapes and errors as in ``ghost_gramian``, and ValueError where the
+    direction is not finite; a callable task is called once.
 
     Args:
         model, loss_fn, tasks, weights, backend: as in ``ghost_gramian``.
@@ -125,6 +126,9 @@ def ghost_match(
     dual = solve_dual(gramian, c, rescale=rescale)
     with _restored_on_error(model):
         losses = [_backward(loss_fn(model, batch), v) for batch, v in zip(batches, dual.coefficients, strict=True)]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if not finite(grad.to_dense() if grad.is_sparse else grad for grad in grads):
+            raise ValueError("tasks: the direction, or a loss times its coefficient, exceeds the range of its dtype")
     return GhostMatch(dual, gramian, torch.stack(losses))
 
 

@@ -213,10 +213,14 @@ def match_inputs(
 
 
 def _fits(dual: Dual, gram: Gramian, written: Sequence[Tensor]) -> bool:
-    """Whether ``sum_k |v_k| ||g_k||``, which no entry exceeds, is in the range of every dtype: no look at the data."""
-    lengths = gram.squares.clamp(min=0).sqrt()
-    smallest = min(torch.finfo(dtype).max for dtype in {torch.float32, *(t.dtype for t in written)})
-    return float(dual.coefficients.abs() @ lengths) < smallest / 2
+    """Whether ``sum_k |v_k| ||g_k||``, which no entry exceeds, is in the range of every dtype: no look at the data.
+
+    So must the coefficients be in that of float32, in which gradients of 16 bits are multiplied.
+    """
+    sizes, lengths = dual.coefficients.abs(), gram.squares.clamp(min=0).sqrt()
+    single = torch.finfo(torch.float32).max
+    smallest = min(single, *(torch.finfo(t.dtype).max for t in written))
+    return float(sizes @ lengths) < smallest / 2 and float(sizes.max()) < single
 
 
 @torch.no_grad()

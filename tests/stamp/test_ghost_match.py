@@ -103,3 +103,19 @@ def test_a_second_pass_that_fails_leaves_running_statistics():
     with pytest.raises(RuntimeError, match="no"):
         stamp.ghost_match(model, loss, tasks)
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+def test_a_direction_that_is_not_finite_is_refused():
+    model = nn.Linear(4, 3, bias=False)
+    model.weight.grad = torch.ones(3, 4)
+    tasks = [(torch.ones(5, 4), 1e3), (torch.arange(20.0).reshape(5, 4), 1e-38)]
+    with pytest.raises(ValueError, match="tasks: the direction, or a loss times its coefficient, exceeds the range"):
+        stamp.ghost_match(model, lambda model, task: (model(task[0]) * task[1]).sum(), tasks)
+    assert torch.equal(model.weight.grad, torch.ones(3, 4))
+
+
+def test_sparse_gradients_are_matched():
+    model = nn.Embedding(9, 4, sparse=True)
+    found = stamp.ghost_match(model, squares, [torch.tensor([1, 2]), torch.tensor([3])])
+    assert found.dual.status == "optimal"
+    assert model.weight.grad.is_sparse

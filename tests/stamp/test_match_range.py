@@ -68,3 +68,10 @@ def test_a_direction_beyond_the_range_of_its_dtype_is_refused(dtype, value):
     wide = [torch.zeros(2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
     stamp.match_(wide, given, c=0.9)
     assert float(wide[1][0]) == pytest.approx(1.9 * float(given[0][1][0]), rel=1e-6)
+
+
+def test_a_coefficient_beyond_the_range_of_float32_is_refused_for_16_bits():
+    given = [torch.tensor([1e15, 1e15]), torch.tensor([1e-25, -1e-26])]
+    assert stamp.match(given).direction.isfinite().all()  # is summed in float64
+    with pytest.raises(ValueError, match="gradients: the direction exceeds"):
+        stamp.match([g.to(torch.bfloat16) for g in given])
