@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from ._buffers import buffers_kept, put_back, remembered
+from ._batches import first, to_device
+from ._buffers import Kept, put_back, remembered
 from ._graph import check_visible, walk
 from ._inputs import checked_number, checked_whole
 from ._loss import LossFn, checked_loss
@@ -140,13 +139,17 @@ class TemporalMatcher:
         """Every task's loss and gradient at the same parameters."""
         losses: list[Tensor] = []
         gradients: list[dict[str, Tensor | None]] = []
+        after: list[Kept] = []  # what the current task leaves
         for k, (data, label) in enumerate(zip(self._batches(batch, earlier), _labels(earlier), strict=True)):
-            with buffers_kept(self.model) if k > 0 else nullcontext():
-                loss = checked_loss(self.loss_fn(self.model, data), label)
-                check_visible(walk([loss.grad_fn]), parameters.values())
-                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            loss = checked_loss(self.loss_fn(self.model, data), label)
+            check_visible(walk([loss.grad_fn]), parameters.values())
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             losses.append(loss.detach())
             gradients.append(dict(zip(parameters, found, strict=True)))
+            if k > 0:
+                put_back(after)
+            elif earlier:
+                after = remembered(self.model)
         return losses, gradients
 
     def multi_step(
@@ -188,7 +191,7 @@ class TemporalMatcher:
         before = after = remembered(self.model)
         try:
             for k, (data, label) in enumerate(zip(self._batches(batches, earlier), _labels(earlier), strict=True)):
-                stream = _first(data, steps) if k == 0 else iter([data] * steps)
+                stream = first(data, steps) if k == 0 else iter([data] * steps)
                 losses.append(self._train(stream, optimizer(parameters.values()), label))
                 deltas.append({name: p.detach() - start[name] for name, p in parameters.items()})
                 after = remembered(self.model) if k == 0 else after
@@ -227,7 +230,7 @@ class TemporalMatcher:
         yield current
         device = next((p.device for p in self.model.parameters()), None)
         for name in earlier:
-            yield _to_device(self.memory.task(name), device)
+            yield to_device(self.memory.task(name), device)
 
     def _weights(self, K: int) -> Tensor:
         return torch.from_numpy(normalised_weights(self._shares(K), K))
@@ -260,38 +263,6 @@ def _check_end(start: Mapping[str, Tensor], direction: Mapping[str, Tensor], lr:
         if not finite([_end(t, direction[name], lr)]):
             limit = torch.finfo(t.dtype).max
             raise ValueError(f"lr: with {lr:g}, {name!r} would exceed {limit:.5g}, the largest number of {t.dtype}")
-
-
-def _first(batches: Iterable[Any], steps: int) -> Iterator[Any]:
-    """The first ``steps`` of the batches, or an error where there are fewer."""
-    source = iter(batches)
-    for step in range(steps):
-        try:
-            yield next(source)
-        except StopIteration:
-            raise ValueError(f"batches: {step} given, {steps} steps need as many") from None
-
-
-def _to_device(batch: Any, device: torch.device | None) -> Any:
-    """A batch on the device: what has a ``.to`` by that, tuples, lists and mappings part by part, in their own type."""
-    if device is None:
-        return batch
-    if callable(getattr(batch, "to", None)):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        moved = {key: _to_device(part, device) for key, part in batch.items()}
-        if all(moved[key] is part for key, part in batch.items()):
-            return batch
-        if not isinstance(batch, MutableMapping):
-            return moved
-        whole = copy.copy(batch)
-        for key, part in moved.items():  # some, such as transformers' outputs, refuse ``update``
-            whole[key] = part
-        return whole
-    if not isinstance(batch, tuple | list):
-        return batch
-    parts = [_to_device(part, device) for part in batch]
-    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 from fedgram import stamp
-from fedgram.stamp.temporal import _to_device
+from fedgram.stamp._batches import to_device
 from fedgram_testing.memories import OneTask
 
 Batch = collections.namedtuple("Batch", "x y")
@@ -66,7 +66,7 @@ def test_a_batch_keeps_its_types():
         "default": collections.defaultdict(list, a=x),
         "own": Moved(x),
     }
-    moved = _to_device(batch, meta)
+    moved = to_device(batch, meta)
     assert type(moved["named"]) is Batch
     assert moved["named"].x.device == moved["list"][0].device == moved["list"][1][0].device == meta
     assert type(moved["list"]) is list
@@ -78,8 +78,8 @@ def test_a_batch_keeps_its_types():
     assert moved["own"].device == meta
     assert batch["ordered"]["z"] is x
     assert batch["default"]["a"] is x
-    assert type(_to_device(packed, meta)) is type(packed)
-    assert _to_device(packed, meta).data.device == meta
+    assert type(to_device(packed, meta)) is type(packed)
+    assert to_device(packed, meta).data.device == meta
 
 
 def test_named_and_packed_batches_and_mappings_are_steps_like_others():
@@ -203,8 +203,8 @@ class Output(collections.OrderedDict):
 def test_mappings_that_refuse_update_keep_their_type():
     batch = Output()
     batch["x"] = torch.ones(2)
-    assert _to_device(batch, torch.device("cpu")) is batch
-    moved = _to_device(batch, torch.device("meta"))
+    assert to_device(batch, torch.device("cpu")) is batch
+    moved = to_device(batch, torch.device("meta"))
     assert type(moved) is Output
     assert moved["x"].device.type == "meta"
     assert batch["x"].device.type == "cpu"
