@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ._degenerate import cone_projection, leave
+from ._cone import cone_projection, leave
 from ._faces import descend
 from ._frank_wolfe import pairwise_frank_wolfe
 from ._problem import Array, Point, Problem

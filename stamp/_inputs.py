@@ -1,4 +1,4 @@
-"""Checks of what callers hand to the dual, and the choice of the form in which it is solved."""
+"""Checks of what callers hand in: numbers, and Gram matrices for the dual."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ._linear import is_positive_definite
-from ._problem import EPS, Array, Problem
-from .gramian import NEAR, Gramian, as_tensor
+from ._problem import EPS, Array
+from .gramian import as_tensor
 
 FLOAT32 = 1e-3  # float32 sums over millions of products may be off by that; Gram matrices made of them are welcome
 HALF = 2e-2
@@ -128,19 +128,3 @@ def check_centre(n0: float, h: Array, H: Array) -> None:
     bordered.flat[:: len(unit) + 1] += 2 * FLOAT32 * math.sqrt(len(unit))
     if not is_positive_definite(bordered):
         raise ValueError("gramian: n0, h and H together are indefinite; inner products cannot give that")
-
-
-def problem_of(gramian: Gramian | Array, u: Array, c: float) -> Problem:
-    """The dual of one Gram matrix, kept centred or plain, whichever loses no digits."""
-    if isinstance(gramian, Gramian):
-        h, inner = gramian.h.cpu().numpy(), gramian.H.cpu().numpy()
-        return Problem.build(float(gramian.n0), h, (inner + inner.T) / 2, u, c)
-    G = (gramian + gramian.T) / 2
-    b = G @ u
-    n0 = float(b @ u)
-    H = G - b[:, None] - b + n0
-    # Every gradient longer than half the mean, and none so near it that its distance is rounding: centring subtracts
-    # nothing that is needed.
-    if NEAR * n0 <= H.diagonal().min() and H.diagonal().max() <= n0 / 4:
-        return Problem.build(n0, b - n0, H, u, c)
-    return Problem.build(0.0, np.zeros(len(G)), G, u, c)

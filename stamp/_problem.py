@@ -12,6 +12,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from .gramian import NEAR, Gramian
+
 Array: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
 
@@ -106,3 +108,19 @@ class Problem:
         """The largest ``|<g_k, g0>| + c ||g0|| ||g_k||`` over the active tasks: what a relative gap is relative to."""
         sizes = np.abs(self.constant + self.beta) + self.s * self.norms
         return float(sizes[active].max() if active.any() else sizes.max())
+
+
+def problem_of(gramian: Gramian | Array, u: Array, c: float) -> Problem:
+    """The dual of one Gram matrix, kept centred or plain, whichever loses no digits."""
+    if isinstance(gramian, Gramian):
+        h, inner = gramian.h.cpu().numpy(), gramian.H.cpu().numpy()
+        return Problem.build(float(gramian.n0), h, (inner + inner.T) / 2, u, c)
+    G = (gramian + gramian.T) / 2
+    b = G @ u
+    n0 = float(b @ u)
+    H = G - b[:, None] - b + n0
+    # Every gradient longer than half the mean, and none so near it that its distance is rounding: centring subtracts
+    # nothing that is needed.
+    if NEAR * n0 <= H.diagonal().min() and H.diagonal().max() <= n0 / 4:
+        return Problem.build(n0, b - n0, H, u, c)
+    return Problem.build(0.0, np.zeros(len(G)), G, u, c)

@@ -19,9 +19,9 @@ from ._inputs import (
     check_values,
     checked_matrix,
     checked_strength,
-    problem_of,
 )
 from ._look import may_look
+from ._problem import problem_of
 from ._range import batch_in_range, in_range
 from .gramian import Gramian, WeightsLike, normalised_weights
 
