@@ -45,8 +45,8 @@ class Kept:
             now = store if store is self.module._buffers else _plain(self.module)
             for name in set(now.keys()) - set(before):
                 del store[name]
-            for name, value in before.items():  # a scripted module's buffers lack ``update``
-                store[name] = value
+            for name, kept in before.items():  # a scripted module's buffers lack ``update``
+                store[name] = kept
 
 
 def remembered(model: nn.Module) -> list[Kept]:

@@ -14,6 +14,8 @@ from ._problem import Array, Point, Problem
 VIOLATION = 1e-14  # a task that gains less than this share of its terms is not let in
 CROWD, SHARE = 32, 0.3  # tasks let in at once, and the share of the largest gain that they must promise
 COARSE = 1e-6  # Frank-Wolfe only has to find the face
+EXITS = 5  # from points where the gradients vanish and the optimum is not
+STALLS = 6  # faces in a row on which neither the objective nor the gap falls, until that is taken for rounding
 STATUSES = ("optimal", "degenerate", "mean", "stationary", "inexact", "nonfinite")
 
 
@@ -45,11 +47,11 @@ def solve(problem: Problem) -> Solution:
 
 
 def _start(problem: Problem) -> Array:
-    """The best vertex, then Frank-Wolfe where there are faces enough to choose from."""
-    w = np.zeros(problem.K)
-    w[int((problem.beta + problem.s * problem.norms).argmin())] = 1.0
+    """Frank-Wolfe from the best vertex where there are faces enough to choose from, else the one face."""
     if problem.K <= 2:
         return np.full(problem.K, 1.0 / problem.K)
+    w = np.zeros(problem.K)
+    w[int((problem.beta + problem.s * problem.norms).argmin())] = 1.0
     return pairwise_frank_wolfe(problem, w, 8 * problem.K, COARSE)
 
 
@@ -87,17 +89,18 @@ def _gram(problem: Problem, x: Array) -> Array:
 
 
 def _active_set(problem: Problem, w: Array) -> Solution:
+    """Solve the face of ``w``, let in the tasks that gain by it, and so on; the smallest gap seen."""
     best: Solution | None = None
-    iterations, limit, stalled, exits, lowest = 0, 30 * problem.K + 100, 0, 0, np.inf
-    while iterations < limit and stalled <= 5:
+    iterations, stalled, exits, lowest = 0, 0, 0, np.inf
+    limit = 30 * problem.K + 100
+    while iterations < limit and stalled < STALLS:
         w, solves = descend(problem, w, limit - iterations)
         iterations += solves
         point = problem.at(w)
         if point.vanishing:
             x, length = cone_projection(problem, w)
-            if (
-                length > 1 + 1e-9 and exits < 5 and iterations < limit
-            ):  # the optimum lies below zero, away from this point
+            below_zero = length > 1 + 1e-9  # the optimum is, and lies away from this point
+            if below_zero and exits < EXITS and iterations < limit:
                 exits += 1
                 w = pairwise_frank_wolfe(problem, leave(w, x), 8 * problem.K, COARSE)
                 continue
