@@ -22,6 +22,7 @@ SHORT = 2.0**-18
 # What a plain matrix says of the distances from the mean is a difference of terms of the size of ||g0||^2. Below this
 # share of it, rounding may be all of it, and the centred matrix indefinite.
 NEAR = 2.0**-30
+NARROW = (torch.float32, torch.float16, torch.bfloat16, np.float32, np.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +102,15 @@ class Gramian:
         """Centre a plain Gram matrix, shape (K, K), at the mean under ``weights`` (default uniform).
 
         It stays plain, with a centre of zero, where a gradient is so short that centring would cost its digits, or
-        so near the mean that the difference would be rounding.
+        so near the mean that the difference would be rounding, as it may be in any matrix of less than float64.
         """
+        narrow = getattr(G, "dtype", None) in NARROW
         G = _real(G, "matrix")
         if G.ndim < 2 or G.shape[-1] != G.shape[-2] or not G.shape[-1]:
             raise ValueError(f"gramian: expected (K, K) with K at least 1, got {tuple(G.shape)}")
         u = torch.from_numpy(normalised_weights(weights, G.shape[-1])).to(G.device)
         n0, h, H = triple(G, u)
-        kept = (G.diagonal(dim1=-2, dim2=-1) >= SHORT * n0[..., None]).all(-1) & distant(n0, H)
+        kept = (G.diagonal(dim1=-2, dim2=-1) >= SHORT * n0[..., None]).all(-1) & distant(n0, H) & (not narrow)
         n0, h = torch.where(kept, n0, 0.0), torch.where(kept[..., None], h, 0.0)
         return cls(n0, h, torch.where(kept[..., None, None], H, G), u, u * kept[..., None])
 

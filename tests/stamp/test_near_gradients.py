@@ -29,6 +29,15 @@ def test_plain_matrices(spread, K, form):
         assert abs(outside) <= 1e-9
 
 
+@pytest.mark.parametrize("array", [False, True])
+def test_a_plain_matrix_of_less_than_float64_stays_plain(array):
+    for seed in range(20):
+        X = drawn(1, 30, seed) + 5e-4 * drawn(20, 30, seed + 100)
+        G = (X @ X.T).float()
+        found = stamp.solve_dual(stamp.Gramian.from_dense(G.numpy() if array else G), 0.5)
+        assert found.status == "optimal"
+
+
 def test_a_gramian_that_knows_no_distance():
     found = stamp.solve_dual(stamp.Gramian(1.0, [1e-9, -1e-9], torch.zeros(2, 2)), 0.5)
     assert found.status == "optimal"
