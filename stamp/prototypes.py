@@ -113,6 +113,8 @@ def checked_draws(restarts: int, seed: int) -> tuple[int, int]:
 def as_samples(X: Tensor | np.ndarray) -> Tensor:
     """X as a detached tensor, in its dtype. Raises ValueError where it is not (N, ...) real numbers with N > 0."""
     samples = _as_tensor(X, "X", "real samples of shape (N, ...)")
+    if samples.layout is not torch.strided:
+        raise ValueError(f"X: expected a dense tensor, got {samples.layout}")
     if samples.is_complex() or samples.ndim == 0 or samples.numel() == 0:
         kind = f"{samples.dtype} of shape {tuple(samples.shape)}"
         raise ValueError(f"X: expected real samples of shape (N, ...) with at least one element, got {kind}")

@@ -163,6 +163,7 @@ Y4 = torch.tensor([0, 0, 0, 7])
         ({"seed": 2**64}, "seed: expected a whole number of 64 bits"),
         ({"embedding": lambda X: X.to(torch.complex64)}, "embedding: expected real features, got torch.complex64"),
         ({"embedding": 3}, "embedding: expected a function, got int"),
+        ({"X": torch.eye(4).to_sparse()}, "X: expected a dense tensor, got torch.sparse_coo"),
     ],
 )
 def test_bad_input_is_refused_by_name(change, reason):
