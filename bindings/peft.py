@@ -109,8 +109,10 @@ def load_adapters(
         raise ValueError("no adapter directories given")
     seen: dict[str, PathLike] = {}
     for path in paths:
-        if (first := seen.setdefault(os.path.realpath(path), path)) is not path:
-            raise ValueError(f"{path}: given twice ({first} is the same directory)")
+        real = os.path.realpath(path)
+        if real in seen:
+            raise ValueError(f"{path}: given twice ({seen[real]} is the same directory)")
+        seen[real] = path
     labels = [str(path) for path in paths]
     start = None if init is None else _open(Path(init), None, allow_dora=allow_dora, initial=True)
     adapters = [_open(Path(p), adapter_name, allow_dora=allow_dora, initial=start is not None) for p in paths]

@@ -161,6 +161,8 @@ def test_clients_of_one_model_are_opened_together(tmp_path):
     assert [a.modules["0"].rank for a in adapters] == [1, 2, 3]
     with pytest.raises(ValueError, match=r"c0: given twice"):
         load_adapters([tmp_path / "c0", tmp_path / "c1", tmp_path / "c1" / ".." / "c0"])
+    with pytest.raises(ValueError, match=r"c0: given twice"):
+        load_adapters([tmp_path / "c0"] * 2)
     with pytest.raises(ValueError, match="no adapter directories"):
         load_adapters([])
 
