@@ -35,6 +35,8 @@ def extra_roles(file: TensorSource, keys: AdapterKeys, settings: LoraSettings) -
             raise ValueError(f"{file.path}: {path}: {key.removeprefix(PREFIX)} is there, but no factors are")
     for path, pair in keys.factors.items():
         _check_beside(file, keys, settings, path, file.specs[pair["B"]].shape)
+    if len(settings.tokens) * len(keys.tokens) > MAX_COMPARISONS:
+        raise ValueError(f"{settings.path}: trainable_token_indices: too many entries for {len(keys.tokens)} tensors")
     for path, key in keys.tokens.items():
         _check_rows(file, path, file.specs[key].shape, settings)
     if len(settings.modules_to_save) * len(keys.others) > MAX_COMPARISONS:

@@ -15,6 +15,7 @@ Everything needed to write the layer back is in its name, so it survives every w
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .config import PREFIX
@@ -105,3 +106,11 @@ def owner_of(path: str) -> str:
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     return path
+
+
+def ends_of(path: str) -> Iterator[str]:
+    """The names by which PEFT selects a module: its own, and what follows each of its dots."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path

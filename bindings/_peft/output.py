@@ -13,6 +13,7 @@ from .extras import is_frozen
 from .keys import LORA_BIAS, MAGNITUDE, TOKENS
 from .layout import FileLayout
 from .merging import SELECTION, only_names
+from .names import ends_of
 from .parameters import TargetParameters
 from .patterns import PatternTable
 
@@ -76,7 +77,7 @@ def _written_selection(config: Mapping[str, Any], modules: Collection[str]) -> d
         return dict.fromkeys(SELECTION) | {"target_modules": []}
     if not only_names(config):
         return dict.fromkeys(SELECTION) | {"target_modules": "|".join(map(re.escape, names))}
-    if all(_targeted(config, module) for module in names):
+    if _all_targeted(config, names):
         return {}
     return dict.fromkeys(SELECTION) | {"target_modules": names}
 
@@ -158,8 +159,8 @@ def _saved_extras(config: Mapping[str, Any], extras: list[str], modules: Collect
     return kept
 
 
-def _targeted(config: Mapping[str, Any], module: str) -> bool:
-    """Whether a selection by names alone leads PEFT to this module."""
+def _all_targeted(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
+    """Whether a selection by names alone leads PEFT to all these modules."""
     targets = config.get("target_modules")
-    names = targets if isinstance(targets, list | set) else ()
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    names = {name for name in targets if isinstance(name, str)} if isinstance(targets, list | set) else set()
+    return all(not names.isdisjoint(ends_of(module)) for module in modules)

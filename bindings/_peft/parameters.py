@@ -13,7 +13,7 @@ from itertools import permutations, product
 from math import perm, prod
 
 from .config import LoraSettings
-from .names import owner_of
+from .names import ends_of, owner_of
 
 MAX_READINGS = 10_000
 
@@ -39,9 +39,7 @@ class TargetParameters:
 
     def of(self, owner: str) -> list[str]:
         """Names of the parameters of a module that PEFT may have adapted: all entries that its name ends with."""
-        parts = owner.split(".")
-        ends = [".".join(parts[i:]) for i in range(len(parts))] + [""]
-        return list(dict.fromkeys(name for end in ends for name in self._entries.get(end, ())))
+        return list(dict.fromkeys(name for end in (*ends_of(owner), "") for name in self._entries.get(end, ())))
 
     def assign(self, owner: str, rows: Mapping[str, int]) -> dict[str, Parameter]:
         """Tell the wrappers of one module apart.

@@ -93,6 +93,13 @@ def test_configurations_that_do_not_fit_the_tensors(copy, name, config, reason):
     assert reason in refusal(load_adapter, copy(name, **config))
 
 
+def test_comparing_token_tables_with_tensors_is_bounded(copy):
+    folder = copy("tokens", trainable_token_indices={f"table{i}": [1, 7] for i in range(2001)})
+    rows = {f"base_model.model.m{i}.token_adapter.trainable_tokens_delta": torch.ones(2, 1) for i in range(1000)}
+    edit_tensors(folder, lambda tensors: tensors | rows)
+    assert "trainable_token_indices: too many entries for 1001 tensors" in refusal(load_adapter, folder)
+
+
 def test_ranks_that_differ_by_parameter_are_told_by_the_number_of_experts(tmp_path):
     """PEFT's own conversion of Mixtral gives gate_up_proj twice the rank of down_proj; the file does not name them."""
     options = KINDS["experts"].options | {"rank_pattern": {"experts.gate_up_proj": 4, "q_proj": 2}}

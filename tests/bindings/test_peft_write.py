@@ -199,6 +199,27 @@ def test_what_all_clients_left_out_is_not_adapted_by_the_end_of_its_name(tmp_pat
     assert_same_update(tmp_path / "out", Nested(), {"0": result.modules["0"].delta()})
 
 
+class Selection(list):
+    """Counts how often it is gone through."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__()
+
+
+def test_a_selection_is_not_gone_through_once_for_every_module(tmp_path):
+    """A stranger's may name a hundred thousand modules."""
+    names = Selection(["w", 7, {}, ""])
+    modules = {f"layers.{i}.w": layer(2, 3, 1) for i in range(20)}
+    save_adapter(Adapter(modules, config={"target_modules": names}), tmp_path / "out")
+    assert config_of(tmp_path / "out")["target_modules"] == names
+    assert names.times < 10
+    save_adapter(Adapter({"w2": layer(2, 3, 1)}, config={"target_modules": names}), tmp_path / "out")
+    assert config_of(tmp_path / "out")["target_modules"] == ["w2"]
+
+
 def test_a_module_that_one_client_saves_whole_and_another_adapts_is_refused(tmp_path):
     write_client(tmp_path / "a", mlp(), target_modules=["0", "3"], r=2)
     write_client(tmp_path / "b", mlp(), target_modules=["0"], modules_to_save=["3"], r=2)
