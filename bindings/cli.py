@@ -32,13 +32,13 @@ from ._cli.clients import (
     RankPerClientOption,
     check_outputs,
     check_per_client,
-    check_residual,
     open_clients,
     open_global,
 )
 from ._cli.options import ClipOption, MinCosineOption, RankOption, parse_rank
 from ._cli.weights_file import read_weights
 from ._distributed.launch import alone_or_on_ranks, refuse_launched
+from ._peft.merging import check_residual
 from .console import one_line_errors, print_always, progress_bar
 
 app = typer.Typer(
@@ -138,7 +138,7 @@ def aggregate(
         if first:
             check_outputs(output, residual, adapters)
         if residual is not None:
-            check_residual(adapters)
+            check_residual(adapter.config for adapter in adapters)
         counts = read_weights(weights, dirs)
         options |= {
             "rank": parse_rank(rank),

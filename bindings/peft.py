@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fedgram.flora_na import Adapter, LoraLayer
+from fedgram.flora_na import Adapter, AdapterLike, LoraLayer
+from fedgram.flora_na.layer import as_adapter
 from fedgram.flora_na.weights import Weights, normalise_weights
 
 from ._peft.config import IN_FILES, PREFIX, read_config, refuse_other_kinds
@@ -27,7 +28,7 @@ from ._peft.initial import check_same_start, since
 from ._peft.layers import LastPair, read_update
 from ._peft.layout import FileLayout, LayerShape
 from ._peft.lazy_tensors import LazyMapping, LazyTensors
-from ._peft.merging import BASE, AdapterConfig, check_shared, merge_configs
+from ._peft.merging import BASE, AdapterConfig, check_residual, check_shared, merge_configs
 from ._peft.output import output_config
 from ._peft.shards import ShardedTensors, TensorSource
 from ._peft.stored_layers import StoredLayers
@@ -157,7 +158,7 @@ def _warn_of_dora(adapters: Sequence[Adapter], paths: Sequence[PathLike]) -> Non
         )
 
 
-def check_compatible(adapters: Sequence[Adapter], names: Sequence[str] | None = None) -> None:
+def check_compatible(adapters: Sequence[AdapterLike], names: Sequence[str] | None = None) -> None:
     """Refuse adapters of different base models, task types or peft types (those without configuration pass).
 
     Raises:
@@ -165,7 +166,7 @@ def check_compatible(adapters: Sequence[Adapter], names: Sequence[str] | None = 
             or DoRA, and experts of PEFT before and after 0.19, which lays them out differently.
     """
     labels = [f"client {i}" for i in range(len(adapters))] if names is None else names
-    check_shared([adapter.config for adapter in adapters], labels)
+    check_shared([as_adapter(adapter).config for adapter in adapters], labels)
 
 
 def load_global(
@@ -212,7 +213,7 @@ def check_output(path: PathLike) -> None:
     check_writable(path, OUTPUT_FILES)
 
 
-def save_adapter(adapter: Adapter, path: PathLike, *, config: Mapping[str, Any] | None = None) -> None:
+def save_adapter(adapter: AdapterLike, path: PathLike, *, config: Mapping[str, Any] | None = None) -> None:
     """Write an adapter directory that ``PeftModel.from_pretrained`` loads.
 
     Every layer is written with scaling 1: its own scaling is multiplied into lora_B (one rounding), ``lora_alpha``
@@ -230,16 +231,21 @@ def save_adapter(adapter: Adapter, path: PathLike, *, config: Mapping[str, Any] 
 
     Raises:
         ValueError: no layers, layers of names that do not go together, extras that the configuration does not
-            declare, a layer that is not finite after scaling or has a rank above 1,024 and both sides of its matrix
+            declare or that are named like factors, a configuration that JSON cannot hold or ``load_adapter`` would
+            refuse, a layer that is not finite after scaling or has a rank above 1,024 and both sides of its matrix
             (``load_adapter`` would not read it), or an output directory that holds other files.
         OSError: the output cannot be written.
     """
+    adapter = as_adapter(adapter)
     if not adapter.modules:
         raise ValueError("adapter: holds no layers")
     shapes = _shapes(adapter.modules)
     layout = FileLayout(shapes)
     extras = extra_specs(adapter)
+    if both := sorted(extras.keys() & layout.specs.keys()):
+        raise ValueError(f"extras: {both[0]!r}: is a factor of one of the layers")
     document = output_config(config or adapter.config, layout, [key.removeprefix(PREFIX) for key in extras])
+    text = _json(document)
 
     def tensor(key: str) -> Tensor:
         return adapter.extras[key] if key in extras else layout.tensor(key, factor)
@@ -254,18 +260,19 @@ def save_adapter(adapter: Adapter, path: PathLike, *, config: Mapping[str, Any] 
         specs = layout.specs | extras
         if not _linked(adapter.modules, stage / WEIGHTS_NAME, specs, layout.verbatim(shapes)):
             write_tensors(stage / WEIGHTS_NAME, specs, tensor)
-        _write_json(stage / CONFIG_NAME, document)
+        _write_text(stage / CONFIG_NAME, text)
 
 
-def save_residual(residual: Adapter, path: PathLike) -> None:
+def save_residual(residual: AdapterLike, path: PathLike) -> None:
     """Write what an aggregation leaves out, as ``save_adapter`` writes an adapter.
 
     Its configuration states no task type: PEFT would look for the head of a classification task, which it has not.
 
     Raises:
-        ValueError, OSError: as ``save_adapter``.
+        ValueError, OSError: as ``save_adapter``; or it is of DoRA, where adding it up means nothing.
     """
-    config = residual.config
+    config = as_adapter(residual).config
+    check_residual([config])
     save_adapter(residual, path, config=None if config is None else {**config, "task_type": None})
 
 
@@ -301,10 +308,23 @@ def extra_specs(adapter: Adapter) -> dict[str, TensorSpec]:
     return {key: spec_of(tensor, key) for key, tensor in adapter.extras.items()}
 
 
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+def _json(config: Mapping[str, Any]) -> str:
+    """A configuration as the text of its file; sets, which PEFT's own objects hold, as lists."""
+
+    def plain(value: object) -> list[Any]:
+        if isinstance(value, set | frozenset):
+            return sorted(value)
+        raise TypeError(f"{type(value).__name__} is nothing that JSON has")
+
+    try:
+        return json.dumps(config, indent=2, sort_keys=True, default=plain) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"config: cannot be written as JSON ({error})") from error
+
+
+def _write_text(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file, filed_errors(path):
-        json.dump(document, file, indent=2, sort_keys=True)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 

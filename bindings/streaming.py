@@ -18,12 +18,13 @@ from torch import Tensor
 from fedgram import flora_na, kernels
 from fedgram.flora_na import Adapter, Aggregation, ModuleReport, Report
 from fedgram.flora_na.cohort import extra_roles
-from fedgram.flora_na.layer import AdapterLike
+from fedgram.flora_na.layer import AdapterLike, as_adapter
 from fedgram.flora_na.streamed import Stream, stream
 from fedgram.flora_na.weights import Weights
 
 from ._peft.files import check_kept, check_separate, size_of
 from ._peft.layout import check_rank
+from ._peft.merging import check_residual
 from ._streaming.extras import extra_pieces, extra_shapes
 from ._streaming.identity import run_identity
 from ._streaming.journal import Journal, open_journal
@@ -101,7 +102,7 @@ def aggregate_directories(
 
 
 def aggregate_to_directory(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[AdapterLike],
     output: PathLike,
     weights: Weights = None,
     *,
@@ -131,10 +132,13 @@ def aggregate_to_directory(
 
     Raises:
         ValueError: as ``flora_na.aggregate`` and ``save_adapter``; or an output is a directory that the clients are
-            read from, or lies in the other.
+            read from, or lies in the other; or a residual of DoRA.
         OSError: a file cannot be read or written, or another run is writing this output.
     """
+    adapters = [as_adapter(adapter) for adapter in adapters]
     named = {"anchor": anchor, "align_to": align_to, "residual": residual is not None, **options}
+    if residual is not None:
+        check_residual(adapter.config for adapter in adapters)
     check_kept([path for path in (output, residual) if path is not None], adapters)
     check_separate(output, residual)
     identity = run_identity(adapters, weights, names, named)

@@ -48,16 +48,6 @@ def open_global(
         return None if path is None else load_global(path, clients, str(first), allow_dora=allow_dora, covered=covered)
 
 
-def check_residual(adapters: Sequence[Adapter]) -> None:
-    """Refuse a residual where adding it up means nothing.
-
-    Raises:
-        ValueError: an adapter is DoRA.
-    """
-    if any((adapter.config or {}).get("use_dora") for adapter in adapters):
-        raise ValueError("residual: DoRA scales the sum of all parts, so a residual cannot be added to it")
-
-
 def check_per_client(others: dict[str, Any]) -> None:
     """Refuse ``--rank-per-client`` with options that speak of one result.
 

@@ -77,6 +77,16 @@ def _old_experts(config: Mapping[str, Any]) -> bool:
     return found is not None and (int(found[1]), int(found[2])) < (0, 19)
 
 
+def check_residual(configs: Iterable[Mapping[str, Any] | None]) -> None:
+    """Refuse a residual where adding it up means nothing.
+
+    Raises:
+        ValueError: a configuration is that of DoRA.
+    """
+    if any((config or {}).get("use_dora") for config in configs):
+        raise ValueError("residual: DoRA scales the sum of all parts, so a residual cannot be added to it")
+
+
 def merge_configs(configs: Iterable[Mapping[str, Any] | None]) -> dict[str, Any] | None:
     """The first client's configuration, without its selection of modules where the clients' selections differ.
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .config import LoraSettings, saved_by
+from .config import IN_FILES, LoraSettings, refuse_other_kinds, saved_by
 from .extras import is_frozen
 from .keys import LORA_BIAS, MAGNITUDE, TOKENS
 from .layout import FileLayout
@@ -36,7 +36,8 @@ def output_config(config: Mapping[str, Any] | None, layout: FileLayout, extras: 
         extras: names of the other tensors, without prefix.
 
     Raises:
-        ValueError: a tensor or an expert is not declared by the configuration: PEFT would not load it.
+        ValueError: a tensor or an expert is not declared by the configuration: PEFT would not load it; or the
+            configuration is that of another kind of adapter, as which PEFT would read the factors.
     """
     out = DEFAULTS | dict(config or {})
     names = list(extras)
@@ -49,6 +50,7 @@ def output_config(config: Mapping[str, Any] | None, layout: FileLayout, extras: 
     full = [name for name in names if not name.endswith((LORA_BIAS, MAGNITUDE, TOKENS))]
     out |= _saved_extras(out, full, layout.paths)
     _check_apart(out["modules_to_save"] or [], layout.selected)
+    refuse_other_kinds(out, Path("config"), handled=IN_FILES | {"use_dora"})
     return out | _written_selection(out, layout.selected)
 
 

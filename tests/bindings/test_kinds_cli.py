@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from fedgram import flora_na
-from fedgram.bindings.peft import load_adapter, load_adapters
-from fedgram.bindings.streaming import aggregate_directories
+from fedgram.bindings.peft import load_adapter, load_adapters, save_residual
+from fedgram.bindings.streaming import aggregate_directories, aggregate_to_directory
 from fedgram.flora_na import aggregate
 from fedgram_testing.cli_clients import run
 from fedgram_testing.peft_adapters import adapted, load_with_peft, mlp, peft_deltas, quietly, write_client
@@ -55,6 +55,17 @@ def test_the_library_warns_of_dora(tmp_path):
         load_adapter(tmp_path / "c", allow_dora=True)
     with pytest.warns(UserWarning, match="c: DoRA"):
         load_adapters([tmp_path / "c"], allow_dora=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*DoRA")
+def test_the_library_writes_no_residual_of_dora(tmp_path):
+    write_kind(KINDS["DoRA"], tmp_path / "c")
+    adapters = load_adapters([tmp_path / "c"], allow_dora=True)
+    with pytest.raises(ValueError, match="residual: DoRA scales the sum"):
+        aggregate_to_directory(adapters, tmp_path / "out", residual=tmp_path / "rest")
+    with pytest.raises(ValueError, match="residual: DoRA scales the sum"):
+        save_residual(flora_na.aggregate(adapters, residual=True).residual, tmp_path / "rest")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_initial_factors_are_subtracted(tmp_path):

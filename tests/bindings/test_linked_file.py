@@ -115,7 +115,7 @@ def test_a_kill_between_linking_and_publishing_loses_nothing(tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(peft, "_write_json", killed)
+        patch.setattr(peft, "_write_text", killed)
         with pytest.raises(KeyboardInterrupt):
             aggregate_directories(dirs, tmp_path / "out")
     assert not (tmp_path / "out").exists()

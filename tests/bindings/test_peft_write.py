@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModelForSequenceClassification
+from peft import LoraConfig, PeftModelForSequenceClassification
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -106,6 +106,41 @@ def test_declared_tensors_that_are_not_there_are_not_declared_any_more(tmp_path)
     assert config_of(tmp_path / "out")["modules_to_save"] is None
     assert config_of(tmp_path / "out")["bias"] == "none"
     load_with_peft(mlp(), tmp_path / "out")
+
+
+def test_a_plain_mapping_is_an_adapter(tmp_path):
+    modules = {"0": layer(7, 6, 2)}
+    save_adapter(modules, tmp_path / "out")
+    assert_same_update(tmp_path / "out", mlp(), {"0": modules["0"].delta()})
+
+
+def test_the_configuration_of_a_peft_model_is_one(tmp_path):
+    """``LoraConfig.to_dict`` has sets."""
+    extras = {"base_model.model.3.weight": torch.ones(4, 5)}
+    config = LoraConfig(target_modules=["0", "2"], modules_to_save=["3"]).to_dict()
+    save_adapter(Adapter({"0": layer(7, 6, 2)}, extras), tmp_path / "out", config=config)
+    assert config_of(tmp_path / "out")["target_modules"] == ["0", "2"]
+    assert config_of(tmp_path / "out")["modules_to_save"] == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"auto_mapping": [torch.half]}, r"config: cannot be written as JSON \(dtype is nothing that JSON has\)"),
+        ({"kasa_config": {"a": 1}}, r"config: every module: KaSA is not supported \(kasa_config is set\)"),
+        ({"alora_invocation_tokens": [1]}, "config: every module: aLoRA is not supported"),
+    ],
+)
+def test_configurations_that_cannot_be_written_or_read_again_are_refused(tmp_path, config, reason):
+    with pytest.raises(ValueError, match=reason):
+        save_adapter(Adapter({"0": layer(7, 6, 2)}), tmp_path / "out", config=config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_extra_does_not_take_the_place_of_a_factor(tmp_path):
+    adapter = Adapter({"0": layer(7, 6, 2)}, {"base_model.model.0.lora_A.weight": torch.ones(2, 6)})
+    with pytest.raises(ValueError, match=r"0.lora_A.weight': is a factor of one of the layers"):
+        save_adapter(adapter, tmp_path / "out")
 
 
 def test_undeclared_extras_are_refused(tmp_path):

@@ -16,7 +16,7 @@ from fedgram.bindings._streaming import extras
 from fedgram.bindings.files.linked_file import PAGE
 from fedgram.bindings.files.tensor_file import TensorFile
 from fedgram.bindings.peft import load_adapter, load_adapters, save_adapter
-from fedgram.bindings.streaming import aggregate_directories
+from fedgram.bindings.streaming import aggregate_directories, aggregate_to_directory
 from fedgram.flora_na import portions
 from fedgram_testing.cli_clients import refused, run
 from fedgram_testing.peft_adapters import edit_config
@@ -80,6 +80,13 @@ def test_a_client_of_weight_zero_has_no_say_in_the_configuration(tmp_path):
     streaming.aggregate_to_directory(adapters, tmp_path / "out", [0, 1, 1])
     save_adapter(flora_na.aggregate(adapters, [0, 1, 1]).adapter, tmp_path / "expected")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+
+
+def test_plain_mappings_are_adapters(tmp_path):
+    modules = [dict(load_adapter(path).modules) for path in write_clients(tmp_path, 2)]
+    found = aggregate_to_directory(modules, tmp_path / "out")
+    assert found.report.to_dict() == flora_na.aggregate(modules).report.to_dict()
+    assert set(load_adapter(tmp_path / "out").modules) == set(modules[0])
 
 
 def test_anchor_alignment_residual_screening_and_missing_modules(tmp_path):
@@ -227,7 +234,7 @@ KILLED = """
 import sys, time
 from fedgram.flora_na import portions
 portions.CHUNK_BYTES = 1
-from fedgram.bindings.streaming import aggregate_directories
+from fedgram.bindings.streaming import aggregate_directories, aggregate_to_directory
 def progress(done, total, module):
     print(done, flush=True)
     if done == 3:
@@ -258,7 +265,7 @@ def test_a_killed_run_is_gone_on_with_from_the_command_line(tmp_path):
 MEASURED = """
 import sys
 from pathlib import Path
-from fedgram.bindings.streaming import aggregate_directories
+from fedgram.bindings.streaming import aggregate_directories, aggregate_to_directory
 aggregate_directories(sorted(Path(sys.argv[1]).glob("c*")), Path(sys.argv[1]) / "out", method=sys.argv[2])
 status = Path("/proc/self/status").read_text().splitlines()
 print(next(line for line in status if line.startswith("VmHWM")).split()[1])
