@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fedgram.flora_na import Adapter, AdapterLike, LoraLayer
 from fedgram.flora_na.layer import as_adapter
-from fedgram.flora_na.weights import Weights, normalise_weights
 
 from ._peft.config import IN_FILES, PREFIX, read_config, refuse_other_kinds
 from ._peft.contents import contents_of
@@ -195,12 +194,6 @@ def load_global(
                 "missing='renormalize' or 'zero' (--missing) leaves it out"
             )
     return adapter
-
-
-def config_of_result(adapters: Sequence[Adapter], weights: Weights) -> dict[str, Any] | None:
-    """The configuration of an aggregate: of the clients whose weight is not zero (see ``merge_configs``)."""
-    shares = normalise_weights(weights, len(adapters)).tolist()
-    return merge_configs(adapter.config for adapter, share in zip(adapters, shares, strict=True) if share > 0)
 
 
 def check_output(path: PathLike) -> None:

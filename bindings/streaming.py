@@ -37,7 +37,6 @@ from .peft import (
     OUTPUT_FILES,
     LazyMapping,
     PathLike,
-    config_of_result,
     load_adapters,
     load_global,
     save_adapter,
@@ -154,10 +153,9 @@ def aggregate_to_directory(
         with reading_once(size_of([*adapters, *(x for x in (anchor, align_to) if x is not None)])):
             run.average()  # first: what is wrong with them is found before the long work
             run.solve(progress)
-        config = config_of_result(adapters, weights)
         if residual is not None:
-            save_residual(run.adapter(RESIDUAL, config), residual)
-        save_adapter(run.adapter(LAYER, config), output)
+            save_residual(run.adapter(RESIDUAL), residual)
+        save_adapter(run.adapter(LAYER), output)
         return Streamed(run.report(), len(resumed))
 
 
@@ -218,14 +216,14 @@ class _Run:
                 self.journal.append_pieces(EXTRA + name, {}, shape, extra_pieces(cohort, name))
         Trimmer()()  # what was freed is not to be held beside the modules
 
-    def adapter(self, kind: str, config: Mapping[str, Any] | None) -> Adapter:
+    def adapter(self, kind: str) -> Adapter:
         """The result, read from the journal when it is asked for."""
-        modules = JournalLayers(self.journal, kind, self.layers())
+        cohort, modules = self.stream.cohort, JournalLayers(self.journal, kind, self.layers())
         extras: Mapping[str, Tensor] = {}
         if kind == LAYER:
             names = [key.removeprefix(EXTRA) for key in self.journal.records if key.startswith(EXTRA)]
             extras = LazyMapping(names, lambda name: self.journal.read(EXTRA + name))
-        return Adapter(modules, extras, config, extra_roles(self.stream.cohort) if extras else {})
+        return Adapter(modules, extras, cohort.config, extra_roles(cohort) if extras else {})
 
     def report(self) -> Report:
         """The report of all modules, of those that an earlier run did too."""

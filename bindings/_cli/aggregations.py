@@ -16,7 +16,7 @@ from fedgram.flora_na.report import SCHEMA_VERSION
 from .._distributed.watch import Watch
 from ..console import progress_bar
 from ..distributed import aggregate_sharded
-from ..peft import config_of_result, save_adapter, save_residual
+from ..peft import save_adapter, save_residual
 from ..streaming import aggregate_to_directory
 from .clients import client_outputs
 from .tables import aggregate_table, per_client_table, screening_text
@@ -104,10 +104,9 @@ def aggregate_on_ranks(
     result = aggregate_sharded(adapters, weights, residual=keep, progress=progress, watch=watch, **options)
     if watch.rank != 0:
         return Findings({}, [])
-    config = config_of_result(adapters, weights)
     if residual is not None and result.residual is not None:
-        save_residual(Adapter(result.residual.modules, {}, config), residual)
-    save_adapter(result.adapter, output, config=config)
+        save_residual(result.residual, residual)
+    save_adapter(result.adapter, output)
     return _findings(result.report, output, residual)
 
 
