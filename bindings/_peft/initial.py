@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from fedgram.flora_na import Adapter, LoraLayer
 
 from .config import mutating_init
+from .lazy_tensors import LazyMapping
 from .merging import BASE, AdapterConfig, check_shared
 
 
@@ -33,7 +34,13 @@ def since(adapter: Adapter, start: Adapter, label: str) -> Adapter:
         if name not in start.modules:
             raise ValueError(f"{label}: {name}: the initial adapter (init) has no such module")
     config = None if adapter.config is None else AdapterConfig({**adapter.config, "init_lora_weights": True})
-    return Adapter(_Since(adapter.modules, start.modules, label), adapter.extras, config, adapter.roles)
+
+    def layer(name: str) -> LoraLayer:
+        return _since(adapter.modules[name], start.modules[name], f"{label}: {name}")
+
+    own, initial = (getattr(mapping, "files", None) for mapping in (adapter.modules, start.modules))
+    files = None if own is None or initial is None else (*own, *initial)
+    return Adapter(LazyMapping(adapter.modules, layer, files), adapter.extras, config, adapter.roles)
 
 
 def check_same_start(configs: Sequence[Mapping[str, Any] | None], labels: Sequence[str]) -> None:
@@ -48,35 +55,16 @@ def check_same_start(configs: Sequence[Mapping[str, Any] | None], labels: Sequen
             raise ValueError(f"{label}: init_lora_weights {kind} differs from {kinds[0]} of {labels[0]}")
 
 
-class _Since(Mapping[str, LoraLayer]):
-    """The client's layers with the initial ones subtracted; still read when asked for."""
-
-    def __init__(self, layers: Mapping[str, LoraLayer], start: Mapping[str, LoraLayer], label: str) -> None:
-        self._layers, self._start, self._label = layers, start, label
-        own, initial = (getattr(mapping, "files", None) for mapping in (layers, start))
-        self.files = None if own is None or initial is None else (*own, *initial)
-
-    def __getitem__(self, name: str) -> LoraLayer:
-        layer, first = self._layers[name], self._start[name]
-        for what, mine, its in (
-            ("rank", layer.rank, first.rank),
-            ("shape", layer.shape, first.shape),
-            ("scaling", layer.scaling, first.scaling),
-        ):
-            if mine != its:
-                raise ValueError(
-                    f"{self._label}: {name}: {what} {mine} differs from {its} of the initial adapter (init)"
-                )
-        dtype = torch.promote_types(layer.A.dtype, first.A.dtype)
-        A = torch.cat([layer.A.to(dtype), first.A.to(dtype)])
-        B = torch.cat([layer.B.to(dtype), -first.B.to(dtype)], 1)
-        return LoraLayer(A=A, B=B, scaling=layer.scaling)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._layers
+def _since(layer: LoraLayer, first: LoraLayer, where: str) -> LoraLayer:
+    """A layer with the initial one subtracted."""
+    for what, mine, its in (
+        ("rank", layer.rank, first.rank),
+        ("shape", layer.shape, first.shape),
+        ("scaling", layer.scaling, first.scaling),
+    ):
+        if mine != its:
+            raise ValueError(f"{where}: {what} {mine} differs from {its} of the initial adapter (init)")
+    dtype = torch.promote_types(layer.A.dtype, first.A.dtype)
+    A = torch.cat([layer.A.to(dtype), first.A.to(dtype)])
+    B = torch.cat([layer.B.to(dtype), -first.B.to(dtype)], 1)
+    return LoraLayer(A=A, B=B, scaling=layer.scaling)
