@@ -9,31 +9,27 @@ is refused by name. Pickled files are never opened. ``_peft.names`` says how lay
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from fedgram.flora_na import Adapter, AdapterLike, LoraLayer
+from fedgram.flora_na import Adapter, AdapterLike
 from fedgram.flora_na.layer import as_adapter
 
-from ._peft.config import IN_FILES, PREFIX, read_config, refuse_other_kinds
-from ._peft.contents import contents_of
+from ._peft.config import PREFIX
 from ._peft.initial import check_same_start, since
-from ._peft.layers import LastPair, read_update
-from ._peft.layout import FileLayout, LayerShape
-from ._peft.lazy_tensors import LazyMapping, LazyTensors
-from ._peft.merging import BASE, AdapterConfig, check_residual, check_shared, merge_configs
-from ._peft.output import output_config
-from ._peft.shards import ShardedTensors, TensorSource
-from ._peft.stored_layers import StoredLayers
+from ._peft.layer_source import LayerSource
+from ._peft.layout import FileLayout
+from ._peft.merging import BASE, check_residual, check_shared, merge_configs
+from ._peft.opening import CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from ._peft.output import config_text, output_config
 from .files.documents import filed_errors
 from .files.staging import check_writable, staged_directory
-from .files.tensor_file import TensorFile, TensorSpec, spec_of, write_tensors
+from .files.tensor_file import TensorSpec, spec_of, write_tensors
 
 __all__ = [
     "check_compatible",
@@ -46,12 +42,7 @@ __all__ = [
     "save_residual",
 ]
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 OUTPUT_FILES = frozenset({CONFIG_NAME, WEIGHTS_NAME})
-
-T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 
 
@@ -83,8 +74,8 @@ def load_adapter(
             configuration, or a kind of adapter that is not supported.
         OSError: a file cannot be read.
     """
-    start = None if init is None else _open(Path(init), None, allow_dora=allow_dora, initial=True)
-    adapter = _open(Path(path), adapter_name, allow_dora=allow_dora, initial=start is not None)
+    start = None if init is None else open_adapter(Path(init), None, allow_dora=allow_dora, initial=True)
+    adapter = open_adapter(Path(path), adapter_name, allow_dora=allow_dora, initial=start is not None)
     _warn_of_dora([adapter], [path])
     return adapter if start is None else since(adapter, start, str(path))
 
@@ -114,37 +105,14 @@ def load_adapters(
             raise ValueError(f"{path}: given twice ({seen[real]} is the same directory)")
         seen[real] = path
     labels = [str(path) for path in paths]
-    start = None if init is None else _open(Path(init), None, allow_dora=allow_dora, initial=True)
-    adapters = [_open(Path(p), adapter_name, allow_dora=allow_dora, initial=start is not None) for p in paths]
+    start = None if init is None else open_adapter(Path(init), None, allow_dora=allow_dora, initial=True)
+    adapters = [open_adapter(Path(p), adapter_name, allow_dora=allow_dora, initial=start is not None) for p in paths]
     check_compatible(adapters, labels)
     _warn_of_dora(adapters, paths)
     if start is None:
         return adapters
     check_same_start([adapter.config for adapter in adapters], labels)
     return [since(adapter, start, label) for adapter, label in zip(adapters, labels, strict=True)]
-
-
-def _open(path: Path, adapter_name: str | None, *, allow_dora: bool = False, initial: bool = False) -> Adapter:
-    folder = _adapter_folder(path, adapter_name)
-    config = read_config(folder / CONFIG_NAME)
-    handled = IN_FILES | {"use_dora"} if allow_dora else IN_FILES
-    refuse_other_kinds(config, folder / CONFIG_NAME, handled=handled, initial=initial)
-    file = _open_tensors(folder)
-    contents = contents_of(file, config, folder / CONFIG_NAME)
-    kept = LastPair(file)
-
-    def layer(name: str) -> LoraLayer:
-        stored = contents.layers[name]  # held by the adapter for as long as others may share it
-        return kept.layer(stored) if stored.name.experts > 1 else stored.read(file)
-
-    def extra(key: str) -> Tensor:
-        scaling = contents.scalings.get(key)
-        return file.read(key) if scaling is None else read_update(file, key, scaling)
-
-    special = {key: role for key, role in contents.roles.items() if role != "mean"}
-    extras = LazyTensors(sorted(contents.roles), extra, file, contents.scalings)
-    files = (folder / CONFIG_NAME, *file.files)
-    return Adapter(LazyMapping(contents.layers, layer, files), extras, AdapterConfig(config), special)
 
 
 def _warn_of_dora(adapters: Sequence[Adapter], paths: Sequence[PathLike]) -> None:
@@ -232,26 +200,23 @@ def save_adapter(adapter: AdapterLike, path: PathLike, *, config: Mapping[str, A
     adapter = as_adapter(adapter)
     if not adapter.modules:
         raise ValueError("adapter: holds no layers")
-    shapes = _shapes(adapter.modules)
+    layers = LayerSource.of(adapter.modules)
+    shapes = {name: layers.shape(name) for name in layers}
     layout = FileLayout(shapes)
     extras = extra_specs(adapter)
     if both := sorted(extras.keys() & layout.specs.keys()):
         raise ValueError(f"extras: {both[0]!r}: is a factor of one of the layers")
     document = output_config(config or adapter.config, layout, [key.removeprefix(PREFIX) for key in extras])
-    text = _json(document)
+    text = config_text(document)
+
+    source = layout.verbatim(shapes)
 
     def tensor(key: str) -> Tensor:
-        return adapter.extras[key] if key in extras else layout.tensor(key, factor)
-
-    def factor(name: str, side: str) -> tuple[Tensor, float]:
-        if isinstance(adapter.modules, StoredLayers):
-            return adapter.modules.factor(name, side)
-        layer = adapter.modules[name]
-        return (layer.A if side == "A" else layer.B), layer.scaling
+        return adapter.extras[key] if key in extras else layout.tensor(key, layers.factor)
 
     with staged_directory(path, OUTPUT_FILES) as stage:
         specs = layout.specs | extras
-        if not _linked(adapter.modules, stage / WEIGHTS_NAME, specs, layout.verbatim(shapes)):
+        if source is None or not layers.link(stage / WEIGHTS_NAME, specs, source):
             write_tensors(stage / WEIGHTS_NAME, specs, tensor)
         _write_text(stage / CONFIG_NAME, text)
 
@@ -269,26 +234,6 @@ def save_residual(residual: AdapterLike, path: PathLike) -> None:
     save_adapter(residual, path, config=None if config is None else {**config, "task_type": None})
 
 
-def _shapes(modules: Mapping[str, LoraLayer]) -> dict[str, LayerShape]:
-    if isinstance(modules, StoredLayers):
-        return {name: modules.shape(name) for name in modules}
-    return {name: layer_shape(name, layer) for name, layer in modules.items()}
-
-
-def _linked(
-    modules: Mapping[str, LoraLayer],
-    path: Path,
-    specs: Mapping[str, TensorSpec],
-    source: Mapping[str, tuple[str, str]] | None,
-) -> bool:
-    return isinstance(modules, StoredLayers) and source is not None and modules.link(path, specs, source)
-
-
-def layer_shape(name: str, layer: LoraLayer) -> LayerShape:
-    """What ``FileLayout`` must know of a layer."""
-    return LayerShape(spec_of(layer.A, name).dtype, *layer.shape, layer.rank)
-
-
 def extra_specs(adapter: Adapter) -> dict[str, TensorSpec]:
     """Dtype and shape of every extra.
 
@@ -301,49 +246,8 @@ def extra_specs(adapter: Adapter) -> dict[str, TensorSpec]:
     return {key: spec_of(tensor, key) for key, tensor in adapter.extras.items()}
 
 
-def _json(config: Mapping[str, Any]) -> str:
-    """A configuration as the text of its file; sets, which PEFT's own objects hold, as lists."""
-
-    def plain(value: object) -> list[Any]:
-        if isinstance(value, set | frozenset):
-            return sorted(value)
-        raise TypeError(f"{type(value).__name__} is nothing that JSON has")
-
-    try:
-        return json.dumps(config, indent=2, sort_keys=True, default=plain) + "\n"
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"config: cannot be written as JSON ({error})") from error
-
-
 def _write_text(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file, filed_errors(path):
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _adapter_folder(path: Path, adapter_name: str | None) -> Path:
-    if not path.is_dir():
-        raise ValueError(f"{path}: {'not a directory' if path.exists() else 'no such directory'}")
-    if adapter_name in (None, "default"):
-        if not (path / CONFIG_NAME).exists():
-            inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG_NAME}"))
-            hint = f"; it holds the adapters {', '.join(inside)}: name one" if inside else ""
-            raise ValueError(f"{path}: not an adapter of PEFT: no {CONFIG_NAME}{hint}")
-        return path
-    if not adapter_name or Path(adapter_name).name != adapter_name or adapter_name == "..":
-        raise ValueError(f"adapter_name: expected the name of a subdirectory, got {adapter_name!r}")
-    if not (path / adapter_name / CONFIG_NAME).exists():
-        raise ValueError(f"{path}: no adapter {adapter_name!r}")
-    return path / adapter_name
-
-
-def _open_tensors(folder: Path) -> TensorSource:
-    if (folder / WEIGHTS_NAME).exists():
-        return TensorFile(folder / WEIGHTS_NAME)
-    if (folder / INDEX_NAME).exists():
-        return ShardedTensors(folder / INDEX_NAME)
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
-    if pickled:
-        raise ValueError(f"{folder / pickled[0]}: a pickle, which is never opened: save it as {WEIGHTS_NAME}")
-    raise ValueError(f"{folder}: no {WEIGHTS_NAME}")

@@ -24,6 +24,7 @@ from fedgram.flora_na.weights import Weights
 
 from ._peft.files import check_kept, check_separate, size_of
 from ._peft.layout import check_rank
+from ._peft.lazy_tensors import LazyMapping
 from ._peft.merging import check_residual
 from ._streaming.extras import extra_pieces, extra_shapes
 from ._streaming.identity import run_identity
@@ -35,7 +36,6 @@ from .files.read_behind import reading_once
 from .files.staging import reserved_output
 from .peft import (
     OUTPUT_FILES,
-    LazyMapping,
     PathLike,
     load_adapters,
     load_global,
@@ -134,23 +134,23 @@ def aggregate_to_directory(
             read from, or lies in the other; or a residual of DoRA.
         OSError: a file cannot be read or written, or another run is writing this output.
     """
-    adapters = [as_adapter(adapter) for adapter in adapters]
+    clients = [as_adapter(adapter) for adapter in adapters]
     named = {"anchor": anchor, "align_to": align_to, "residual": residual is not None, **options}
     if residual is not None:
-        check_residual(adapter.config for adapter in adapters)
-    check_kept([path for path in (output, residual) if path is not None], adapters)
+        check_residual(adapter.config for adapter in clients)
+    check_kept([path for path in (output, residual) if path is not None], clients)
     check_separate(output, residual)
-    identity = run_identity(adapters, weights, names, named)
+    identity = run_identity(clients, weights, names, named)
     with contextlib.ExitStack() as stack:
         stack.enter_context(kernels.spread_over_jobs())  # a core is busy with reading ahead
         for path in (output, residual):
             if path is not None:
                 stack.enter_context(reserved_output(path, OUTPUT_FILES))
-        room = header_room(_names(adapters))
+        room = header_room(_names(clients))
         journal = stack.enter_context(open_journal(Path(output), identity, resume=resume, room=room))
-        run = _Run(journal, adapters, weights, names, named)
+        run = _Run(journal, clients, weights, names, named)
         resumed = run.layers()
-        with reading_once(size_of([*adapters, *(x for x in (anchor, align_to) if x is not None)])):
+        with reading_once(size_of([*clients, *(x for x in (anchor, align_to) if x is not None)])):
             run.average()  # first: what is wrong with them is found before the long work
             run.solve(progress)
         if residual is not None:

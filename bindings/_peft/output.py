@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -52,6 +53,24 @@ def output_config(config: Mapping[str, Any] | None, layout: FileLayout, extras: 
     _check_apart(out["modules_to_save"] or [], layout.selected)
     refuse_other_kinds(out, Path("config"), handled=IN_FILES | {"use_dora"})
     return out | _written_selection(out, layout.selected)
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """A configuration as the text of its file; sets, which PEFT's own objects hold, as lists.
+
+    Raises:
+        ValueError: JSON cannot hold it.
+    """
+
+    def plain(value: object) -> list[Any]:
+        if isinstance(value, set | frozenset):
+            return sorted(value)
+        raise TypeError(f"{type(value).__name__} is nothing that JSON has")
+
+    try:
+        return json.dumps(config, indent=2, sort_keys=True, default=plain) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"config: cannot be written as JSON ({error})") from error
 
 
 def _check_apart(saved: Iterable[str], modules: Iterable[str]) -> None:

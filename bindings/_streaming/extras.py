@@ -12,7 +12,7 @@ from fedgram.flora_na import Adapter
 from fedgram.flora_na.cohort import Cohort, average_extra
 from fedgram.flora_na.parts import part_of, shape_of
 
-from ..peft import LazyMapping
+from .._peft.lazy_tensors import LazyMapping
 
 PIECE = 1 << 20
 """Numbers of a tensor that are averaged at a time: 8 MiB in float64."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedgram.flora_na import LoraLayer, ModuleReport
 
+from .._peft.layer_source import LayerSource
 from .._peft.layout import LayerShape
-from .._peft.stored_layers import StoredLayers
 from ..files.linked_file import link_tensors
 from ..files.tensor_header import TensorSpec
 from .journal import Journal
@@ -34,7 +34,7 @@ def layer_result(layer: LoraLayer, report: ModuleReport | None = None) -> Result
     return facts, {"A": layer.A, "B": layer.B}
 
 
-class JournalLayers(StoredLayers):
+class JournalLayers(LayerSource):
     """Layers that ``layer_result`` took apart, read from a journal.
 
     Args:
@@ -59,7 +59,7 @@ class JournalLayers(StoredLayers):
         return self._journal.read(key, side), self._journal.records[key].facts["layer"]["scaling"]
 
     def link(self, path: Path, specs: Mapping[str, TensorSpec], source: Mapping[str, tuple[str, str]]) -> bool:
-        """As ``StoredLayers``: where the journal holds these tensors and no others."""
+        """As ``LayerSource``: where the journal holds these tensors and no others."""
         found = {}
         for key, spec in specs.items():
             stored = self._stored(key, source.get(key))
