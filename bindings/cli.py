@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 bad input (one line on stderr), 2 usage.
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,23 +18,33 @@ except ModuleNotFoundError as error:
     ) from error
 
 from fedgram import flora_na
-from fedgram.flora_na.cohort import MISSING
-from fedgram.kernels import BACKENDS
 
 from ._cli import inspect_plot as picture
 from ._cli import tables
 from ._cli.aggregations import Findings, aggregate_alone, aggregate_on_ranks, aggregate_per_client
-from ._cli.clients import (
+from ._cli.clients import check_outputs, check_per_client, open_clients, open_global
+from ._cli.options import (
+    ALS,
+    AUTO,
+    ERROR,
     AdapterNameOption,
     AllowDoraOption,
+    BackendOption,
+    ClipOption,
+    Directories,
     InitOption,
+    JsonOption,
+    Method,
+    MinCosineOption,
+    MissingOption,
+    QuietOption,
+    RankOption,
     RankPerClientOption,
-    check_outputs,
-    check_per_client,
-    open_clients,
-    open_global,
+    RankTimeoutOption,
+    ResumeOption,
+    WeightsOption,
+    parse_rank,
 )
-from ._cli.options import ClipOption, MinCosineOption, RankOption, parse_rank
 from ._cli.weights_file import read_weights
 from ._distributed.launch import alone_or_on_ranks, refuse_launched
 from ._peft.merging import check_residual
@@ -48,33 +57,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-# The members are those that the library has.
-Method = Enum("Method", {name: name for name in flora_na.METHODS}, type=str)  # type: ignore[misc]
-Backend = Enum("Backend", {name: name for name in BACKENDS}, type=str)  # type: ignore[misc]
-Missing = Enum("Missing", {name: name for name in MISSING}, type=str)  # type: ignore[misc]
-ALS, ERROR, AUTO = Method("als"), Missing("error"), Backend("auto")
-
-Directories = Annotated[list[Path], typer.Argument(metavar="DIRS", help="The clients' adapter directories.")]
-WeightsFile = Annotated[
-    Path | None,
-    typer.Option("--weights", help="JSON: an object from directory name to sample count, or a list in order."),
-]
-BackendName = Annotated[Backend, typer.Option(help="Which implementation of the operations runs.")]
-MissingPolicy = Annotated[Missing, typer.Option(help="What to do about a module that a client lacks.")]
-RankTimeout = Annotated[
-    float, typer.Option(min=1, help="Under torchrun: seconds without a sign of life until a rank is given up.")
-]
-ResumeOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--resume/--no-resume",
-        help="Go on where a run that was interrupted stopped, or start anew. By default it goes on, but for "
-        "--rank-per-client and torchrun, which always start anew.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 @app.callback()
@@ -90,7 +72,7 @@ def aggregate(
     dirs: Directories,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the global adapter.")],
     method: Annotated[Method, typer.Option(help="How the pair of factors is estimated.")] = ALS,
-    weights: WeightsFile = None,
+    weights: WeightsOption = None,
     rank: RankOption = None,
     residual: Annotated[
         Path | None, typer.Option(help="Also write what the pair leaves out, as an adapter of its own.")
@@ -98,18 +80,18 @@ def aggregate(
     shared: Annotated[bool, typer.Option("--shared", help="flora-na: one P and Q for all modules.")] = False,
     anchor: Annotated[Path | None, typer.Option(help="Last global adapter: estimate the step from it.")] = None,
     align_to: Annotated[Path | None, typer.Option(help="Earlier global adapter to rotate the result to.")] = None,
-    missing: MissingPolicy = ERROR,
+    missing: MissingOption = ERROR,
     clip: ClipOption = None,
     min_cosine: MinCosineOption = None,
     rank_per_client: RankPerClientOption = False,
     adapter_name: AdapterNameOption = None,
     allow_dora: AllowDoraOption = False,
     init: InitOption = None,
-    backend: BackendName = AUTO,
+    backend: BackendOption = AUTO,
     resume: ResumeOption = None,
-    rank_timeout: RankTimeout = 30.0,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    rank_timeout: RankTimeoutOption = 30.0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Aggregate the clients' adapters into one adapter that PEFT loads."""
     options = {
@@ -160,17 +142,17 @@ def aggregate(
 def inspect(
     dirs: Directories,
     rank: RankOption = None,
-    weights: WeightsFile = None,
-    missing: MissingPolicy = ERROR,
+    weights: WeightsOption = None,
+    missing: MissingOption = ERROR,
     clip: ClipOption = None,
     min_cosine: MinCosineOption = None,
     adapter_name: AdapterNameOption = None,
     allow_dora: AllowDoraOption = False,
     init: InitOption = None,
-    backend: BackendName = AUTO,
+    backend: BackendOption = AUTO,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw it: a picture.")] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Compare every method's divergence, and the clients with each other, before aggregating."""
     with one_line_errors():

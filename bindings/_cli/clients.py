@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -14,22 +14,6 @@ from fedgram.flora_na import Adapter
 from .._peft.files import check_kept, check_separate
 from ..console import shown_warnings
 from ..peft import check_output, load_adapters, load_global
-
-AdapterNameOption = Annotated[
-    str | None, typer.Option("--adapter-name", help="Of several adapters in each directory, the one to read.")
-]
-AllowDoraOption = Annotated[
-    bool, typer.Option("--allow-dora", help="Take DoRA: low-rank parts aggregated, magnitudes averaged by weight.")
-]
-InitOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--init", metavar="DIR", help="The adapter as initialised (PiSSA, OLoRA, CorDA, LoRA-GA): take B A - B0 A0."
-    ),
-]
-RankPerClientOption = Annotated[
-    bool, typer.Option("--rank-per-client", help="One adapter per client, of its own ranks, in OUTPUT/<its name>.")
-]
 
 
 def open_clients(
