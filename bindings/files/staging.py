@@ -9,6 +9,7 @@ import glob
 import os
 import secrets
 import shutil
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,8 @@ def staged_directory(path: str | os.PathLike[str], owned: frozenset[str]) -> Ite
 
     On Linux the swap is one atomic exchange: whenever the process dies, ``path`` holds the previous files or the new
     ones, never a mixture. What a killed run left behind is removed by the next run. Where the system cannot exchange,
-    there is a moment between two renames; the next run puts the previous files back if a run died in it.
+    there is a moment between two renames; the next run puts the previous files back if a run died in it. A directory
+    that is replaced keeps its mode: who could not read it still cannot.
 
     Args:
         path: the directory to make or to replace; missing parents are made, and go again where nothing comes into them.
@@ -151,6 +153,9 @@ def _make_stage(target: Path) -> Path:
     except OSError as error:
         error.filename = str(target)
         raise
+    if target.exists():
+        with contextlib.suppress(OSError):  # a file system without modes
+            stage.chmod(stat.S_IMODE(target.stat().st_mode) | stat.S_IRWXU)
     return stage
 
 

@@ -49,6 +49,15 @@ def test_a_new_directory_appears_with_its_parents_and_ordinary_permissions(tmp_p
     assert (tmp_path / "x" / "y" / "out").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
+@pytest.mark.parametrize("mode", [0o700, 0o2770, 0o555])
+def test_a_directory_that_is_replaced_keeps_its_mode(tmp_path, mode):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out").chmod(mode)
+    write(tmp_path / "out", "one")
+    write(tmp_path / "out", "two")
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == mode | 0o700
+
+
 def test_an_earlier_output_and_an_empty_directory_are_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     write(tmp_path / "out", "1")
