@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -136,10 +137,11 @@ def aggregate_state_dicts(
     labels = [f"client {u}" for u in range(len(state_dicts))] if names is None else list(names)
     if len(labels) != len(state_dicts):
         raise ValueError(f"names: expected {len(state_dicts)} (one per client), got {len(labels)}")
-    took_part = [w > 0 for w in normalise_weights(weights, len(state_dicts), labels).tolist()]
+    shares = normalise_weights(weights, len(state_dicts), labels)
+    took_part = (shares > 0).tolist()
     spans_modules = shared or clip is not None or min_cosine is not None
     clients = read_states(state_dicts, labels, took_part, lora_alpha, scalings, config, output_scaling, spans_modules)
-    cohort = make_cohort(clients.adapters, weights, names=labels, missing=missing)
+    cohort = make_cohort(clients.adapters, shares[shares > 0], names=list(compress(labels, took_part)), missing=missing)
     cohort, screening = screen_cohort(cohort, clients.clip(clip), min_cosine, backend)
     result = aggregate_cohort(
         cohort,

@@ -69,7 +69,7 @@ class GramStrategy(FedAvg):
         clients = read_replies(replies, self.weighted_by_key, self.reply_order)
         if not clients:
             return None, None
-        combined = self._combine(clients)
+        combined = self._combine([client for client in clients if client.weight > 0] or clients)
         own = to_arrays(combined.state, pack_bf16=True)  # bfloat16 is there only if it came packed
         arrays = ArrayRecord(completed(self._sent or {}, own))
         combined.report["carried_over"] = [name for name in arrays if name not in own]

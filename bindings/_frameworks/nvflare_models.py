@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class Collected:
         self._models[name] = model
 
     def round(self, weighted_by: str | None, global_params: Mapping[str, Any] | None) -> Round:
-        """All of them, in the order of the clients' names, checked.
+        """Those that have a weight, in the order of the clients' names, checked.
 
         Raises:
             ValueError: there is none, one client sent two, they are of different kinds, or weights are missing.
@@ -51,10 +52,12 @@ class Collected:
             raise ValueError(f"{self._doubles[0]}: sent more than one model in this round")
         names = sorted(self._models)
         models = [self._models[name] for name in names]
+        weights = _weights(names, [model.meta or {} for model in models], weighted_by)
+        if weights is not None and any(weights):
+            names, models, weights = ([*compress(each, weights)] for each in (names, models, weights))
         kinds = {model.params_type for model in models}
         if len(kinds) > 1:
             raise ValueError("params_type: some clients sent whole models and others differences")
-        weights = _weights(names, [model.meta or {} for model in models], weighted_by)
         return Round(names, models, weights, kinds == {ParamsType.DIFF}, global_params)
 
 

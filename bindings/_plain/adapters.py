@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import TypeAlias
 
 from torch import Tensor
@@ -27,16 +28,18 @@ class StateDictClients:
     """The clients' state dicts as adapters.
 
     Attributes:
-        adapters: one per client; each layer's scaling is relative to the unit.
+        adapters: one per client that took part; each layer's scaling is relative to the unit.
         scalings: module -> the output's scaling.
         units: module -> what the figures of a report are to be multiplied by.
         layout: module -> names and shapes under which the result is written.
+        extras: of every other tensor its name -> that under which it is written.
     """
 
     adapters: list[Adapter]
     scalings: dict[str, float]
     units: dict[str, float]
     layout: Layout
+    extras: Mapping[str, str]
 
     def relative(self, module: str) -> float:
         """The output's scaling in the module's unit."""
@@ -83,30 +86,33 @@ def read_states(
     output_scaling: float | Mapping[str, float] | None,
     one_unit: bool = False,
 ) -> StateDictClients:
-    """Sort the names, find every layer's scaling and the output's, and wrap the tensors.
+    """Sort the names, find every layer's scaling and the output's, and wrap the tensors, of those that took part.
 
     ``one_unit``: modules are going to be weighed against each other.
 
     Raises:
         ValueError: names the client, module or argument.
     """
+    rule = ScalingRule.make(labels, took_part, lora_alpha, scalings, config)
+    states, labels = list(compress(states, took_part)), rule.labels
     found = [sort_state(state, label) for state, label in zip(states, labels, strict=True)]
-    rule = ScalingRule.make(labels, lora_alpha, scalings, config)
     own = [
         {module: rule.scaling(u, module, pair["A"].shape[0]) for module, pair in keys.factors.items()}
         for u, keys in enumerate(found)
     ]
-    active = [u for u, takes_part in enumerate(took_part) if takes_part]
-    layout = _layout([found[u] for u in active], [labels[u] for u in active])
+    layout = _layout(found, labels)
     if not rule.known:
-        require_equal_ranks([found[u] for u in active], [labels[u] for u in active])
-    common = {m: output_scaling_of(m, [(labels[u], own[u][m]) for u in active if m in own[u]], output_scaling)
-              for m in layout}  # fmt: skip
+        require_equal_ranks(found, labels)
+    common = {}
+    for module in layout:
+        told = [(label, one[module]) for label, one in zip(labels, own, strict=True) if module in one]
+        common[module] = output_scaling_of(module, told, output_scaling)
     units = dict.fromkeys(common, next(iter(common.values()), 1.0)) if one_unit else common
     adapters = []
     for state, keys, scaling, label in zip(states, found, own, labels, strict=True):
-        adapters.append(_adapter(state, keys, {m: s / units.get(m, 1.0) for m, s in scaling.items()}, label))
-    return StateDictClients(adapters, common, units, layout)
+        adapters.append(_adapter(state, keys, {m: s / units[m] for m, s in scaling.items()}, label))
+    extras = {name: key for keys in reversed(found) for name, key in keys.extras.items()}  # as the first has it
+    return StateDictClients(adapters, common, units, layout, extras)
 
 
 def _layout(found: Sequence[StateKeys], labels: Sequence[str]) -> dict[str, dict[str, FactorKey]]:
@@ -127,4 +133,4 @@ def _adapter(state: Mapping[str, Tensor], keys: StateKeys, scalings: Mapping[str
             layers[module] = LoraLayer(A=A, B=B, scaling=scalings[module])
         except ValueError as error:
             raise ValueError(f"{module}: {label}: {error}") from None
-    return Adapter(layers, {key: state[key].detach() for key in keys.extras})
+    return Adapter(layers, {name: state[key].detach() for name, key in keys.extras.items()})

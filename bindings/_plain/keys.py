@@ -40,10 +40,10 @@ class FactorKey:
 
 @dataclass
 class StateKeys:
-    """The names in one state dict: the two factors of every module, and the tensors beside them."""
+    """The names in one state dict: the two factors of every module, and the tensors beside them, name -> key."""
 
     factors: dict[str, dict[str, FactorKey]] = field(default_factory=dict)
-    extras: list[str] = field(default_factory=list)
+    extras: dict[str, str] = field(default_factory=dict)
 
 
 def sort_state(state: Mapping[str, Tensor], label: str) -> StateKeys:
@@ -57,12 +57,14 @@ def sort_state(state: Mapping[str, Tensor], label: str) -> StateKeys:
         raise ValueError(f"state_dicts: {label} is a {type(state).__name__}; expected a state dict")
     keys = StateKeys()
     for key, tensor in state.items():
+        if not isinstance(key, str):
+            raise ValueError(f"state_dicts: {label} has the key {key!r}; expected names")
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{key}: {label} has a {type(tensor).__name__}; expected a tensor")
         found = FACTOR.fullmatch(key)
         if found is None:
             _refuse_kind(key, label)
-            keys.extras.append(key)
+            _add_extra(keys, key, label)
             continue
         module, side, stem = module_name(found["module"]), found["side"].upper(), found["stem"]
         _add(keys, FactorKey(module, side, stem, key, tensor.shape), label)
@@ -99,6 +101,12 @@ def _add(keys: StateKeys, factor: FactorKey, label: str) -> None:
             f"{factor.module}: {label} has two adapters ({pair[factor.side].key!r} and {factor.key!r}): send one"
         )
     pair[factor.side] = factor
+
+
+def _add_extra(keys: StateKeys, key: str, label: str) -> None:
+    other = keys.extras.setdefault(name := module_name(key), key)
+    if other != key:
+        raise ValueError(f"{name}: {label} has two of that name ({other!r} and {key!r})")
 
 
 def _refuse_kind(key: str, label: str) -> None:

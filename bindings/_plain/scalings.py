@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,18 +30,23 @@ class ScalingRule:
     settings: list[LoraSettings] | None = None
 
     @staticmethod
-    def make(labels: Sequence[str], lora_alpha: Numbers, scalings: Numbers, config: Settings) -> ScalingRule:
-        """The rule of the clients called by ``labels``.
+    def make(
+        labels: Sequence[str], took_part: Sequence[bool], lora_alpha: Numbers, scalings: Numbers, config: Settings
+    ) -> ScalingRule:
+        """The rule of those that took part, of the clients called by ``labels``; the others' settings are not read.
 
         Raises:
             ValueError: names the argument, and the client where it is of one.
         """
         _require_one(lora_alpha=lora_alpha, scalings=scalings, config=config)
+        told = {"lora_alpha": lora_alpha, "scalings": scalings, "config": config}
+        alphas, numbers, configs = (_per_client(value, took_part, argument) for argument, value in told.items())
+        active = list(compress(labels, took_part))
         return ScalingRule(
-            labels,
-            _per_client(lora_alpha, labels, "lora_alpha"),
-            _per_client(scalings, labels, "scalings"),
-            None if config is None else _each_settings(config, labels),
+            active,
+            None if alphas is None else _scalings(alphas, active, "lora_alpha"),
+            None if numbers is None else _scalings(numbers, active, "scalings"),
+            None if configs is None else _each_settings(configs, active),
         )
 
     @property
@@ -98,10 +104,7 @@ def _require_one(**told: Any) -> None:
         raise ValueError(f"{given[0]}: give this or {given[1]}, not both")
 
 
-def _each_settings(config: Settings, labels: Sequence[str]) -> list[LoraSettings]:
-    configs = list(config) if isinstance(config, Sequence) else [config] * len(labels)
-    if len(configs) != len(labels):
-        raise ValueError(f"config: expected one, or {len(labels)} (one per client), got {len(configs)}")
+def _each_settings(configs: Sequence[Any], labels: Sequence[str]) -> list[LoraSettings]:
     if len(configs) == 1:
         return [_settings(configs[0], "config")]
     return [_settings(one, f"config of {label}") for one, label in zip(configs, labels, strict=True)]
@@ -138,13 +141,18 @@ def _settings(config: Any, label: str) -> LoraSettings:
     return LoraSettings.parse(plain, Path(label))
 
 
-def _per_client(numbers: Numbers, labels: Sequence[str], argument: str) -> list[float] | None:
-    if numbers is None:
+def _per_client(told: Any, took_part: Sequence[bool], argument: str) -> list[Any] | None:
+    """One value for each client that took part, of one for all or one per client."""
+    if told is None:
         return None
-    values = numbers.tolist() if isinstance(numbers, Tensor | np.ndarray) else numbers
-    values = list(values) if isinstance(values, Sequence) else [values] * len(labels)
-    if len(values) != len(labels):
-        raise ValueError(f"{argument}: expected one number, or {len(labels)} (one per client), got {len(values)}")
+    values = told.tolist() if isinstance(told, Tensor | np.ndarray) else told
+    values = list(values) if isinstance(values, Sequence) else [values] * len(took_part)
+    if len(values) != len(took_part):
+        raise ValueError(f"{argument}: expected one, or {len(took_part)} (one per client), got {len(values)}")
+    return list(compress(values, took_part))
+
+
+def _scalings(values: Sequence[Any], labels: Sequence[str], argument: str) -> list[float]:
     for label, value in zip(labels, values, strict=True):
         if not _is_scaling(value):
             raise ValueError(f"{argument}: {label} has {value!r}; expected a finite number other than 0")

@@ -61,7 +61,10 @@ def named_state(
         keys = clients.layout[module]
         state[keys["A"].key] = restored(layer.A, keys["A"])
         state[keys["B"].key] = restored(layer.B, keys["B"])
-    return state | {name: as_dtype(tensor, dtypes.get(name, tensor.dtype), name) for name, tensor in extras.items()}
+    for name, tensor in extras.items():
+        key = clients.extras[name]
+        state[key] = as_dtype(tensor, dtypes.get(key, tensor.dtype), key)
+    return state
 
 
 def measured(report: Report, cohort: Cohort, estimated: Adapter, sent: Mapping[str, LoraLayer]) -> Report:

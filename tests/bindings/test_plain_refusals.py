@@ -53,7 +53,7 @@ REFUSED = {
     "ranks without scalings": (states(4, 2), {}, "client 1 has rank 2, client 0 rank 4"),
     "no output scaling": (states(4, 4), {"scalings": [1.0, 2.0]}, "layer.q: client 1 scales by 2, client 0 by 1"),
     "zero scaling": (states(4, 4), {"scalings": 0.0}, "scalings: client 0 has 0.0"),
-    "number of alphas": (states(4, 4), {"lora_alpha": [1.0]}, "lora_alpha: expected one number, or 2"),
+    "number of alphas": (states(4, 4), {"lora_alpha": [1.0]}, "lora_alpha: expected one, or 2"),
     "two ways": (states(4, 4), {"lora_alpha": 1.0, "scalings": 1.0}, "lora_alpha: give this or scalings"),
     "config's rank": (states(4, 4), {"config": {"r": 8}}, "client 0 has rank 4, its config 8"),
     "a wrapper's prefix or a layer's name": (
@@ -114,6 +114,28 @@ def test_a_client_that_takes_no_part_may_have_other_layers():
     weights = [1.0, 0.0]
     result = aggregate_state_dicts([convolution(2, 3), convolution(3, 2)], weights)
     assert result.state_dict["c.lora_A.weight"].shape == (2, 3, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("odd", "options"),
+    [
+        ({"q.lora_A.weight": torch.ones(2, 3)}, {}),
+        ({"q.lora_magnitude_vector.weight": torch.ones(2)}, {}),
+        ({"q.lora_A.weight": 1}, {}),
+        ({0: torch.ones(2)}, {}),
+        (linear("layer.q", 7), {"config": [{"r": 4}, {"r": 4}, {"r": 8}]}),
+        ({}, {"config": [{"r": 4}, {"r": 4}, {"r": 4, "use_dora": True}]}),
+        ({}, {"scalings": [2.0, 2.0, None]}),
+        ({}, {"lora_alpha": [8, 8, torch.nan]}),
+    ],
+)
+def test_of_a_client_that_takes_no_part_nothing_is_looked_at(odd, options):
+    clients, told = states(4, 4), {name: each[:2] for name, each in options.items()}
+    result = aggregate_state_dicts([*clients, odd], [3, 1, 0], **options)
+    expected = aggregate_state_dicts(clients, [3, 1], **told)
+    assert result.state_dict.keys() == expected.state_dict.keys()
+    assert all(torch.equal(tensor, expected.state_dict[key]) for key, tensor in result.state_dict.items())
+    assert result.scalings == expected.scalings
 
 
 BY_LABEL = {

@@ -199,6 +199,20 @@ def test_what_no_node_of_a_round_sent_stays_as_it_was(caplog):
     assert strategy.reports[1]["carried_over"] == ["extra"]
 
 
+@pytest.mark.parametrize("make", [FloraNA, Stamp])
+@pytest.mark.parametrize("more", [{}, {0: {"lora": lora_record({"r": 4})}, 1: {"lora": lora_record({"r": 4})}}])
+def test_of_a_node_without_examples_nothing_is_looked_at(make, more):
+    states, odd = [adapter(0), adapter(1)], {f"{PREFIX}encoder.0.query.lora_A.weight": torch.ones(2, 2)}
+    strategy = make()
+    arrays, metrics = answer(strategy, [*states, odd], (30, 10, 0), more=more)
+    expected, _ = answer(make(), states, (30, 10), nodes=NODES[:2], more=more)
+    assert {n: a.data for n, a in arrays.items()} == {n: a.data for n, a in expected.items()}
+    assert metrics["fedgram-clients"] == 3
+    assert set(strategy.reports[1]["clients" if make is FloraNA else "weights"]) == {"node 901", "node 17"}
+    with pytest.raises(ValueError, match="all are zero|at least one"):
+        answer(make(), states, (0, 0), nodes=NODES[:2])
+
+
 @pytest.mark.parametrize("option", [{"clip": "0.9x"}, {"min_cosine": 0.5}])
 def test_long_and_odd_updates_are_screened(option):
     states = [adapter(k) for k in range(3)]

@@ -98,6 +98,22 @@ def test_the_global_model_anchors_and_aligns():
     assert not same(aligned.params, aggregate_state_dicts(states, method="svd").state_dict)
 
 
+@pytest.mark.parametrize("make", [FloraNAAggregator, StampAggregator])
+def test_of_a_client_of_weight_zero_nothing_is_looked_at(make, tmp_path):
+    states = adapters()
+    sent = models([*states, {"q.lora_A.weight": torch.ones(2, 2)}], [5.0, 1.0, 2.0, 0.0])
+    sent[-1].params_type, sent[-1].metrics = ParamsType.DIFF, {}
+    result = aggregated(make(), sent, start=states[0], folder=tmp_path)
+    expected = aggregated(make(), sent[:3], start=states[0])
+    assert same(result.params, expected.params)
+    assert result.metrics == expected.metrics
+    assert list(json.loads((tmp_path / "fedgram_round_0.json").read_text())["clients"]) == [
+        "site-0",
+        "site-1",
+        "site-2",
+    ]
+
+
 def test_clients_state_their_own_alpha():
     states = adapters(2)
     sent = models(states)
