@@ -12,7 +12,7 @@ from typing import Any
 
 from ._frameworks.flower_base import Combined, GramStrategy, number
 from ._frameworks.flower_replies import Reply
-from ._frameworks.options import AGGREGATION, check_aggregation, check_matching, passed
+from ._frameworks.options import AGGREGATION, MATCHING, check_aggregation, check_matching, matching, passed
 from ._frameworks.records import lora_record, to_arrays, to_state_dict
 from ._plain.scalings import check_scaling_options
 from .plain import aggregate_state_dicts, match_state_dicts
@@ -154,7 +154,7 @@ class Stamp(GramStrategy):
         ValueError: an option out of range.
     """
 
-    OPTIONS = ("c", "lr", "rescale", "precise", "deltas", "backend")
+    OPTIONS = (*MATCHING, "deltas")
 
     def __init__(
         self,
@@ -169,27 +169,25 @@ class Stamp(GramStrategy):
         **fedavg: Any,
     ) -> None:
         super().__init__(reply_order=reply_order, **fedavg)
-        check_matching(c=c, lr=lr, rescale=rescale, precise=precise, backend=backend)
         if not isinstance(deltas, bool):
             raise ValueError(f"deltas: expected True or False, got {deltas!r}")
-        self.c, self.lr, self.rescale, self.precise = c, lr, rescale, precise
-        self.deltas, self.backend = deltas, backend
+        self.c, self.lr, self.rescale, self.precise, self.backend = c, lr, rescale, precise, backend
+        self.deltas = deltas
+        check_matching(self)
 
     def _combine(self, clients: Sequence[Reply]) -> Combined:
         state = self._sent_state()
         if state is None:
-            raise ValueError("aggregate_train: called before configure_train: there is no global state to move")
+            raise ValueError(
+                "aggregate_train: no global state to move: called before configure_train, or started without arrays"
+            )
         result = match_state_dicts(
             state,
             [client.state_dict() for client in clients],
             [client.weight for client in clients],
-            c=self.c,
-            lr=self.lr,
-            rescale=self.rescale,
             deltas=self.deltas,
-            precise=self.precise,
-            backend=self.backend,
             names=[client.label for client in clients],
+            **matching(self),
         )
         dual = result.dual
         labels = [clients[k].label for k in result.clients]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,33 +12,17 @@ from fedgram.flora_na import Adapter, AdapterLike, LoraLayer, Report
 from fedgram.stamp import Dual
 from fedgram.stamp.spatial import copied
 
-from ._frameworks.options import AGGREGATION, check_aggregation, passed, shown
+from ._frameworks.options import AGGREGATION, MATCHING, check_aggregation, check_matching, matching, passed, shown
 from ._peft.merging import merge_configs
 from ._plain.keys import completed
+from ._plain.scalings import check_scaling_options
 from .plain import aggregate_state_dicts, match_state_dicts
 
 
-class LoraAggregator(nn.Module):
-    """Aggregates one round after another with ``flora_na.aggregate`` (arXiv:2509.26399) and remembers the last result.
+class _RoundAggregator(nn.Module):
+    """What both aggregators have: the options, checked when it is made, and the last round's report."""
 
-    The result of the last round is part of the ``state_dict``, so that a server's checkpoint holds it.
-
-    Args:
-        method, rank, shared, missing, clip, min_cosine, backend: as in ``flora_na.aggregate``. What no client of a
-            round has stays as the last round's result has it.
-        residual: also keep what the pair leaves out, in ``.residual``.
-        anchor_previous: estimate the step from the last round's result (``anchor``), from the second round on.
-        align_previous: rotate the result to the last round's (``align_to``, als and svd only), from the second round
-            on, so that the clients' optimizer state stays meaningful.
-
-    Attributes:
-        report: of the last round, or None.
-        residual: Adapter of the last round's residual, or None.
-        previous: the last round's result, or None; set it to start from a given global adapter.
-
-    Raises:
-        ValueError: an option that is none of these, or does not go with another.
-    """
+    OPTIONS: ClassVar[tuple[str, ...]] = AGGREGATION
 
     def __init__(
         self,
@@ -60,8 +44,36 @@ class LoraAggregator(nn.Module):
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
         check_aggregation(self)
         self.report: Report | None = None
-        self.residual: Adapter | None = None
-        self.previous: Adapter | None = None
+
+    def extra_repr(self) -> str:
+        """The options, as ``print`` shows them."""
+        return shown(self, self.OPTIONS)
+
+
+class LoraAggregator(_RoundAggregator):
+    """Aggregates one round after another with ``flora_na.aggregate`` (arXiv:2509.26399) and remembers the last result.
+
+    The result of the last round is part of the ``state_dict``, so that a server's checkpoint holds it.
+
+    Args:
+        method, rank, shared, missing, clip, min_cosine, backend: as in ``flora_na.aggregate``. What no client of a
+            round has stays as the last round's result has it.
+        residual: also keep what the pair leaves out, in ``.residual``.
+        anchor_previous: estimate the step from the last round's result (``anchor``), from the second round on.
+        align_previous: rotate the result to the last round's (``align_to``, als and svd only), from the second round
+            on, so that the clients' optimizer state stays meaningful.
+
+    Attributes:
+        report: of the last round, or None.
+        residual: Adapter of the last round's residual, or None.
+        previous: the last round's result, or None; set it to start from a given global adapter.
+
+    Raises:
+        ValueError: an option that is none of these, or does not go with another.
+    """
+
+    residual: Adapter | None = None
+    previous: Adapter | None = None
 
     def forward(
         self,
@@ -107,12 +119,8 @@ class LoraAggregator(nn.Module):
             layers = {name: LoraLayer(A=A, B=B, scaling=s) for name, (A, B, s) in state["layers"].items()}
             self.previous = Adapter(layers, state["extras"], state["config"], state.get("roles", {}))
 
-    def extra_repr(self) -> str:
-        """The options, as ``print`` shows them."""
-        return shown(self, AGGREGATION)
 
-
-class StateDictAggregator(nn.Module):
+class StateDictAggregator(_RoundAggregator):
     """``plain.aggregate_state_dicts`` round after round (arXiv:2509.26399), the last result remembered.
 
     The last result is part of the ``state_dict``, so that a server's checkpoint holds it.
@@ -136,30 +144,22 @@ class StateDictAggregator(nn.Module):
         ValueError: an option that is none of these, or does not go with another.
     """
 
+    OPTIONS = (*AGGREGATION, "output_scaling")
+    residual: dict[str, Tensor] | None = None
+    previous: dict[str, Tensor] | None = None
+
     def __init__(
         self,
         method: str = "als",
         rank: int | str | None = None,
         *,
-        shared: bool = False,
-        missing: str = "error",
-        clip: float | str | None = None,
-        min_cosine: float | None = None,
-        residual: bool = False,
         output_scaling: float | Mapping[str, float] | None = None,
-        anchor_previous: bool = False,
-        align_previous: bool = False,
-        backend: str = "auto",
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
-        self.clip, self.min_cosine, self.keeps_residual = clip, min_cosine, residual
-        self.anchor_previous, self.align_previous, self.output_scaling = anchor_previous, align_previous, output_scaling
-        check_aggregation(self)
-        self.report: Report | None = None
-        self.residual: dict[str, Tensor] | None = None
+        super().__init__(method, rank, **options)
+        check_scaling_options(output_scaling=output_scaling)
+        self.output_scaling = output_scaling
         self.scalings: dict[str, float] = {}
-        self.previous: dict[str, Tensor] | None = None
 
     def forward(
         self,
@@ -207,10 +207,6 @@ class StateDictAggregator(nn.Module):
         self.report, self.residual = None, None
         self.previous, self.scalings = state["previous"], state["scalings"]
 
-    def extra_repr(self) -> str:
-        """The options, as ``print`` shows them."""
-        return shown(self, (*AGGREGATION, "output_scaling"))
-
 
 class StateDictMatcher(nn.Module):
     """``stamp.SpatialMatcher`` (arXiv:2506.12031) as a module: clients' state dicts in, the new global one out.
@@ -226,7 +222,7 @@ class StateDictMatcher(nn.Module):
         dual: the last round's matching, with its certificate, or None.
 
     Raises:
-        ValueError: ``state`` is not of tensors, or has no floating-point entry.
+        ValueError: an option out of range, or ``state`` is not of tensors or has no floating-point entry.
     """
 
     def __init__(
@@ -241,6 +237,7 @@ class StateDictMatcher(nn.Module):
     ) -> None:
         super().__init__()
         self.c, self.lr, self.rescale, self.precise, self.backend = c, lr, rescale, precise, backend
+        check_matching(self)
         self.state: dict[str, Tensor] | None = None if state is None else copied(state)
         self.dual: Dual | None = None
 
@@ -267,17 +264,7 @@ class StateDictMatcher(nn.Module):
         """
         if self.state is None:
             raise ValueError("state: no global state yet: pass one, or load a checkpoint")
-        result = match_state_dicts(
-            self.state,
-            client_states,
-            counts,
-            c=self.c,
-            lr=self.lr,
-            rescale=self.rescale,
-            deltas=deltas,
-            precise=self.precise,
-            backend=self.backend,
-        )
+        result = match_state_dicts(self.state, client_states, counts, deltas=deltas, **matching(self))
         self.state, self.dual = result.state_dict, result.dual
         return dict(result.state_dict)
 
@@ -291,7 +278,7 @@ class StateDictMatcher(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, as ``print`` shows them."""
-        return shown(self, ("c", "lr", "rescale", "precise", "backend"))
+        return shown(self, MATCHING)
 
 
 def _carried(previous: Adapter, adapter: Adapter) -> Adapter:

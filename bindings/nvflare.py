@@ -28,7 +28,7 @@ except ImportError as error:
         f"fedgram.bindings.nvflare needs NVIDIA FLARE 2.9 or newer ({error}): pip install 'fedgram[nvflare]'"
     ) from error
 
-from ._frameworks.options import check_aggregation, check_matching, passed, plain_config
+from ._frameworks.options import check_aggregation, check_matching, matching, passed, plain_config
 from ._plain.scalings import check_scaling_options
 from .plain import aggregate_state_dicts, match_state_dicts
 
@@ -196,21 +196,17 @@ class StampAggregator(_RoundAggregator):
         backend: str = "auto",
     ) -> None:
         super().__init__(weighted_by, report)
-        check_matching(c=c, lr=lr, rescale=rescale, precise=precise, backend=backend)
         self.c, self.lr, self.rescale, self.precise, self.backend = c, lr, rescale, precise, backend
+        check_matching(self)
 
     def _combined(self, current: Round) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
         result = match_state_dicts(
             current.base(),
             current.sent,
             current.weights,
-            c=self.c,
-            lr=self.lr,
-            rescale=self.rescale,
             deltas=current.differences,
-            precise=self.precise,
-            backend=self.backend,
             names=current.names,
+            **matching(self),
         )
         dual = result.dual
         summary = {"status": dual.status, "gap": dual.gap, "relative_gap": dual.relative_gap}

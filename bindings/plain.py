@@ -20,6 +20,7 @@ from fedgram.flora_na.aggregation import aggregate_cohort
 from fedgram.flora_na.cohort import make_cohort
 from fedgram.flora_na.inner_products import screen_cohort
 from fedgram.flora_na.weights import normalise_weights
+from fedgram.kernels import FLOATS
 from fedgram.stamp import Dual, Gramian
 from fedgram.stamp.structure import finite
 
@@ -235,7 +236,7 @@ def _common_dtypes(server: StateDict, clients: Sequence[Sent]) -> dict[str, torc
     dtypes: dict[str, torch.dtype] = {}
     for state in (server, *clients):
         for name, tensor in state.items() if isinstance(state, Mapping) else ():
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            if isinstance(tensor, Tensor) and tensor.dtype in FLOATS:
                 dtypes[name] = torch.promote_types(dtypes.get(name, tensor.dtype), tensor.dtype)
     return dtypes
 
@@ -245,6 +246,6 @@ def _cast(state: Sent, dtypes: Mapping[str, torch.dtype]) -> Sent:
     if not isinstance(state, Mapping):
         return state
     return {
-        name: tensor.detach().to(dtypes[name]) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
+        name: tensor.detach().to(dtypes[name]) if isinstance(tensor, Tensor) and tensor.dtype in FLOATS else tensor
         for name, tensor in state.items()
     }

@@ -91,8 +91,8 @@ class GramStrategy(FedAvg):
         raise NotImplementedError
 
     def _sent_state(self) -> dict[str, Tensor] | None:
-        """What the clients of this round started from."""
-        return None if self._sent is None else to_state_dict(self._sent, label="the global arrays")
+        """What the clients of this round started from, or None where it was theirs to choose."""
+        return None if not self._sent else to_state_dict(self._sent, label="the global arrays")
 
     def summary(self) -> None:
         """Log the configuration: FedAvg's, then this strategy's own."""

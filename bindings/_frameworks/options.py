@@ -20,6 +20,8 @@ ALIGNED = ("als", "svd")
 PASSED = ("method", "rank", "shared", "missing", "clip", "min_cosine", "backend")
 """Options of ``flora_na.aggregate``, which all that aggregate round after round have."""
 AGGREGATION = (*PASSED, "anchor_previous", "align_previous")
+MATCHING = ("c", "lr", "rescale", "precise", "backend")
+"""Options of ``stamp.SpatialMatcher``."""
 
 
 def check_aggregation(holder: Any) -> None:
@@ -49,14 +51,19 @@ def shown(holder: Any, names: Sequence[str]) -> str:
     return ", ".join(f"{name}={getattr(holder, name)!r}" for name in names)
 
 
-def check_matching(*, backend: str, **options: Any) -> None:
-    """Options of ``stamp.SpatialMatcher``: ``c``, ``lr``, ``rescale``, ``precise``, ``backend``.
+def check_matching(holder: Any) -> None:
+    """Check the options of ``MATCHING``, which ``holder`` has as attributes.
 
     Raises:
         ValueError: names the option that is out of range.
     """
-    stamp.SpatialMatcher({"x": torch.zeros(1)}, **options)  # made to be thrown away
-    _check_choice("backend", backend, BACKENDS)
+    stamp.SpatialMatcher({"x": torch.zeros(1)}, **matching(holder))  # made to be thrown away
+    _check_choice("backend", holder.backend, BACKENDS)
+
+
+def matching(holder: Any) -> dict[str, Any]:
+    """The options that ``holder`` has of a round's matching."""
+    return {name: getattr(holder, name) for name in MATCHING}
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -81,7 +81,9 @@ class ScalingRule:
         return scalings[0]
 
 
-def check_scaling_options(*, lora_alpha: Any, scalings: Any, output_scaling: Any, config: Any) -> None:
+def check_scaling_options(
+    *, lora_alpha: Any = None, scalings: Any = None, output_scaling: Any = None, config: Any = None
+) -> None:
     """Check options that hold for all clients, before there are any.
 
     Raises:

@@ -1,12 +1,13 @@
 """The aggregator as a module: the same numbers as the function, the last round as state, checkpoints."""
 
 import io
+import math
 
 import pytest
 import torch
 
 from fedgram import flora_na
-from fedgram.bindings.modules import LoraAggregator, StateDictAggregator
+from fedgram.bindings.modules import LoraAggregator, StateDictAggregator, StateDictMatcher
 from fedgram.bindings.peft import load_adapter, save_adapter
 from fedgram.flora_na import Adapter, LoraLayer
 from fedgram_testing.lora_states import states
@@ -182,6 +183,22 @@ def test_a_round_that_fails_leaves_the_state():
 def test_options_that_cannot_work_are_refused_at_once(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StateDictAggregator(output_scaling=0), "output_scaling: expected a finite number other than 0, got 0"),
+        (lambda: StateDictAggregator(output_scaling={"q": "x"}), "output_scaling: q: expected .* got 'x'"),
+        (lambda: StateDictMatcher({"w": torch.ones(2)}, c=1.0), "c: expected a number in"),
+        (lambda: StateDictMatcher(lr=math.nan), "lr: "),
+        (lambda: StateDictMatcher(rescale="max"), "rescale: "),
+        (lambda: StateDictMatcher(backend="cuda"), "backend: expected one of auto"),
+    ],
+)
+def test_options_of_state_dicts_are_refused_at_once(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_it_prints_its_options():

@@ -129,6 +129,16 @@ def test_a_client_of_weight_zero_and_a_missing_module():
     torch.testing.assert_close(joined["extra.lora_B.weight"] @ joined["extra.lora_A.weight"], torch.ones(2, 3))
 
 
+@pytest.mark.parametrize("missing", ["error", "renormalize"])
+def test_entries_beside_the_factors_are_one_under_any_spelling(missing):
+    clients = states()
+    wrapped = [clients[0], *({f"module.{key}": tensor for key, tensor in state.items()} for state in clients[1:])]
+    expected = aggregate_state_dicts(clients, WEIGHTS).state_dict
+    result = aggregate_state_dicts(wrapped, WEIGHTS, missing=missing).state_dict
+    assert result.keys() == expected.keys() == clients[0].keys()
+    assert all(torch.equal(result[key], tensor) for key, tensor in expected.items())
+
+
 def server_and_clients(dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
 

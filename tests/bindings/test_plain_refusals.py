@@ -138,6 +138,22 @@ def test_of_a_client_that_takes_no_part_nothing_is_looked_at(odd, options):
     assert result.scalings == expected.scalings
 
 
+def test_names_of_one_entry_and_keys_that_are_none_are_refused():
+    client = states(4)[0]
+    twice = {"base_model.model.head.weight": torch.ones(2), "head.weight": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"head\.weight: client 1 has two of that name \('base_model.*' and 'head"):
+        aggregate_state_dicts([client, client | twice])
+    with pytest.raises(ValueError, match="state_dicts: client 1 has the key 0; expected names"):
+        aggregate_state_dicts([client, {0: torch.ones(2)}])
+
+
+@pytest.mark.parametrize(("server", "client"), [("float32", "float8_e4m3fn"), ("float8_e4m3fn", "bfloat16")])
+def test_dtypes_that_do_not_go_together_are_refused_by_client(server, client):
+    server, client = ({"w": torch.ones(2).to(getattr(torch, dtype))} for dtype in (server, client))
+    with pytest.raises(ValueError, match=r"states: beta, 'w' has dtype torch\..*; expected torch\."):
+        match_state_dicts(server, [server, client], names=["alpha", "beta"])
+
+
 BY_LABEL = {
     "weights": ({"weights": [1.0, -1.0]}, "weights: beta has -1.0"),
     "scalings": ({"scalings": [1.0, 0.0]}, "scalings: beta has 0.0"),

@@ -33,7 +33,7 @@ def adapter(seed, rank=4, modules=MODULES, dtype=torch.float32):
 
 def answer(strategy, states, counts=COUNTS, *, start=None, nodes=NODES, more=None, pack=True, arrival=None):
     """One round: the strategy sends ``start``, every node answers with its state; what is aggregated comes back."""
-    sent = strategy.configure_train(1, to_arrays(start or adapter(99)), ConfigRecord(), Nodes(nodes))
+    sent = strategy.configure_train(1, to_arrays(adapter(99) if start is None else start), ConfigRecord(), Nodes(nodes))
     by_node = {message.metadata.dst_node_id: message for message in sent}
     replies = []
     for k, (node, state, count) in enumerate(zip(nodes, states, counts, strict=True)):
