@@ -8,7 +8,7 @@ not know each other, so the piece that joins them is here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,8 @@ from fedgram.flora_na import Adapter, AdapterLike, LoraLayer, Report
 from fedgram.flora_na.cohort import Cohort, average_extra, average_extras, extra_roles, make_cohort
 from fedgram.flora_na.layer import as_adapter
 from fedgram.stamp import Dual
+
+from ._peft.lazy_tensors import LazyMapping
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,30 +103,11 @@ def match_adapters(
     return MatchedAggregation(adapter, dual, gramian, _lengthened(estimate.report, mass), rest)
 
 
-class _Negated(Mapping[str, LoraLayer]):
-    """The layers of a client whose coefficient is negative, with their scalings turned round; still read lazily."""
-
-    def __init__(self, layers: Mapping[str, LoraLayer]) -> None:
-        self._layers = layers
-
-    def __getitem__(self, name: str) -> LoraLayer:
-        layer = self._layers[name]
-        return LoraLayer(A=layer.A, B=layer.B, scaling=-layer.scaling)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._layers
-
-
 def _signed(adapter: AdapterLike, coefficient: float) -> Adapter:
     """The adapter without its extras, negated where its coefficient is negative."""
-    modules = as_adapter(adapter).modules
-    return Adapter(_Negated(modules) if coefficient < 0 else modules, {}, as_adapter(adapter).config)
+    given = as_adapter(adapter)
+    negated = LazyMapping(given.modules, lambda name: _times(given.modules[name], -1.0))
+    return Adapter(negated if coefficient < 0 else given.modules, {}, given.config)
 
 
 def _extras(cohort: Cohort, v: Tensor) -> dict[str, Tensor]:
@@ -135,8 +118,12 @@ def _extras(cohort: Cohort, v: Tensor) -> dict[str, Tensor]:
 
 
 def _scaled(adapter: Adapter, factor: float) -> Adapter:
-    layers = {name: LoraLayer(A=x.A, B=x.B, scaling=x.scaling * factor) for name, x in adapter.modules.items()}
+    layers = {name: _times(layer, factor) for name, layer in adapter.modules.items()}
     return Adapter(layers, adapter.extras, adapter.config)
+
+
+def _times(layer: LoraLayer, factor: float) -> LoraLayer:
+    return LoraLayer(A=layer.A, B=layer.B, scaling=layer.scaling * factor)
 
 
 def _lengthened(report: Report, factor: float) -> Report:
