@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ from fedgram.flora_na.report import SCHEMA_VERSION
 from .._distributed.watch import Watch
 from ..console import progress_bar
 from ..distributed import aggregate_sharded
-from ..peft import save_adapter, save_residual
+from ..files.staging import reserved_output
+from ..peft import OUTPUT_FILES, save_adapter, save_residual
 from ..streaming import aggregate_to_directory
 from .clients import client_outputs
 from .tables import aggregate_table, per_client_table, screening_text
@@ -101,13 +103,17 @@ def aggregate_on_ranks(
 ) -> Findings:
     """Take this rank's part in ``aggregate_sharded``; the first rank writes, and has something to tell."""
     keep = residual is not None
-    result = aggregate_sharded(adapters, weights, residual=keep, progress=progress, watch=watch, **options)
-    if watch.rank != 0:
-        return Findings({}, [])
-    if residual is not None and result.residual is not None:
-        save_residual(result.residual, residual)
-    save_adapter(result.adapter, output)
-    return _findings(result.report, output, residual)
+    with contextlib.ExitStack() as held:
+        for path in (output, residual):
+            if path is not None and watch.rank == 0:
+                held.enter_context(reserved_output(path, OUTPUT_FILES))
+        result = aggregate_sharded(adapters, weights, residual=keep, progress=progress, watch=watch, **options)
+        if watch.rank != 0:
+            return Findings({}, [])
+        if residual is not None and result.residual is not None:
+            save_residual(result.residual, residual)
+        save_adapter(result.adapter, output)
+        return _findings(result.report, output, residual)
 
 
 def _findings(report: Report, output: Path, residual: Path | None) -> Findings:

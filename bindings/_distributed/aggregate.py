@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -79,7 +80,7 @@ def aggregate_sharded(
         result: where the whole result goes: to rank 0 of the group ("root"; the other ranks keep their own modules),
             to "all", or nowhere ("sharded": each keeps its own).
         method, rank, anchor, align_to, missing, residual, backend, options: as in ``flora_na.aggregate``, the same on
-            every rank.
+            every rank, down to the numbers of ``anchor`` and ``align_to``, which each rank therefore reads whole.
         shared: must be False, like every option that needs all modules at once (``clip``, ``min_cosine``).
         progress: called on each rank with (its modules done, its modules in all, module name).
         group: default the whole world. With gloo tensors travel through the CPU; with nccl through this process's
@@ -97,7 +98,9 @@ def aggregate_sharded(
     with ranks.together():
         _check(clients, result, {"shared": shared, **options})
         local = [as_adapter(adapter) for adapter in adapters]
-        agreed = _digest(clients, result, {**settings, "anchor": anchor is not None, "align_to": align_to is not None})
+        agreed = _told_apart(
+            {"clients": clients, "result": result, **settings}, {"anchor": anchor, "align_to": align_to}
+        )
     join = everyone_has_all if clients == "all" else everyone_has_own
     known = join(ranks, local, weights, names, agreed)
     work = plan(*known.costs(ranks), ranks.count)
@@ -167,7 +170,18 @@ def _check(clients: str, result: str, options: Mapping[str, Any]) -> None:
             )
 
 
-def _digest(clients: str, result: str, settings: Mapping[str, Any]) -> str:
-    """A fingerprint of what all ranks must have been called with alike."""
+def _told_apart(settings: Mapping[str, Any], adapters: Mapping[str, AdapterLike | None]) -> dict[str, Any]:
+    """What all ranks must have been called with alike: of adapters, of which each rank uses its part, fingerprints."""
     plain = {name: value if isinstance(value, PLAIN) else type(value).__name__ for name, value in settings.items()}
-    return hashlib.sha256(repr((clients, result, sorted(plain.items()))).encode()).hexdigest()
+    return plain | {name: None if adapter is None else _fingerprint(adapter) for name, adapter in adapters.items()}
+
+
+def _fingerprint(adapter: AdapterLike) -> str:
+    digest = hashlib.sha256()
+    layers = as_adapter(adapter).modules
+    for name in sorted(layers):
+        layer = layers[name]
+        for factor in (layer.A, layer.B):
+            digest.update(repr((name, layer.scaling, factor.shape, factor.dtype)).encode())
+            digest.update(factor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from fedgram.flora_na import Adapter
-from fedgram.flora_na.weights import normalise_weights
+from fedgram.flora_na.weights import normalise_weights, real_numbers
 
+from .._peft.lazy_tensors import LazyMapping
 from .plan import Unit, extra_cost, module_cost
-from .ranks import Ranks, check_alike
+from .ranks import Ranks, check_alike, check_options
 
 T = TypeVar("T")
 Facts = list[tuple[Any, ...]]
@@ -92,29 +93,14 @@ class Clients:
         ]
 
 
-class _Some(Mapping[str, T]):
-    """Some entries of a mapping, read when they are asked for."""
-
-    def __init__(self, whole: Mapping[str, T], names: Collection[str]) -> None:
-        self._whole, self._names = whole, [name for name in names if name in whole]
-
-    def __getitem__(self, name: str) -> T:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._whole[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-
 def _cut(adapter: Adapter, unit: Unit) -> Adapter:
-    return replace(adapter, modules=_Some(adapter.modules, [unit.module]), extras=_Some(adapter.extras, unit.extras))
+    modules, extras = _part(adapter.modules, [unit.module]), _part(adapter.extras, unit.extras)
+    return replace(adapter, modules=modules, extras=extras)
+
+
+def _part(whole: Mapping[str, T], names: Sequence[str]) -> Mapping[str, T]:
+    """Those entries of a mapping that it has, read when they are asked for."""
+    return LazyMapping([name for name in names if name in whole], whole.__getitem__)
 
 
 def _filled(names: Sequence[str], found: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -124,25 +110,25 @@ def _filled(names: Sequence[str], found: Sequence[Mapping[str, float]]) -> dict[
 
 
 def everyone_has_all(
-    ranks: Ranks, adapters: list[Adapter], weights: Any, names: Sequence[str] | None, agreed: str
+    ranks: Ranks, adapters: list[Adapter], weights: Any, names: Sequence[str] | None, agreed: Mapping[str, Any]
 ) -> Clients:
     """Every rank was given all clients."""
     with ranks.together():
         clients = _clients(dict(enumerate(adapters)), _facts(adapters, weights, names), everywhere=True)
     told = ranks.gather((agreed, clients.weights, clients.names, clients.modules, clients.extras))
-    check_alike([mine[0] for mine in told], "options")
+    check_options([mine[0] for mine in told])
     check_alike([mine[1:] for mine in told], "adapters, weights or names")
     return clients
 
 
 def everyone_has_own(
-    ranks: Ranks, adapters: list[Adapter], weights: Any, names: Sequence[str] | None, agreed: str
+    ranks: Ranks, adapters: list[Adapter], weights: Any, names: Sequence[str] | None, agreed: Mapping[str, Any]
 ) -> Clients:
     """Every rank was given its own clients; all of them count in rank order."""
     with ranks.together():
         facts = _facts(adapters, weights, names)
     told = ranks.gather((agreed, facts))
-    check_alike([mine[0] for mine in told], "options")
+    check_options([mine[0] for mine in told])
     start = sum(len(mine[1]) for mine in told[: ranks.rank])
     everyone = [fact for mine in told for fact in mine[1]]
     return _clients(dict(enumerate(adapters, start)), everyone, everywhere=False)
@@ -150,11 +136,12 @@ def everyone_has_own(
 
 def _facts(adapters: Sequence[Adapter], weights: Any, names: Sequence[str] | None) -> Facts:
     """Of every adapter: weight, name, modules, extras, and all else that it says of itself."""
-    for argument, given in (("weights", weights), ("names", names)):
-        if given is not None and len(given) != len(adapters):
+    none = [None] * len(adapters)
+    shares = none if weights is None else real_numbers("weights", weights).tolist()
+    labels = none if names is None else [str(name) for name in names]
+    for argument, given in (("weights", shares), ("names", labels)):
+        if len(given) != len(adapters):
             raise ValueError(f"{argument}: expected {len(adapters)} (one per client), got {len(given)}")
-    shares = [None] * len(adapters) if weights is None else [float(w) for w in weights]
-    labels = [None] * len(adapters) if names is None else [str(name) for name in names]
     return [
         (w, label, tuple(a.modules), tuple(a.extras), replace(a, modules={}, extras={}))
         for w, label, a in zip(shares, labels, adapters, strict=True)

@@ -187,6 +187,12 @@ def check_alike(told: Sequence[Any], what: str) -> None:
         raise ValueError(f"rank {odd} was called with other {what} than rank 0")
 
 
+def check_options(told: Sequence[Mapping[str, Any]]) -> None:
+    """``check_alike`` for every option that a rank was called with."""
+    for name in dict.fromkeys(name for options in told for name in options):
+        check_alike([options.get(name) for options in told], f"options ({name})")
+
+
 @contextlib.contextmanager
 def _lost() -> Iterator[None]:
     """A collective that fails has lost another rank."""

@@ -7,7 +7,10 @@ import socket
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ from torch import distributed as dist
 from typer.testing import CliRunner
 
 from fedgram.bench._commands import app
-from fedgram.bindings.peft import load_adapter, load_adapters
-from fedgram.flora_na import Adapter, aggregate
+from fedgram.bindings._cli import aggregations
+from fedgram.bindings.files.staging import check_writable
+from fedgram.bindings.peft import OUTPUT_FILES, load_adapter, load_adapters
+from fedgram.flora_na import Adapter, LoraLayer, aggregate
 from fedgram_testing.ranks import environment, finish, free_port, rank_environments, start
 
 TORCHRUN = [sys.executable, "-P", "-m", "torch.distributed.run"]
@@ -223,3 +228,19 @@ def test_what_runs_in_one_process_does_not_run_on_ranks(clients, monkeypatch, na
     reason = "for one process; under torchrun there is aggregate, which starts anew if it was interrupted"
     line = f"fedgram: {name}: {reason}\n"
     assert told == [(1, "", line), (0, "", "")]
+
+
+def test_the_first_rank_holds_the_output_while_all_work(tmp_path, monkeypatch):
+    output = tmp_path / "global"
+
+    def work(*_, **__):
+        with ThreadPoolExecutor(1) as another_run:
+            another_run.submit(check_writable, output, OUTPUT_FILES).result()
+        return aggregate([{"q": LoraLayer(A=torch.ones(1, 2), B=torch.ones(2, 1))}])
+
+    monkeypatch.setattr(aggregations, "aggregate_sharded", work)
+    first, second = (partial(aggregations.aggregate_on_ranks, watch=SimpleNamespace(rank=k)) for k in (0, 1))
+    with pytest.raises(OSError, match="another run is writing this output"):
+        first([], None, output, None, progress=None)
+    assert second([], None, output, None, progress=None).parts == []  # and only the first
+    assert not list(tmp_path.iterdir())

@@ -215,6 +215,9 @@ def refusals(rank, mine, local, whole, clients):
         "own not a number": lambda: aggregate_sharded(own(broken, rank, dist.get_world_size(group)), **local),
         "no clients": lambda: aggregate_sharded([] if rank == 1 else clients, group=group),
         "method": lambda: aggregate_sharded(clients, method="svd" if rank == 1 else "als", **whole),
+        "anchor": lambda: aggregate_sharded(clients, anchor=clients[rank == 1], **whole),
+        "alignment": lambda: aggregate_sharded(mine, align_to=clients[rank == 1], **local),
+        "no weights": lambda: aggregate_sharded(clients, ["many"] * 5, group=group),
         "weights": lambda: aggregate_sharded(clients, [9.0, *WEIGHTS[1:]] if rank else WEIGHTS, group=group),
         "some weights": lambda: aggregate_sharded(
             mine, [1.0] * len(mine) if rank else None, clients="own", group=group
