@@ -55,7 +55,7 @@ class Collected:
         weights = _weights(names, [model.meta or {} for model in models], weighted_by)
         if weights is not None and any(weights):
             names, models, weights = ([*compress(each, weights)] for each in (names, models, weights))
-        kinds = {model.params_type for model in models}
+        kinds = {model.params_type for model in models if model.params is not None}
         if len(kinds) > 1:
             raise ValueError("params_type: some clients sent whole models and others differences")
         return Round(names, models, weights, kinds == {ParamsType.DIFF}, global_params)
@@ -158,7 +158,7 @@ def global_params(fl_ctx: FLContext | None) -> Mapping[str, Any] | None:
 
 def like_sent(params: Mapping[str, Any], current: Round) -> dict[str, Any]:
     """The params as numpy arrays where the clients sent arrays; bfloat16 then as float32."""
-    sent: Mapping[str, Any] = current.models[0].params or {}
+    sent = next((model.params for model in current.models if model.params), {})
     arrays = not any(isinstance(value, Tensor) or _offloaded(value) for value in sent.values())
     return {k: to_numpy(v) if arrays and isinstance(v, Tensor) else v for k, v in params.items()}
 

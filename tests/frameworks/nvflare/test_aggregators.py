@@ -64,6 +64,12 @@ def test_arrays_come_back_as_arrays_and_bfloat16_as_bfloat16():
     assert {value.dtype for value in wide.values()} == {torch.bfloat16}
 
 
+def test_a_first_client_that_sends_nothing_changes_no_types():
+    tensors = models([{}, *adapters(dtype=torch.bfloat16)])
+    result = aggregated(FloraNAAggregator(missing="renormalize"), tensors).params
+    assert {getattr(value, "dtype", None) for value in result.values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("kind", [FloraNAAggregator, StampAggregator])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_tensors_that_flare_left_on_disk_are_tensors(kind, dtype, tmp_path):

@@ -11,7 +11,7 @@ pytest.importorskip("nvflare", reason="runs in the venv of the extra 'nvflare'")
 
 with warnings.catch_warnings():  # what FLARE warns of while it is imported is FLARE's to mend
     warnings.simplefilter("ignore")
-    from nvflare.app_common.abstract.fl_model import ParamsType
+    from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
     from fedgram.bindings.nvflare import FloraNAAggregator, StampAggregator
     from fedgram_testing.nvflare_rounds import adapters, aggregated, models
@@ -24,6 +24,7 @@ def bad_rounds():
     mixed[1].params_type = ParamsType.DIFF
     half = models(states)
     del half[1].meta["NUM_STEPS_CURRENT_ROUND"]
+    metrics_alone = [models(states)[0], FLModel(metrics={"a": 1.0}, meta=half[0].meta | {"client_name": "site-1"})]
     twice = models(states)
     twice[1].meta["client_name"] = "site-0"
     return {
@@ -50,6 +51,7 @@ def bad_rounds():
             "a: site-0 has an array",
         ),
         "huge number": (FloraNAAggregator(), models([{"a": 10**30}]), None, "a: site-0 has an array that is no tensor"),
+        "metrics alone": (FloraNAAggregator(), metrics_alone, None, "params: site-1 has a NoneType"),
         "key": (FloraNAAggregator(), models([states[0] | {3: torch.ones(1)}]), None, "site-0 has the key 3"),
         "negative weight": (FloraNAAggregator(), models(states, [1.0, -1.0]), None, "site-1 states -1.0 in its meta"),
         "huge weight": (FloraNAAggregator(), models(states, [1.0, 10**400]), None, "site-1 states 1000"),
