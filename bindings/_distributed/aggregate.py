@@ -85,8 +85,8 @@ def aggregate_sharded(
         progress: called on each rank with (its modules done, its modules in all, module name).
         group: default the whole world. With gloo tensors travel through the CPU; with nccl through this process's
             current device, where adapters on an accelerator also arrive.
-        watch: finds ranks that fail or die while others compute; without one, they are found at the next collective,
-            at the latest by the group's timeout.
+        watch: over the ranks of the group; finds those that fail or die while others compute. Without one, they are
+            found at the next collective, at the latest by the group's timeout.
 
     Raises:
         ValueError, OSError: as ``flora_na.aggregate``, on the rank that found it; or ranks called with different

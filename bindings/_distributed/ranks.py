@@ -34,6 +34,8 @@ class Ranks:
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("group: this process is not one of its ranks")
+        if watch is not None and watch.count != self.count:  # it would wait for those that are not called
+            raise ValueError(f"watch: over {watch.count} ranks, and the group has {self.count}: give the group its own")
         self.device = _transport(group)
         self.sent = self.received = 0
         self._told: Exception | None = None

@@ -201,6 +201,8 @@ REFUSED = {
     "method": "rank 1 was called with other options (method) than rank 0",
     "anchor": "rank 1 was called with other options (anchor) than rank 0",
     "alignment": "rank 1 was called with other options (align_to) than rank 0",
+    "watch": "watch: over 9 ranks, and the group has",
+    "watch of gradients": "watch: over 9 ranks, and the group has",
     "no weights": "weights: expected real numbers, got ['many',",
     "weights": "rank 1 was called with other adapters, weights or names than rank 0",
     "some weights": "weights: given on some ranks and not on others",

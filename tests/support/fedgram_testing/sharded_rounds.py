@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -217,6 +218,8 @@ def refusals(rank, mine, local, whole, clients):
         "method": lambda: aggregate_sharded(clients, method="svd" if rank == 1 else "als", **whole),
         "anchor": lambda: aggregate_sharded(clients, anchor=clients[rank == 1], **whole),
         "alignment": lambda: aggregate_sharded(mine, align_to=clients[rank == 1], **local),
+        "watch": lambda: aggregate_sharded(clients, watch=SimpleNamespace(rank=rank, count=9), **whole),
+        "watch of gradients": lambda: match_sharded([[torch.ones(3)]], watch=SimpleNamespace(count=9), group=group),
         "no weights": lambda: aggregate_sharded(clients, ["many"] * 5, group=group),
         "weights": lambda: aggregate_sharded(clients, [9.0, *WEIGHTS[1:]] if rank else WEIGHTS, group=group),
         "some weights": lambda: aggregate_sharded(
