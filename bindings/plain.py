@@ -6,7 +6,6 @@ whole states. Neither keeps anything between rounds; ``fedgram.bindings.modules`
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -31,8 +30,6 @@ __all__ = ["StateDictAggregation", "StateDictMatch", "aggregate_state_dicts", "m
 
 StateDict = Mapping[str, Tensor]
 Sent = Mapping[str, Tensor | None]
-CLIENT = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\bclient (\d{1,9})\b""")
-"""A client's number in a message, or a name in quotes, which may hold the like."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,33 +199,17 @@ def match_state_dicts(
         got = type(client_states).__name__
         raise ValueError(f"client_states: expected one state dict per client, got one {got}")
     sent = list(client_states)
-    if names is not None and len(names) != len(sent):
-        raise ValueError(f"names: expected {len(sent)} (one per client), got {len(names)}")
     dtypes = _common_dtypes(server_state, sent)
     matcher = stamp.SpatialMatcher(
         _cast(server_state, dtypes), c=c, lr=lr, rescale=rescale, precise=precise, backend=backend
     )
     take_step = matcher.step_deltas if deltas else matcher.step
-    try:
-        step = take_step([_cast(state, dtypes) for state in sent], counts)
-    except ValueError as error:
-        if names is None:
-            raise
-        raise ValueError(_named(str(error), names)) from None
+    step = take_step([_cast(state, dtypes) for state in sent], counts, names=names)
     state = {name: step.state[name].to(tensor.dtype) for name, tensor in server_state.items()}
     for name, tensor in state.items():  # the step is finite, in the wider dtype it was made in
         if not finite([tensor]):
             raise ValueError(f"server_state: {name!r} would exceed the range of its {tensor.dtype}")
     return StateDictMatch(state, step.dual, step.gramian, step.clients)
-
-
-def _named(message: str, names: Sequence[str]) -> str:
-    """A message that knows its clients by number only, with their labels; what stands in quotes is an entry's name."""
-
-    def label(found: re.Match[str]) -> str:
-        return names[int(found[1])] if found[1] and int(found[1]) < len(names) else found[0]
-
-    return CLIENT.sub(label, message)
 
 
 def _common_dtypes(server: StateDict, clients: Sequence[Sent]) -> dict[str, torch.dtype]:

@@ -80,13 +80,16 @@ class SpatialMatcher:
         self.precise, self.backend = precise, backend
         self.state = copied(state)
 
-    def step(self, states: Iterable[State], counts: WeightsLike | None = None) -> SpatialStep:
+    def step(
+        self, states: Iterable[State], counts: WeightsLike | None = None, *, names: Sequence[str] | None = None
+    ) -> SpatialStep:
         """Move the global state by the clients' new states, and keep the result as ``state``.
 
         Args:
             states: state dicts of the clients that answered, with the names, shapes, dtypes and device of the global
                 state.
             counts: their numbers of samples, shape (K,); default equal. A client of count 0 takes no part.
+            names: what they are called in messages, default "client k".
 
         Raises:
             ValueError: no client, none with a positive count, a state that does not fit the global one, or one that is
@@ -94,26 +97,32 @@ class SpatialMatcher:
                 their dtype. The global state stays as it was.
         """
         sent, clients, u = _taking_part(states, counts, "states")
-        inputs = self._read(sent, clients, "states")
+        inputs = self._read(sent, clients, "states", names)
         gramian = self._gramian_of_states(inputs, u)
         means = {name: average(column[:-1], u) for name, column in inputs.averaged.items()}
         return self._advanced(inputs, gramian, u, clients, 1 - self.lr, means)
 
-    def step_deltas(self, deltas: Iterable[State], counts: WeightsLike | None = None) -> SpatialStep:
+    def step_deltas(
+        self, deltas: Iterable[State], counts: WeightsLike | None = None, *, names: Sequence[str] | None = None
+    ) -> SpatialStep:
         """The same for clients that send ``new state - global state`` (of integers and statistics, too; not bools).
 
         None in place of a tensor is no change. Integers may wrap, as their subtraction does: ``global state + delta``
         is what counts.
         """
         sent, clients, u = _taking_part(deltas, counts, "deltas")
-        inputs = self._read(sent, clients, "deltas")
+        inputs = self._read(sent, clients, "deltas", names)
         gramian = match_gramian(inputs.without_last(), u, self.precise, self.backend)
         means = {name: _mean_of_deltas(column[-1], column[:-1], u) for name, column in inputs.averaged.items()}
         return self._advanced(inputs, gramian, u, clients, 1.0, means)
 
-    def _read(self, sent: Sequence[State], clients: Sequence[int], argument: str) -> Inputs:
+    def _read(
+        self, sent: Sequence[State], clients: Sequence[int], argument: str, names: Sequence[str] | None
+    ) -> Inputs:
         """What the clients sent, followed by the global state, all of one structure."""
-        labels = ["the global state", *(f"client {k}" for k in clients)]
+        if names is not None and len(names) != len(sent):
+            raise ValueError(f"names: expected {len(sent)} (one per client), got {len(names)}")
+        labels = ["the global state", *(f"client {k}" if names is None else names[k] for k in clients)]
         rows: list[State] = [self.state, *(sent[k] for k in clients)]
         for label, row in zip(labels, rows, strict=True):
             if not isinstance(row, Mapping):

@@ -176,4 +176,6 @@ def test_an_entry_that_is_called_like_a_client_is_none(entry):
     with pytest.raises(ValueError, match=message):
         match_state_dicts({entry: nan}, [{entry: one}, {entry: one}], names=["alpha", "beta"])
     with pytest.raises(ValueError, match=re.escape(f"states: beta has {entry!r}")):
-        match_state_dicts({"x": one}, [{"x": one}, {"x": one, entry: one}], names=["alpha", "beta"])
+        match_state_dicts({"x": one}, [{}, {"x": one}, {"x": one, entry: one}], [0, 1, 1], names=["", "alpha", "beta"])
+    with pytest.raises(ValueError, match="names: expected 1 .one per client., got 2"):
+        match_state_dicts({"x": one}, [{"x": one}], names=["alpha", "beta"])
