@@ -96,8 +96,8 @@ class LoraAggregator(_RoundAggregator):
         """
         options = passed(self, self.previous)
         result = flora_na.aggregate(adapters, weights, residual=self.keeps_residual, names=names, **options)
-        self.report, self.residual = result.report, result.residual
         self.previous = result.adapter if self.previous is None else _carried(self.previous, result.adapter)
+        self.report, self.residual = result.report, result.residual
         return self.previous
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -247,6 +247,7 @@ class StateDictMatcher(nn.Module):
         counts: Sequence[float] | None = None,
         *,
         deltas: bool = False,
+        names: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
         """Move the global state by one round of the clients.
 
@@ -254,6 +255,7 @@ class StateDictMatcher(nn.Module):
             client_states: one state dict per client that answered.
             counts: their numbers of samples; equal by default.
             deltas: they are ``new state - global state``; None for an entry stands for no change.
+            names: the clients' labels in errors.
 
         Returns:
             The new global state. Its tensors are those held here: copy them before they are changed in place, as
@@ -264,7 +266,7 @@ class StateDictMatcher(nn.Module):
         """
         if self.state is None:
             raise ValueError("state: no global state yet: pass one, or load a checkpoint")
-        result = match_state_dicts(self.state, client_states, counts, deltas=deltas, **matching(self))
+        result = match_state_dicts(self.state, client_states, counts, deltas=deltas, names=names, **matching(self))
         self.state, self.dual = result.state_dict, result.dual
         return dict(result.state_dict)
 

@@ -198,6 +198,13 @@ def test_a_state_beyond_the_range_of_the_servers_dtype_is_refused():
     assert torch.equal(keeps.state["w"], server["w"])
 
 
+def test_the_module_names_its_clients():
+    server, clients = server_and_clients()
+    clients[2]["w"] = torch.full((6, 4), torch.nan)
+    with pytest.raises(ValueError, match="states: gamma, 'w' is not finite"):
+        StateDictMatcher(server)(clients, names=["alpha", "beta", "gamma", "delta"])
+
+
 def test_deltas_and_states_agree_and_the_module_keeps_the_state():
     server, clients = server_and_clients()
     sent = [{name: tensor - server[name] for name, tensor in client.items()} for client in clients]

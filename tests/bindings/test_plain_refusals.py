@@ -177,5 +177,5 @@ def test_an_entry_that_is_called_like_a_client_is_none(entry):
         match_state_dicts({entry: nan}, [{entry: one}, {entry: one}], names=["alpha", "beta"])
     with pytest.raises(ValueError, match=re.escape(f"states: beta has {entry!r}")):
         match_state_dicts({"x": one}, [{}, {"x": one}, {"x": one, entry: one}], [0, 1, 1], names=["", "alpha", "beta"])
-    with pytest.raises(ValueError, match="names: expected 1 .one per client., got 2"):
+    with pytest.raises(ValueError, match=r"names: expected 1 \(one per client\), got 2"):
         match_state_dicts({"x": one}, [{"x": one}], names=["alpha", "beta"])
