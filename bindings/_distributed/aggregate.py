@@ -183,5 +183,5 @@ def _fingerprint(adapter: AdapterLike) -> str:
         layer = layers[name]
         for factor in (layer.A, layer.B):
             digest.update(repr((name, layer.scaling, factor.shape, factor.dtype)).encode())
-            digest.update(factor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(factor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

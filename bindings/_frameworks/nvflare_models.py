@@ -158,7 +158,7 @@ def global_params(fl_ctx: FLContext | None) -> Mapping[str, Any] | None:
 
 def like_sent(params: Mapping[str, Any], current: Round) -> dict[str, Any]:
     """The params as numpy arrays where the clients sent arrays; bfloat16 then as float32."""
-    sent = next((model.params for model in current.models if model.params), {})
+    sent: Mapping[str, Any] = next((model.params for model in current.models if model.params), {})
     arrays = not any(isinstance(value, Tensor) or _offloaded(value) for value in sent.values())
     return {k: to_numpy(v) if arrays and isinstance(v, Tensor) else v for k, v in params.items()}
 
