@@ -94,17 +94,17 @@ def aggregate_sharded(
         RankError: on all other ranks, and where another rank has died.
     """
     ranks = Ranks(group, watch)
-    settings = {"method": method, "rank": rank, "missing": missing, "residual": residual, "backend": backend, **options}
+    settings: dict[str, Any] = {"method": method, "rank": rank, "missing": missing, "residual": residual}
+    settings |= {"anchor": anchor, "align_to": align_to, "backend": backend, **options}
     with ranks.together():
         _check(clients, result, {"shared": shared, **options})
         local = [as_adapter(adapter) for adapter in adapters]
-        agreed = _told_apart(
-            {"clients": clients, "result": result, **settings}, {"anchor": anchor, "align_to": align_to}
-        )
+        called = {"clients": clients, "result": result, **settings}
+        agreed = {name: _comparable(value) for name, value in called.items()}
     join = everyone_has_all if clients == "all" else everyone_has_own
     known = join(ranks, local, weights, names, agreed)
     work = plan(*known.costs(ranks), ranks.count)
-    solve = partial(_solve, known, {**settings, "anchor": anchor, "align_to": align_to})
+    solve = partial(_solve, known, settings)
     parts: list[Aggregation] = []
     mine = work[ranks.rank]
     with ranks.together():
@@ -170,10 +170,11 @@ def _check(clients: str, result: str, options: Mapping[str, Any]) -> None:
             )
 
 
-def _told_apart(settings: Mapping[str, Any], adapters: Mapping[str, AdapterLike | None]) -> dict[str, Any]:
-    """What all ranks must have been called with alike: of adapters, of which each rank uses its part, fingerprints."""
-    plain = {name: value if isinstance(value, PLAIN) else type(value).__name__ for name, value in settings.items()}
-    return plain | {name: None if adapter is None else _fingerprint(adapter) for name, adapter in adapters.items()}
+def _comparable(option: Any) -> Any:
+    """What tells an option from another rank's: of an adapter, of which each rank uses its part, a fingerprint."""
+    if isinstance(option, Adapter | Mapping):
+        return _fingerprint(option)
+    return option if isinstance(option, PLAIN) else type(option).__name__
 
 
 def _fingerprint(adapter: AdapterLike) -> str:
