@@ -126,6 +126,8 @@ class Watch:
                 answer = question()
                 self._answers += 1
                 return answer
+        except RankError:  # of a signal's handler, which came while the store was asked
+            raise
         except RuntimeError as error:
             cause = error
         self._lost = True  # asking again would only make torch warn again

@@ -124,6 +124,17 @@ def test_a_silent_rank_is_given_up_and_one_that_has_left_is_not(store):
     assert ended == ["rank 0 of 2 has not been heard of for 0.5 s"]
 
 
+def test_a_signal_that_comes_while_the_store_is_asked_is_no_lost_store(store):
+    watch = Watch(client(store), 1, 2)
+
+    def signalled():
+        raise RankError("rank 1 received SIGTERM")
+
+    with pytest.raises(RankError, match="SIGTERM"):
+        watch._ask(signalled)
+    assert watch.claim("it rains") == "it rains"  # which another rank will read
+
+
 class Lost:
     """A store whose holder has ended."""
 
