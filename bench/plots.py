@@ -72,24 +72,28 @@ def _curves(sweep: Mapping[str, Any]) -> Any:
 
 
 def _roofline(results: Mapping[str, Any]) -> Any:
-    """Achieved against possible arithmetic, over the arithmetic that each byte gets."""
-    ceilings = results["ceilings"]
+    """Our contenders: operations that the result needs by our time, over those that each byte gets; and their ceilings.
+
+    A point has the colour of the ceiling that bounds it.
+    """
+    read, rates = results["ceilings"]["read"], results["ceilings"]["flops"]
     cases = [c for c in results["cases"] if c["cost"] and c["contenders"][0]["median_s"]]
     if not cases:
         return None
     intensity = {c["entry"]: c["cost"]["flops"] / c["cost"]["bytes"] for c in cases}
     figure = _figure(8, 5)
     axes = figure.subplots()
-    span = [min(intensity.values()) / 3, max(intensity.values()) * 30]
-    for name, peak in ceilings["flops"].items():
-        knee = peak / ceilings["read"]
-        axes.plot(
-            [span[0], knee, span[1]], [span[0] * ceilings["read"], peak, peak], label=f"{name} ceiling", linewidth=1
-        )
-    for i, case in enumerate(cases):
+    low, high = min(intensity.values()) / 3, max(intensity.values()) * 30
+    colors = {name: f"C{i}" for i, name in enumerate(rates)}
+    for name, peak in rates.items():
+        span = (low, min(max(peak / read, low), high), high)  # the knee may lie beside what is shown
+        roof = [min(peak, x * read) for x in span]
+        axes.plot(span, roof, label=f"{name} ceiling", linewidth=1, color=colors[name])
+    for case in cases:
         x, y = intensity[case["entry"]], case["cost"]["flops"] / case["contenders"][0]["median_s"]
-        axes.plot(x, y, marker="o", linestyle="", color=f"C{i % 10}")
+        axes.plot(x, y, marker="o", linestyle="", color=colors.get(case["cost"]["rate"], colors["float32"]))
         axes.annotate(case["entry"], (x, y), fontsize=6, xytext=(4, 0), textcoords="offset points")
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second", xlim=span)
+    axes.set(xscale="log", yscale="log", xlim=(low, high))
+    axes.set(xlabel="needed operations per byte that must move", ylabel="needed operations per second of our time")
     axes.legend(fontsize=7)
     return figure
