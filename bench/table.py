@@ -49,7 +49,7 @@ def print_tables(results: Mapping[str, Any], console: Console) -> None:
 
 
 def heading(case: Mapping[str, Any], name: str) -> str:
-    """The entry's name, workload, floor and what its error is."""
+    """The entry's name in the style of ``name``, its workload, floor and what its error is."""
     floor = "" if case["floor_s"] is None else f"; floor {duration(case['floor_s'])} ({case['bound']})"
     return f"{name.format(case['entry'])}  {case['workload']}{floor}; error: {case['error_is']}"
 

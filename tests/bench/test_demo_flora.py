@@ -247,7 +247,7 @@ def test_starts_differ_by_seed_only(model, tmp_path):
 
 @pytest.fixture(scope="session")
 def played(wheels, tmp_path_factory):
-    options = replace(TINY, out=tmp_path_factory.mktemp("demo") / "out")
+    options = replace(TINY, out=tmp_path_factory.mktemp("demo") / "out [a]")
     with (options.out.parent / "log.txt").open("w") as log:
         figures = run(options, Console(file=log, width=200))
     return options, figures, (options.out.parent / "log.txt").read_text()
@@ -261,6 +261,7 @@ def test_a_run_writes_adapters_picture_and_figures(played):
     assert len(figures["outcomes"]) == options.rounds * len(METHODS) + len(METHODS) + 1
     assert log.count("\nround 2  ") == len(METHODS)
     assert "It is not accuracy" in log
+    assert f"picture {options.out / PICTURE}, " in log
     assert [path.name for path in options.out.parent.iterdir() if path.name.startswith(".")] == []
 
 

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 import typer
+from matplotlib.axes import Axes
 from rich.console import Console
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from fedgram.bench.data import FetchError
-from fedgram.bench.demo import stamp, stamp_data
+from fedgram.bench.demo import stamp, stamp_data, stamp_plot
 from fedgram.bench.demo.stamp_methods import METHODS, Client, RandomMemory
 from fedgram.bench.demo.stamp_model import accuracies, loss, new_model
 from fedgram.bench.demo.stamp_run import Run, Setting, run_one
@@ -339,13 +340,22 @@ def test_what_does_not_help_is_said():
 
 def test_the_table_shows_every_method_with_its_deviation():
     console = Console(width=150, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(table(RUNS, "some images"))
+    console.print(table(RUNS, "some images; [/tmp/x] cannot be read"))
     text = console.export_text()
     console.file.close()
     row = next(line for line in text.splitlines() if "STAMP " in line and "without" not in line)
     assert "40.0 ± 0.0" in row
     assert "45.0 ± 7.1" in row
-    assert "some images" in text
+    assert "some images; [/tmp/x] cannot be read" in text
+
+
+def test_the_curves_show_the_deviation_that_the_table_has(monkeypatch, tmp_path):
+    bands = []
+    monkeypatch.setattr(Axes, "fill_between", lambda self, x, low, high, **style: bands.append((high - low) / 2))
+    stamp_plot.save_curves([run for run in RUNS if run.method == "STAMP"], tmp_path / "curves.png")
+    assert bands[0].tolist() == pytest.approx([0.0, mean_and_deviation([0.4, 0.5])[1]])
+    stamp_plot.save_curves(RUNS[:1], tmp_path / "curves.png")
+    assert bands[1].tolist() == [0.0, 0.0]
 
 
 def test_the_command_writes_figures_and_pictures(digits, monkeypatch, tmp_path):
