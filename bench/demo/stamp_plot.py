@@ -47,7 +47,8 @@ def save_curves(runs: Sequence[Run], path: Path) -> None:
     ax = figure.subplots()
     for name, own in by_method(runs).items():
         curves = np.array([run.curve for run in own])
-        rounds, mean, deviation = np.arange(1, curves.shape[1] + 1), curves.mean(0), curves.std(0)
+        rounds, mean = np.arange(1, curves.shape[1] + 1), curves.mean(0)
+        deviation = curves.std(0, ddof=min(1, len(curves) - 1))
         (line,) = ax.plot(rounds, mean, label=name, linewidth=2.5 if name == "STAMP" else 1.3)
         ax.fill_between(rounds, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.12, linewidth=0)
     per_task = len(runs[0].curve) // len(runs[0].class_incremental)
