@@ -51,7 +51,7 @@ class Sweep:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Exponent of growth over the larger half of the points: the slope of a line through their logarithms."""
+    """Exponent of growth: the slope of a line through the logarithms, without the smallest third of the points."""
     upper = sorted(points)[len(points) // 2 - 1 :]
     x, y = ([math.log(p[i]) for p in upper] for i in (0, 1))
     mx, my = sum(x) / len(x), sum(y) / len(y)
