@@ -1,11 +1,23 @@
-"""Output files that are there whole, or not at all."""
+"""Output files: that their folder can be written is seen first, and they are there whole, or not at all."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder of the files, where it is missing, and see that a file can be written into it.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextmanager

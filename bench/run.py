@@ -19,11 +19,12 @@ from fedgram.bindings.console import fail, one_line_errors
 
 from .ceilings import Ceilings, measure_ceilings
 from .environment import environment
+from .files import check_folder
 from .memory import RESET, measure_apart
 from .registry import Entry, Size, entries
 from .run_case import reason, run_case
 from .sweeps import SWEEPS
-from .table import check_folder, duration, print_tables, write_files
+from .table import duration, print_tables, write_files
 
 SCHEMA = 1
 # Seconds after which slow contenders, and curves, are left out, on a busy machine.

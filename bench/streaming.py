@@ -21,16 +21,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; pip install 'fedgram[cli]'", name=error.name) from error
 
 from fedgram.bindings.console import describe, fail, one_line, one_line_errors
 from fedgram.flora_na import METHODS
 
 from .environment import environment
+from .files import check_folder
 from .streaming_clients import DTYPES, Written, drop_cached, write_clients
-from .table import check_folder
 
 SCHEMA = 1
 MODELS = {

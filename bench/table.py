@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -137,17 +136,6 @@ def markdown(results: Mapping[str, Any]) -> str:
     for name, why in results["failed"].items():
         out.write(f"\n**{name}** failed: {why}\n")
     return out.getvalue()
-
-
-def check_folder(folder: Path) -> None:
-    """Make the folder of the files, where it is missing, and see that a file can be written into it.
-
-    Raises:
-        OSError: it cannot be made or written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
 
 
 def write_files(results: Mapping[str, Any], folder: Path) -> list[Path]:

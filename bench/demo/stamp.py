@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
 
 from fedgram.bindings.console import one_line_errors, progress_bar
 
-from ..files import written_whole
+from ..files import check_folder, written_whole
 from .stamp_plot import save_curves, save_matrices
 from .stamp_table import effects_lines, notes, table
 
@@ -110,7 +110,9 @@ def run(
 
 
 def stamp_command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures and figures.")] = Path("demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures and figures.")] = Path(
+        "out/stamp"
+    ),
     dataset: Annotated[Dataset, typer.Option(help="auto: Fashion-MNIST, or MNIST where it cannot be had.")] = (
         Dataset.auto
     ),
@@ -127,7 +129,7 @@ def stamp_command(
     """Five tasks arrive one by one at clients with unlike data; what does the model remember, by which method?"""
     with one_line_errors():
         setting = Setting(clients=clients, rounds=rounds, capacity=capacity, c_temporal=c_temporal, c_spatial=c_spatial)
-        output.mkdir(parents=True, exist_ok=True)
+        check_folder(output)
         with progress_bar("runs", shown=not (as_json or quiet)) as progress:
             result = run(
                 dataset=dataset.value,

@@ -386,11 +386,13 @@ def test_the_command_writes_figures_and_pictures(digits, monkeypatch, tmp_path):
     assert written["setting"]["clients"] == 2
 
 
-def test_bad_input_of_the_command_is_one_line(monkeypatch, tmp_path):
+@pytest.mark.parametrize("place", ["file", "/proc"])  # no folder; a folder into which nobody can write
+def test_an_output_that_cannot_be_written_is_found_before_the_run(place, monkeypatch, tmp_path):
+    monkeypatch.setattr(stamp, "run", lambda **_: pytest.fail("ran"))
     app = typer.Typer()
     app.command()(stamp.stamp_command)
     (tmp_path / "file").write_text("")
-    done = CliRunner().invoke(app, ["-o", str(tmp_path / "file")])
+    done = CliRunner().invoke(app, ["-o", str(tmp_path / place)])
     assert done.exit_code == 1
     assert done.stderr.startswith("fedgram: ")
     assert done.stderr.count("\n") == 1

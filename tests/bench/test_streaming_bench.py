@@ -1,6 +1,8 @@
 """The streaming benchmark, tiny: what it writes is what it measures, a kill is real, and nothing is left behind."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -93,6 +95,13 @@ def test_a_place_that_cannot_be_written_is_found_first(option, name, tmp_path, m
     assert result.stderr.startswith(f"fedgram: {tmp_path}")
     assert result.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_missing_package_is_named_with_its_line():
+    hidden = "import sys; sys.modules['typer'] = None; import fedgram.bench.streaming"
+    done = subprocess.run([sys.executable, "-P", "-c", hidden], capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "pip install 'fedgram[cli]'" in done.stderr.splitlines()[-1]
 
 
 def test_a_task_that_fails_is_told(tmp_path):
