@@ -25,7 +25,7 @@ CLAIM = 1e-3  # relative, of a claimed rho: three digits
 # svd is held to a rho within 1e-6 (relative) of the optimum. als and flora-na are solved to more digits than
 # that on Gram matrices in float64, and float32 output adds less.
 OPTIMUM = 1e-6
-ITERATED = math.inf  # a gradient loop ends where it ends: its error is shown, and ours must not be larger
+ITERATED = math.inf  # a gradient loop ends where it ends: its error is shown beside ours, which has its own bound
 
 
 def estimate_cost(size: Lora, device: torch.device) -> Cost:

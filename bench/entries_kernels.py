@@ -14,12 +14,10 @@ from fedgram import kernels
 
 from .ceilings import Cost, rate_of
 from .peers import operations
-from .peers.optional import compiled
+from .peers.optional import compiled, compiled_name
 from .reference import GRAM, dense_update, list_error, relative_error
 from .registry import Case, Contender, Size, entry, with_peers
 from .workloads import TINY, W1, W2_MODULE, Lora, factors, sample_weights
-
-COMPILED = "torch.compile of that"
 
 
 def factor_size(size: Size, device: torch.device, dtype: torch.dtype) -> Lora:
@@ -47,7 +45,8 @@ def _gram_case(size: Size, lora: Lora, device: torch.device, peers: Callable[...
     plain = operations.cat_gram if lora.dtype == torch.float32 else operations.cat_gram_float32
 
     def by_compiler() -> Contender:
-        return Contender(COMPILED, compiled(COMPILED, plain, device, B, A), "torch", 1e-5, slow=True)
+        name = compiled_name(ours[1].name)
+        return Contender(name, compiled(name, plain, device, B, A), "torch", 1e-5, slow=True)
 
     # unrolled over W1's modules it compiles for half a minute: once is enough
     compile_it = size == "full" and (lora.dtype == torch.float32 or lora.modules == 1)

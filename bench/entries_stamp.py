@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from fedgram import kernels, stamp
 
 from .ceilings import Cost, rate_of
-from .entries_kernels import COMPILED
 from .peers import herding, jacobian_descent, operations, softmax_sgd
-from .peers.optional import compiled
+from .peers.optional import compiled, compiled_name
 from .reference import GRAM, dual_objective, gram_of, list_error, matching_excess, relative_error
 from .registry import Case, Contender, Size, Target, entry, with_peers
 from .workloads import clustered_samples, even_offsets, gradients, layer_rows
@@ -48,15 +47,16 @@ def grad_gram(size: Size, device: torch.device) -> Case:
     K, d = GRADIENTS[size]
     lists = gradients(K, d, device)
     truth = centred(gram_of(lists))
-    target = operations.stack_centred_gram
+    centring, plain = operations.stack_centred_gram, "stack, centre, mm"
 
     def by_compiler() -> Contender:
-        return Contender(COMPILED, compiled(COMPILED, target, device, lists), "torch", 1e-5, slow=True)
+        name = compiled_name(plain)
+        return Contender(name, compiled(name, centring, device, lists), "torch", 1e-5, slow=True)
 
     contenders, missing = with_peers(
         [
             Contender("grad_gram", partial(kernels.grad_gram, lists), "ours", GRAM, lambda g: g.H, memory=True),
-            Contender("stack, centre, mm", partial(target, lists), "torch", 1e-5, memory=True),
+            Contender(plain, partial(centring, lists), "torch", 1e-5, memory=True),
             Contender("stack, mm (not centred)", partial(operations.stack_gram, lists), "torch", 1e-5, centred),
         ],
         *([by_compiler] if size == "full" else []),

@@ -29,6 +29,11 @@ def need(peer: str, *modules: str) -> list[ModuleType]:
         raise MissingPeerError(peer, f"{error}; {PIP}") from None
 
 
+def compiled_name(plain: str) -> str:
+    """How tables call ``torch.compile`` of the contender ``plain``."""
+    return f"torch.compile of {plain}"
+
+
 def compiled(peer: str, function: Callable[..., Any], device: torch.device, *arguments: Any) -> Callable[[], Any]:
     """``torch.compile`` of a plain function for these arguments, compiled already: only its runs are to be timed.
 
