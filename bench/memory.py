@@ -42,13 +42,13 @@ def _status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure_apart(entry: str, contender: str, size: str, threads: int) -> int:
+def measure_apart(entry: str, size: str, threads: int, contender: str) -> int:
     """``peak_bytes`` of one contender on the CPU, in a fresh process.
 
     Raises:
         RuntimeError: the process failed; its last line is told.
     """
-    command = [sys.executable, "-P", "-m", "fedgram.bench.memory", entry, contender, size, str(threads)]
+    command = [sys.executable, "-P", "-m", "fedgram.bench.memory", entry, size, str(threads), contender]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
         said = done.stderr.strip().splitlines()
@@ -56,7 +56,7 @@ def measure_apart(entry: str, contender: str, size: str, threads: int) -> int:
     return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
 
 
-def _main(name: str, contender: str, size: str, threads: str) -> None:
+def _main(name: str, size: str, threads: str, contender: str) -> None:
     from .registry import entries
 
     torch.set_num_threads(int(threads))

@@ -90,15 +90,11 @@ def _run_entry(
     start = time.perf_counter()
     # in a fresh process, where the system can tell the peak
     apart = memory and device.type == "cpu" and RESET.exists()
-    measure = partial(_peak, entry.name, size, threads) if apart else None
+    measure = partial(measure_apart, entry.name, size, threads) if apart else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other packages' deprecations would tear the progress line
         figures = run_case(entry.build(size, device), size, device, ceilings, measure, no_slow=no_slow)
     return {"entry": entry.name, "group": entry.group, **figures, "took_s": round(time.perf_counter() - start, 2)}
-
-
-def _peak(entry: str, size: Size, threads: int, contender: str) -> int:
-    return measure_apart(entry, contender, size, threads)
 
 
 def bench_command(

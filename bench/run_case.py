@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from fedgram.flora_na.report import json_number
 
 from .ceilings import Ceilings
-from .measure import Quartiles, Timing, interleave, synchronise
+from .measure import Timing, interleave, synchronise
 from .measure import seconds as seconds_of
 from .registry import Case, Contender, Size, Target
 
@@ -154,12 +154,8 @@ def _row(
     if case.cost is not None and ceilings is not None:
         row |= {"times_floor": q.median / ceilings.floor(case.cost), "reads": ceilings.reads(q.median, case.cost)}
     if name != ours and not row["refused"]:
-        row["speed_up"] = _triple(timings[ours].ratio(timing))
+        row["speed_up"] = asdict(timings[ours].ratio(timing))
     return row
-
-
-def _triple(q: Quartiles) -> dict[str, float]:
-    return {"median": q.median, "q1": q.q1, "q3": q.q3}
 
 
 def _judge(target: Target, ours: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def write_files(results: Mapping[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "bench.json": json.dumps(results, indent=1, allow_nan=False) + "\n",
-        "bench.csv": "".join(csv_lines(results)),
+        "bench.csv": csv_text(results),
         "bench.md": markdown(results),
     }
     for name, text in texts.items():
@@ -156,7 +156,7 @@ def write_files(results: Mapping[str, Any], folder: Path) -> list[Path]:
     return [folder / name for name in texts]
 
 
-def csv_lines(results: Mapping[str, Any]) -> Iterator[str]:
+def csv_text(results: Mapping[str, Any]) -> str:
     """One line per contender, with a header."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
@@ -165,4 +165,4 @@ def csv_lines(results: Mapping[str, Any]) -> Iterator[str]:
         for row in case["contenders"]:
             ratio = row["speed_up"] and row["speed_up"]["median"]
             writer.writerow({**case, **row, "speed_up": ratio})
-    yield buffer.getvalue()
+    return buffer.getvalue()
