@@ -15,7 +15,7 @@ def table(runs: Sequence[Run], title: str) -> Table:
     """One row per method: accuracies and forgetting in percent, mean and deviation over the seeds, and the costs."""
     seeds = len({run.seed for run in runs})
     shown = Table(
-        title=f"{escape(title)}\n5 tasks of 2 classes, after the last task; percent, {seeds} seeds",
+        title=f"{escape(title)}\n5 tasks of 2 classes, after the last task; percent, {seeds} seed{'s' * (seeds > 1)}",
         title_justify="left",
     )
     shown.add_column("method")
@@ -36,9 +36,11 @@ def effects_lines(runs: Sequence[Run]) -> list[str]:
         mean, _ = mean_and_deviation(differences)
         seeds = " ".join(f"{100 * d:+.1f}" for d in differences)
         lines.append(f"  {part}: {100 * mean:+.1f} ({seeds}: {verdict(differences)})")
+    if len(lines) == 1:
+        return []
     count = len({run.seed for run in runs})
-    lines.append(f"  (Without any effect, {count} seeds agree in 1 of {2 ** (count - 1)} cases.)")
-    return lines if len(lines) > 2 else []
+    chance = f"  (Without any effect, {count} seeds agree in 1 of {2 ** (count - 1)} cases.)"
+    return [*lines, chance] if count > 1 else lines
 
 
 def verdict(differences: Sequence[float]) -> str:

@@ -336,6 +336,8 @@ def test_what_does_not_help_is_said():
     worse = [replace(run, class_incremental=np.array([[0.5 - 0.1 * (run.method == "STAMP")]])) for run in RUNS]
     assert "  spatial matching: -10.0 (-10.0 -10.0: worse with every seed)" in effects_lines(worse)
     assert effects_lines([run for run in RUNS if run.method == "FedAvg"]) == []
+    assert effects_lines(worse)[-1] == "  (Without any effect, 2 seeds agree in 1 of 2 cases.)"
+    assert "agree" not in " ".join(effects_lines([run for run in worse if run.seed == 0]))
 
 
 def test_the_table_shows_every_method_with_its_deviation():
