@@ -1,11 +1,11 @@
 """What the host itself spends on operations over tens of thousands of tensors.
 
-``python -P -m fedgram.bench.host_overhead``. Everything runs
-but the kernels: each launch is replaced by one that only counts itself. The tensors are those of W2 (a 7B Llama, all
-linear layers: 224 modules, 100 clients, rank 16, 44,800 tensors) in memory that is never touched, so that neither a
-GPU nor 8 GB are needed. Whole aggregations run on as many tensors of which only one client's hold a column: the
-sequence of calls is that of W2, and the arithmetic on coefficients, a GPU's work there, takes no time. Quoted are
-medians of the thread's processor time over calls that repeat an earlier one.
+``python -P -m fedgram.bench.host_overhead``. Everything runs but the kernels: each launch is replaced by one that only
+counts itself. The tensors are those of W2 (a 7B Llama, all linear layers: 224 modules, 100 clients, rank 16, 44,800
+tensors) in memory that is never touched, so that neither a GPU nor 8 GB are needed. Whole aggregations run on as many
+tensors of which only one client's hold a column: the sequence of calls is that of W2, and the arithmetic on
+coefficients, a GPU's work there, takes no time. Quoted are medians of the thread's processor time over calls that
+repeat an earlier one.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ class CountedLaunch:
 @contextmanager
 def without_kernels() -> Iterator[CountedLaunch]:
     """Replace the factor operations' kernels."""
-    from fedgram.kernels import _factor_combine_triton, _factor_gram_triton
+    from fedgram.kernels import _factor_combine_triton, _factor_gram_triton, _grad_combine_triton
 
     launch = CountedLaunch()
-    places = [(m, n) for m in (_factor_gram_triton, _factor_combine_triton) for n in vars(m) if n.endswith("_kernel")]
+    modules = (_factor_gram_triton, _factor_combine_triton, _grad_combine_triton)  # the last: scalars of equal factors
+    places = [(m, n) for m in modules for n in vars(m) if n.endswith("_kernel")]
     kept = [(m, n, getattr(m, n)) for m, n in places]
     for module, name in places:
         setattr(module, name, launch)
