@@ -67,6 +67,11 @@ def flat(*sides: Factors | Sequence[Tensor] | None) -> list[Tensor]:
     return out
 
 
+def stored(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
+    """The tensors as their memory reads: copied where one is a view that negates it (``z.conj().imag`` is one)."""
+    return None if tensors is None else [t.resolve_neg() for t in tensors]
+
+
 def counts(side: Factors | None) -> list[int]:
     """The number of clients of every module; empty for a skipped side."""
     return [] if side is None else [len(clients) for clients in side]

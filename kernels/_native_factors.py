@@ -240,7 +240,7 @@ def lowrank_sum(
         return
     left, right = described(B, 1), described(A, 0)
     ends = described([out if W is None or beta == 0 else W, out], 1)
-    coefficients = c.detach().contiguous()
+    coefficients = c.detach().resolve_neg().contiguous()
     (m, n), R = out.shape, sum(b.shape[1] for b in B)
     corners = list(product(range(0, m, constant("sum_rows")), range(0, n, constant("sum_columns"))))
     where = ends.buffer_info()[0], ends.buffer_info()[0] + 8 * WIDTH

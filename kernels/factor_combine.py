@@ -12,7 +12,7 @@ from torch import Tensor
 from ._described import check_beside, stacks_of
 from ._dispatch import resolve
 from ._factor_combine_torch import Combined, factor_combine_torch, output_dtype
-from ._factor_inputs import Factors, check_factors, counts, flat, module_of_mixed_types, nest
+from ._factor_inputs import Factors, check_factors, counts, flat, module_of_mixed_types, nest, stored
 from ._floats import FLOATS
 from ._native_factors import factor_combine as combine_stacks
 from ._native_factors import spread_scalars
@@ -131,6 +131,7 @@ def native_sides(
         ValueError: as ``factor_combine``.
     """
     left, right = stacks_of(B, A)
+    P, Q = stored(P), stored(Q)
     _check_coefficients(left, right, P, Q, dtype)
     check_beside(flat(P, Q), B, A)
     return [
@@ -180,7 +181,7 @@ def _on_triton(
     from ._factor_combine_triton import factor_combine_triton
     from ._factor_scalars_launch import ScalarPlan
 
-    coefficients = [c.contiguous() for c in flat(P, Q)]
+    coefficients = [c.contiguous() for c in flat(stored(P), stored(Q))]
     layout, pointers = inventory(B, A)
     key = (place(one[0].device), dtype, P is None, Q is None, layout, describe(coefficients))
     with launching_on(one[0].device):

@@ -19,6 +19,7 @@ from ._factor_inputs import (
     flat,
     module_of_mixed_types,
     nest,
+    stored,
     tall_A,
     tall_B,
 )
@@ -125,6 +126,7 @@ def _native_cross(
     B: Factors | None, A: Factors | None, X_B: Sequence[Tensor] | None, X_A: Sequence[Tensor] | None
 ) -> tuple[Crosses, Crosses]:
     left, right = stacks_of(B, A)
+    X_B, X_A = stored(X_B), stored(X_A)
     _check_others(left, right, X_B, X_A)
     check_beside(flat(X_B, X_A), B, A)
     sides = [
@@ -159,6 +161,7 @@ def _on_triton(
         return None
     from ._factor_gram_triton import factor_gram_triton
 
+    X_B, X_A = stored(X_B), stored(X_A)
     layout, pointers = inventory(B, A, X_B, X_A)
     with launching_on(one[0].device):
         found = PLANS.get((place(one[0].device), precise, layout), lambda: _plan(B, A, X_B, X_A, precise))

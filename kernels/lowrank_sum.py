@@ -234,7 +234,7 @@ def _on_triton(
 
     with launching_on(out.device):
         plan = PLANS.get((place(out.device), out.dtype, len(B), layout), build)
-        lowrank_sum_triton(plan, pointers, W, coefficients.contiguous(), beta, out)
+        lowrank_sum_triton(plan, pointers, W, coefficients.resolve_neg().contiguous(), beta, out)
     torch.autograd.graph.increment_version(out)  # as every write of torch does: autograd must see it
     return out
 

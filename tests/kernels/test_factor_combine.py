@@ -197,3 +197,18 @@ def test_bad_input_is_named(backend, reason):
 def test_the_output_type_must_be_a_float_type(backend):
     with pytest.raises(ValueError, match=r"dtype: expected a float type, got torch\.int32"):
         factor_combine(B1, A1, P1, Q1, dtype=torch.int32, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("ranks", [[4], [4, 8], [4, 4]])
+def test_coefficients_that_are_views_which_negate_their_memory(backend, ranks):
+    """Loops and kernels read memory: theirs has the other sign, and the gaps of a complex tensor."""
+    modules = [(33, 20)]
+    B, A = draw(ranks, modules, torch.float32)
+    for P, Q in (blocks(ranks, modules, 4), (scalars(ranks, modules), scalars(ranks, modules, 7))):
+        views = [[torch.complex(torch.zeros_like(c), -c).conj().imag for c in side] for side in (P, Q)]
+        assert views[0][0].is_neg()
+        for found, plain in zip(
+            factor_combine(B, A, *views, backend=backend), factor_combine(B, A, P, Q, backend=backend), strict=True
+        ):
+            assert torch.equal(found[0], plain[0])

@@ -102,3 +102,16 @@ BAD = {
 def test_bad_input_is_named(backend, reason):
     with pytest.raises(ValueError, match=reason):
         factor_cross(*BAD[reason], backend=backend)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_matrices_that_are_views_which_negate_their_memory(backend):
+    modules = [(33, 20)]
+    B, A = draw([4, 8], modules, torch.float32)
+    X = others(modules, 8, torch.float32)
+    views = [[torch.complex(torch.zeros_like(x), -x).conj().imag for x in side] for side in X]
+    assert views[0][0].is_neg()
+    for found, plain in zip(
+        factor_cross(B, A, *views, backend=backend), factor_cross(B, A, *X, backend=backend), strict=True
+    ):
+        assert torch.equal(found[0], plain[0])

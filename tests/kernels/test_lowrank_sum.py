@@ -236,3 +236,12 @@ def test_bad_input_is_named(backend, reason):
     W, B, A, c, out = BAD[reason]
     with pytest.raises(ValueError, match=reason):
         lowrank_sum(W, B, A, c, out=out, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_a_coefficient_that_is_a_view_which_negates_its_memory(backend):
+    """Of one client it counts as contiguous: nothing else would copy it."""
+    W, B, A, c = case([4], 33, 20, torch.float32)
+    view = torch.complex(torch.zeros_like(c), -c).conj().imag
+    assert view.is_neg()
+    assert torch.equal(lowrank_sum(W, B, A, view, backend=backend), lowrank_sum(W, B, A, c, backend=backend))
