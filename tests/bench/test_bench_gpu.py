@@ -16,6 +16,7 @@ import torch
 
 from fedgram import stamp
 from fedgram.bench import gpu, gpu_checks, gpu_end_to_end, gpu_estimates, gpu_models, gpu_sanitizers, gpu_support
+from fedgram.bench.ceilings import Ceilings, Cost
 from fedgram.bench.gpu_cases import TINY, factor_cases, small_cases
 from fedgram.bench.gpu_checks import _check, _displace, _not_finite, _repeat, _replay
 from fedgram.bench.gpu_support import LAYOUTS, Guarded, Journal, laid, poisoned
@@ -392,3 +393,13 @@ def test_failures_are_named_in_the_summary_and_json_stays_strict(tmp_path):
     gpu.write(report, tmp_path / "a" / "gpu.json")
     read = json.loads(Path(tmp_path / "a" / "gpu.json").read_text(), parse_constant=pytest.fail)
     assert read["sections"]["correctness"]["rows"][0]["error"] is None
+
+
+def test_a_first_run_that_compiles_is_not_what_is_timed(monkeypatch):
+    monkeypatch.setattr(gpu_end_to_end, "ONCE", 0.02)
+    monkeypatch.setattr(gpu_end_to_end, "SLOW", 0.01)
+    pauses = iter((0.1,))
+    bench = gpu_end_to_end.Bench(Journal(None), CPU, Ceilings(1e9, 1e9, {"float32": 1e9}))
+    row = bench.timed(lambda: time.sleep(next(pauses, 0)), Cost(1, 1, 1), most=3)
+    assert row["runs"] == 3
+    assert row["seconds"] < 0.02
