@@ -1,4 +1,20 @@
-"""Operations on the big tensors: each a public function with a torch twin and, where it pays, a Triton kernel."""
+"""Operations on the big tensors: each a public function with a torch twin and, where it pays, a Triton kernel.
+
+A file ``OP.py`` holds an operation: its checks, its torch twin, what ``torch.compile`` sees of it; ``_dispatch`` says
+which way it runs. Beside it, for the Triton way, ``_OP_triton`` holds the kernels with the configurations that are
+compiled ahead of time, and ``_OP_plan`` or ``_OP_launch`` what is worked out once per layout: work lists, a row per
+program, and the place of every address. What they share:
+
+- all operations: ``_plan`` (layouts, the cache of plans, tables of addresses, streams and graphs), ``_triton_common``,
+  ``_triton_split``, ``_memory``, ``_floats``;
+- on the clients' factors (``factor_*``, ``lowrank_*``, and both in one read: ``gram_combine``, ``combine_products``):
+  ``_factor_inputs``, ``_factor_plan``; checked once for many calls ``_prepared``, once for a computation ``_described``;
+- on gradients (``grad_*``, and ``ghost_gram`` without them): ``_grad_inputs``, ``_grad_work``, ``_offsets``;
+- on rows of classes: ``subset_select`` with ``_subset_swaps``.
+
+On a CPU the compiled loops run: ``native/`` in C, called by ``native_calls`` from ``_native_factors``, which takes
+factors as ``_stacks`` describes them, and ``_native_gradients``.
+"""
 
 from ._described import Described, described
 from ._dispatch import BACKENDS
