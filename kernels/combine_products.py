@@ -11,7 +11,7 @@ from ._dispatch import resolve
 from ._factor_inputs import Factors, Pairs
 from ._native_factors import combine_with_products
 from ._prepared import first
-from .factor_combine import factor_combine, native_sides, written
+from .factor_combine import Combination, factor_combine, native_sides, written
 from .factor_cross import factor_cross
 
 
@@ -58,7 +58,7 @@ def combine_products(
 def _native(
     B: Factors, A: Factors, P: Sequence[Tensor], Q: Sequence[Tensor], dtype: torch.dtype | None
 ) -> tuple[Pairs, Pairs]:
-    sides = native_sides(B, A, P, Q, dtype)
+    sides = native_sides(Combination(B, A, P, Q, dtype))
     X_B, X_A = combine_with_products(sides)
     left, right = written(sides)
     return (left, right), (X_B, X_A)

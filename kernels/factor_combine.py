@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from ._factor_scalars_launch import ScalarPlan
 
 Side = tuple[Stacks, list[Tensor], Stacks]  # of the compiled loops: factors, coefficients, outputs
+
+
+class Combination(NamedTuple):
+    """What is asked of ``factor_combine``, whose arguments these are."""
+
+    B: Factors | None
+    A: Factors | None
+    P: Sequence[Tensor] | None
+    Q: Sequence[Tensor] | None
+    dtype: torch.dtype | None
+
+    def sides(self) -> list[tuple[Factors, Sequence[Tensor], bool]]:
+        """Factors, coefficients, and whether they are the A side, of the sides that are not skipped."""
+        both = ((self.B, self.P, False), (self.A, self.Q, True))
+        return [(factors, c, transposed) for factors, c, transposed in both if factors is not None and c is not None]
 
 
 def factor_combine(
@@ -60,47 +75,36 @@ def factor_combine(
         ValueError: shapes, types or devices do not fit together; the message names the tensor.
         RuntimeError: ``backend="triton"`` or ``"native"`` cannot run here.
     """
+    asked = Combination(B, A, P, Q, dtype)
     chosen, outputs = "torch", None
     if torch.compiler.is_compiling():
-        check_combine(B, A, P, Q, dtype)
-        outputs = _compiled(B, A, P, Q, dtype, backend)
+        check_combine(asked)
+        outputs = _compiled(asked, backend)
     elif (chosen := resolve(backend, first(B, A), native=True)) == "triton":
-        outputs = _on_triton(B, A, P, Q, dtype, backend)
+        outputs = _on_triton(asked, backend)
     if outputs is not None:
         modules = 0 if B is None else len(B)
         return None if B is None else outputs[:modules], None if A is None else outputs[modules:]
     if chosen == "native":
-        sides = native_sides(B, A, P, Q, dtype)
+        sides = native_sides(asked)
         combine_stacks(sides)
         combined = iter(written(sides))
         return None if B is None else next(combined), None if A is None else next(combined)
-    check_combine(B, A, P, Q, dtype)
+    check_combine(asked)
     resolve("torch", flat(B, A, P, Q))
     return factor_combine_torch(B, A, P, Q, dtype=dtype)
 
 
-def check_combine(
-    B: Factors | None,
-    A: Factors | None,
-    P: Sequence[Tensor] | None,
-    Q: Sequence[Tensor] | None,
-    dtype: torch.dtype | None,
-) -> None:
+def check_combine(asked: Combination) -> None:
     """Raise ValueError unless the arguments of ``factor_combine`` fit together."""
-    check_factors(B, A)
-    _check_coefficients(B, A, P, Q, dtype)
+    check_factors(asked.B, asked.A)
+    _check_coefficients(asked)
 
 
-def _check_coefficients(
-    B: Factors | None,
-    A: Factors | None,
-    P: Sequence[Tensor] | None,
-    Q: Sequence[Tensor] | None,
-    dtype: torch.dtype | None,
-) -> None:
-    if dtype is not None and dtype not in FLOATS:
-        raise ValueError(f"dtype: expected a float type, got {dtype}")
-    for name, factors, coefficients, rank_dim in (("P", B, P, 1), ("Q", A, Q, 0)):
+def _check_coefficients(asked: Combination) -> None:
+    if asked.dtype is not None and asked.dtype not in FLOATS:
+        raise ValueError(f"dtype: expected a float type, got {asked.dtype}")
+    for name, factors, coefficients, rank_dim in (("P", asked.B, asked.P, 1), ("Q", asked.A, asked.Q, 0)):
         side = "BA"[1 - rank_dim]
         if (factors is None) != (coefficients is None):
             raise ValueError(f"{name}: must be None exactly where {side} is None")
@@ -118,26 +122,20 @@ def _check_coefficients(
                 )
 
 
-def native_sides(
-    B: Factors | None,
-    A: Factors | None,
-    P: Sequence[Tensor] | None,
-    Q: Sequence[Tensor] | None,
-    dtype: torch.dtype | None,
-) -> list[Side]:
+def native_sides(asked: Combination) -> list[Side]:
     """Per side that is not skipped what the compiled loops take: factors, coefficients, and empty outputs.
 
     Raises:
         ValueError: as ``factor_combine``.
     """
-    left, right = stacks_of(B, A)
-    P, Q = stored(P), stored(Q)
-    _check_coefficients(left, right, P, Q, dtype)
+    B, A, P, Q, dtype = asked
+    described = Combination(*stacks_of(B, A), stored(P), stored(Q), dtype)
+    _check_coefficients(described)
     check_beside(flat(P, Q), B, A)
     return [
         (stacks, [_blocks(stacks, l, c) for l, c in enumerate(coefficients)], _outputs(stacks, coefficients, dtype))
-        for stacks, coefficients in ((left, P), (right, Q))
-        if stacks is not None and coefficients is not None
+        for stacks, coefficients, _ in described.sides()
+        if isinstance(stacks, Stacks)
     ]
 
 
@@ -167,15 +165,9 @@ def _blocks(stacks: Stacks, module: int, coefficients: Tensor) -> Tensor:
 PLANS: PlanCache[CombinePlan | ScalarPlan | str] = PlanCache()
 
 
-def _on_triton(
-    B: Factors | None,
-    A: Factors | None,
-    P: Sequence[Tensor] | None,
-    Q: Sequence[Tensor] | None,
-    dtype: torch.dtype | None,
-    backend: str,
-) -> list[Tensor] | None:
+def _on_triton(asked: Combination, backend: str) -> list[Tensor] | None:
     """The outputs of B's side, then of A's; None where the kernels cannot take them and nobody ordered them to."""
+    B, A, P, Q, dtype = asked
     if not (one := first(B, A)):
         return None
     from ._factor_combine_triton import factor_combine_triton
@@ -185,7 +177,7 @@ def _on_triton(
     layout, pointers = inventory(B, A)
     key = (place(one[0].device), dtype, P is None, Q is None, layout, describe(coefficients))
     with launching_on(one[0].device):
-        plan = PLANS.get(key, lambda: _plan(B, A, P, Q, dtype, pointers))
+        plan = PLANS.get(key, lambda: _plan(asked, pointers))
         if isinstance(plan, ScalarPlan):
             return plan.combine(pointers, addresses(coefficients))
         if not isinstance(plan, str):
@@ -195,21 +187,15 @@ def _on_triton(
     return None
 
 
-def _plan(
-    B: Factors | None,
-    A: Factors | None,
-    P: Sequence[Tensor] | None,
-    Q: Sequence[Tensor] | None,
-    dtype: torch.dtype | None,
-    pointers: np.ndarray,
-) -> CombinePlan | ScalarPlan | str:
+def _plan(asked: Combination, pointers: np.ndarray) -> CombinePlan | ScalarPlan | str:
     """Check once per layout and lay out the work, or say why the kernels cannot do it."""
     from ._factor_combine_plan import CombinePlan, Task
     from ._factor_plan import Piece
     from ._factor_scalars_launch import ScalarPlan, is_sum
     from ._triton_common import coefficient_precision
 
-    check_combine(B, A, P, Q, dtype)
+    check_combine(asked)
+    B, A, P, Q, dtype = asked
     if (reason := module_of_mixed_types(B, A)) is not None:
         return reason
     check_one_device(flat(B, A, P, Q))
@@ -217,8 +203,8 @@ def _plan(
     if all(is_sum(clients, c) for clients, c in zip(sides, scalars, strict=True)):
         return ScalarPlan(sides, [output_dtype(clients, dtype) for clients in sides], pointers)
     tasks, index = [], 0
-    for factors, coefficients, transposed in ((B, P, False), (A, Q, True)):
-        for clients, c in zip(factors or (), coefficients or (), strict=True):
+    for factors, coefficients, transposed in asked.sides():
+        for clients, c in zip(factors, coefficients, strict=True):
             pieces = [Piece.of(index + u, t, transposed=transposed) for u, t in enumerate(clients)]
             index += len(clients)
             out = output_dtype(clients, dtype)
@@ -241,15 +227,9 @@ def output_shapes(
     return left + [(output_rank(as_, q, True), as_[0].shape[1]) for as_, q in zip(A or (), Q or (), strict=True)]
 
 
-def _compiled(
-    B: Factors | None,
-    A: Factors | None,
-    P: Sequence[Tensor] | None,
-    Q: Sequence[Tensor] | None,
-    dtype: torch.dtype | None,
-    backend: str,
-) -> list[Tensor] | None:
+def _compiled(asked: Combination, backend: str) -> list[Tensor] | None:
     """What ``torch.compile`` sees: one operator."""
+    B, A, P, Q, dtype = asked
     if not flat(B, A):
         return None
     skip = (B is None, A is None)

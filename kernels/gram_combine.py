@@ -11,7 +11,7 @@ from ._dispatch import resolve
 from ._factor_inputs import Factors, Pairs
 from ._native_factors import combine_with_grams
 from ._prepared import first
-from .factor_combine import factor_combine, native_sides, written
+from .factor_combine import Combination, factor_combine, native_sides, written
 from .factor_gram import factor_gram
 
 
@@ -42,7 +42,7 @@ def gram_combine(
         ValueError, RuntimeError: as ``factor_combine``.
     """
     if not torch.compiler.is_compiling() and resolve(backend, first(B, A), native=True) == "native":
-        sides = native_sides(B, A, P, Q, dtype)
+        sides = native_sides(Combination(B, A, P, Q, dtype))
         G_B, G_A = combine_with_grams(sides, beside=beside)
         B_out, A_out = written(sides)
         return (B_out, A_out), (G_B, G_A)

@@ -64,14 +64,15 @@ def test_blocks_and_scalars(backend, dtype, case, garbage):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton's interpreter")
 def test_scalars_of_equal_ranks_are_sums_of_whole_tensors(garbage):
     """One rule for a call: tensors of one shape, side by side, are added up as they lie; others as columns."""
-    plans = importlib.import_module("fedgram.kernels.factor_combine")._plan
+    module = importlib.import_module("fedgram.kernels.factor_combine")
     B, A = draw((4, 4), ((30, 12), (0, 7), (8, 5)), torch.float32)
     p = scalars((4, 4), B)
     pointers = np.array([t.data_ptr() for side in (B, A) for clients in side for t in clients], np.int64)
-    kinds = [type(plans(B, A, P, p, None, pointers)).__name__ for P in (p, blocks((4, 4), B, 3)[0])]
+    asked = [module.Combination(B, A, P, p, None) for P in (p, blocks((4, 4), B, 3)[0])]
+    kinds = [type(module._plan(a, pointers)).__name__ for a in asked]
     assert kinds == ["ScalarPlan", "CombinePlan"]
     turned = [[t.T.contiguous().T for t in clients] for clients in B]
-    assert type(plans(turned, A, p, p, None, pointers)).__name__ == "CombinePlan"
+    assert type(module._plan(module.Combination(turned, A, p, p, None), pointers)).__name__ == "CombinePlan"
     for left in (B, turned):
         out_B, out_A = factor_combine(left, A, p, p, backend="triton")
         check(left, p, out_B, 1, torch.float32, "triton")
