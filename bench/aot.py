@@ -74,8 +74,7 @@ def fingerprint(config: Any, target: str) -> str:
 
 
 def _options(config: Any, target: str) -> dict[str, Any]:
-    limit = {} if config.registers is None or TARGETS[target][0] == "hip" else {"maxnreg": config.registers}
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True, **limit}
+    return config.options(amd=TARGETS[target][0] == "hip")
 
 
 def _specialised(config: Any, target: str) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:

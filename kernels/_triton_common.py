@@ -117,9 +117,13 @@ def float32_precision() -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
 
-def options(num_warps: int, num_stages: int, registers: int | None = None) -> dict[str, Any]:
-    """Keyword arguments of a launch; ``registers`` is the most that a thread may take (NVIDIA)."""
-    limit = {} if registers is None or torch.version.hip else {"maxnreg": registers}
+def options(
+    num_warps: int, num_stages: int, registers: int | None = None, *, amd: bool | None = None
+) -> dict[str, Any]:
+    """Keyword arguments of a launch, by default for the GPUs of this torch; ``registers`` is the most that a thread may
+    take (AMD knows no such limit)."""
+    amd = bool(torch.version.hip) if amd is None else amd
+    limit = {} if registers is None or amd else {"maxnreg": registers}
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FP_FUSION, **limit}
 
 
@@ -158,3 +162,7 @@ class AotConfig:
     tensor_cores: bool = True  # whether the compiled kernel must hold tensor-core instructions
     wide_loads: bool = True  # whether it must hold 128-bit loads
     registers: int | None = None  # the most that a thread may take (NVIDIA)
+
+    def options(self, *, amd: bool) -> dict[str, Any]:
+        """What it is compiled with, as a launch would be."""
+        return options(self.num_warps, self.num_stages, self.registers, amd=amd)
