@@ -8,7 +8,7 @@ program, and the place of every address. What they share:
 - all operations: ``_plan`` (layouts, the cache of plans, tables of addresses, streams and graphs), ``_triton_common``,
   ``_triton_split``, ``_memory``, ``_floats``;
 - on the clients' factors (``factor_*``, ``lowrank_*``, and both in one read: ``gram_combine``, ``combine_products``):
-  ``_factor_inputs``, ``_factor_plan``; checked once for many calls ``_prepared``, once for a computation ``_described``;
+  ``_factor_inputs``, ``_factor_plan``; checked for many calls ``_prepared``, for one computation ``_described``;
 - on gradients (``grad_*``, and ``ghost_gram`` without them): ``_grad_inputs``, ``_grad_work``, ``_offsets``;
 - on rows of classes: ``subset_select`` with ``_subset_swaps``.
 
