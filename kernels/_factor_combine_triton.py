@@ -156,7 +156,7 @@ def configuration(v: Variant, generation: str) -> tuple[dict[str, Any], int, int
         # fewer warps of 64 columns spill on sm80, a third stage of the largest tiles on sm80 or sm100 (Triton 3.6)
         if v.tile_r == 64:
             return arguments, 8 if narrow or generation == "sm80" else 4, 2
-        return arguments, 4, 2 if v.tile_k == 256 else 3
+        return arguments, 4, 2 if v.tile_k == 256 and generation != "sm90" else 3
     return arguments, 8 if narrow else 2 if v.tile_r == 16 else 4, 3
 
 

@@ -54,8 +54,10 @@ def configuration(
         registers = 255 if tile == 32 and spare else None
         block = 16 if tile == 64 and diagonal and not inline else block
     if doubles:
-        chain, block = 0, 32 if wide and spare and tile == 32 and dtype.itemsize > 2 else 16
+        chain, block = 0, 32 if wide and spare and tile == 32 and dtype == torch.float32 else 16
         warps = 2 if wide and tile == 32 and not spare else warps
+        if generation == "sm80" and wide and tile == 32 and spare and dtype == torch.float64:
+            registers = 255  # as above
     stages = 3
     if doubles and dtype.itemsize == 2 and generation == "sm100":  # no tensor cores for them: registers are short
         warps, stages = max(warps, 2 if tile <= 32 else 8), 1
@@ -102,10 +104,12 @@ def shipped() -> dict[str, tuple[torch.dtype, str, int, bool, tuple[bool, bool],
         "fp32 tile 64": (fp32, "tf32x3", 64, True, one, False),
         "fp32 tiles of 64": (fp32, "tf32x3", 64, True, tiled, False),
         "fp32 tiles of 64 off": (fp32, "tf32x3", 64, True, off, False),
+        "fp32 tile 16 precise": (fp32, "fp64", 16, True, one, True),
         "fp32 tile 32 precise": (fp32, "fp64", 32, True, one, True),
         "fp32 tile 32 full precise": (fp32, "fp64", 32, True, one, False),
         "fp32 tile 64 precise": (fp32, "fp64", 64, True, one, False),
         "fp32 tiles of 64 precise": (fp32, "fp64", 64, True, tiled, False),
         "bf16 tiles of 64 off precise": (bf16, "fp64", 64, True, off, False),
+        "fp64 tile 32": (fp64, "fp64", 32, True, one, True),
         "fp64 tiles of 64 off": (fp64, "fp64", 64, True, off, False),
     }

@@ -56,3 +56,30 @@ def test_every_target_has_the_same_configurations():
     names = [[c.name for _, _, c in aot.shipped_configs(target)] for target in aot.TARGETS]
     assert all(found == names[0] for found in names)
     assert len(set(names[0])) == len(names[0])
+
+
+@pytest.mark.parametrize("generation", ["sm90", "sm100"])
+@pytest.mark.parametrize(
+    ("dtype", "precisions", "ranks", "other"),
+    [(torch.float32, ("fp64", "tf32x3"), [8] * 10, 8), (torch.bfloat16, ("native", "fp64"), [16] * 100, 16),
+     (torch.bfloat16, ("native", "fp64"), [8], None), (torch.bfloat16, ("native", "fp64"), [8] * 10, None),
+     (torch.bfloat16, ("fp64",), [16] * 16, None), (torch.float32, ("fp64",), [8], None),
+     (torch.float32, ("fp64",), [16] * 16, 16), (torch.float32, ("fp64",), [16] * 40, None)],
+)  # fmt: skip
+def test_what_factor_gram_launches_is_compiled_ahead(generation, dtype, precisions, ranks, other):
+    """Of the workloads that are quoted, and total ranks between: a gate over what no plan asks for guards nothing."""
+    from fedgram.kernels._factor_gram_plan import GramPlan, Task
+    from fedgram.kernels._factor_gram_triton import aot_configs, configuration
+    from fedgram.kernels._factor_plan import Piece
+
+    def pieces(ranks):
+        return [Piece.of(u, torch.empty(512, r, dtype=dtype), transposed=False) for u, r in enumerate(ranks)]
+
+    gated = [(dict(c.constexprs), c.num_warps, c.num_stages) for c in aot_configs(generation)]
+    for precision in precisions:
+        tasks = [Task(pieces(ranks), None, precision)]
+        if precision != "tf32x3" and other:
+            tasks.append(Task(pieces(ranks), pieces([other]), precision))
+        for batch in GramPlan(tasks, torch.device("cpu")).batches:
+            for variant, _ in batch.launches:
+                assert configuration(variant, generation) in gated, variant
