@@ -151,7 +151,7 @@ import dataclasses, json
 from fedgram.bench import aot
 
 by_name = {c.name: c for _, _, c in aot.shipped_configs("sm90")}
-gram, other = by_name["factor_gram bf16 tile 64"], by_name["grad_gram fp32 tile 32"]
+gram, other = by_name["factor_gram bf16 tile 32"], by_name["grad_gram fp32 tile 32"]
 kinds = [
     gram,
     dataclasses.replace(gram, num_warps=2 * gram.num_warps),
@@ -162,7 +162,7 @@ kinds = [
 found = [aot.fingerprint(c, "sm90") for c in kinds] + [aot.fingerprint(gram, "sm80")]
 held = {t: {c.name: aot.read_table()[aot.triton_version()][t][c.name]["source"] == aot.fingerprint(c, t)
             for _, _, c in aot.shipped_configs(t)} for t in aot.TARGETS}
-table = {"sm90": {"factor_gram bf16 tile 64": {"source": found[0]}}}
+table = {"sm90": {"factor_gram bf16 tile 32": {"source": found[0]}}}
 print(json.dumps([found, held, aot._is_due(gram, "sm90", table), aot._is_due(kinds[1], "sm90", table)]))
 """
 
@@ -177,12 +177,12 @@ def test_a_fingerprint_is_of_all_that_decides_the_code(monkeypatch):
     assert not stale, "renew with make aot AOT='--changed --write' and make aot36 likewise"
     assert other
     today = date.today().toordinal()
-    assert same == aot.due("factor_gram bf16 tile 64", "sm90", today)
+    assert same == aot.due("factor_gram bf16 tile 32", "sm90", today)
 
 
 def test_everything_is_compiled_within_days():
     for target in aot.TARGETS:
-        for name in ("factor_gram bf16 tile 64", "grad_gram fp32 tile 32"):
+        for name in ("factor_gram bf16 tile 32", "grad_gram fp32 tile 32"):
             assert sum(aot.due(name, target, day) for day in range(700_000, 700_000 + aot.DAYS)) == 1
 
 
