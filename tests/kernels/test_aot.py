@@ -76,7 +76,7 @@ from fedgram.bench import aot
 def shipped(name):
     return next(c for _, _, c in aot.shipped_configs("sm80", name) if c.name == name)
 
-gram, combine = shipped("factor_gram bf16 tile 32"), shipped("factor_combine bf16 rank 64 blocks")
+gram, combine = shipped("factor_gram fp32 tile 64"), shipped("factor_combine bf16 rank 64 blocks")
 variants = {
     "as shipped": gram,
     "hint dropped": dataclasses.replace(gram, constexprs=gram.constexprs | {"TALL_I": 1, "WIDE_I": 1}),
