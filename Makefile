@@ -19,7 +19,7 @@ fuzz: $(VENV)/.ready
 
 # The built wheel in a venv of its own, which reads .venv's packages, but not its .pth files, hence not the sources. What
 # a package can lack is looked for: every module, the compiled loops, data files, the command line, each room at work.
-WHEEL_TESTS := tests/test_*.py tests/kernels/test_native.py tests/flora_na/test_aggregate.py tests/flora_na/test_golden.py \
+WHEEL_TESTS := tests/test_*.py tests/kernels/test_native.py tests/flora_na/test_aggregate.py tests/flora_na/test_portions.py tests/flora_na/test_golden.py \
     tests/flora_na/test_compiled.py tests/flora_na/test_block_solver.py tests/stamp/test_golden.py tests/stamp/test_spatial.py tests/stamp/test_memory.py \
     tests/bindings/test_peft_read.py tests/bindings/test_peft_write.py tests/bindings/test_streaming.py \
     tests/bindings/test_modules.py tests/bindings/test_distributed_cli.py tests/bench/test_bench_entries.py

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +14,13 @@ import pytest
 import torch
 
 from fedgram import stamp
-from fedgram.bench import gpu, gpu_checks, gpu_end_to_end, gpu_estimates, gpu_models, gpu_sanitizers, gpu_support
+from fedgram.bench import gpu, gpu_checks, gpu_end_to_end, gpu_estimates, gpu_models
 from fedgram.bench.ceilings import Ceilings, Cost
 from fedgram.bench.gpu_cases import TINY, factor_cases, small_cases
 from fedgram.bench.gpu_checks import _check, _displace, _not_finite, _repeat, _replay
 from fedgram.bench.gpu_support import LAYOUTS, Guarded, Journal, laid, poisoned
 
 CPU = torch.device("cpu")
-LINUX = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
 INTERPRETED = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="needs Triton's interpreter"
 )
@@ -263,128 +261,6 @@ def test_poison_reaches_every_way_to_allocate_and_leaves():
     assert torch.empty.__name__ == "empty"
 
 
-def test_a_journal_survives_errors_and_the_end_of_time(tmp_path):
-    journal = Journal(tmp_path / "part.json", deadline=time.monotonic() + 60)
-    journal.guard("bad", lambda: 1 / 0)
-    journal.guard("good", lambda: {"ok": True})
-    journal.guard("long", lambda: pytest.fail("ran"), need_s=3600)
-    rows = json.loads((tmp_path / "part.json").read_text())
-    assert [row["ok"] for row in rows] == [False, True, None]
-    assert "ZeroDivisionError" in rows[0]["error"]
-    assert "1 / 0" in rows[0]["traceback"]
-
-
-def finished(section, seconds):
-    return dict(gpu.finish({"one": section}, seconds))["one"]
-
-
-def test_a_section_that_dies_leaves_what_it_wrote(tmp_path, monkeypatch):
-    script = tmp_path / "dies.py"
-    script.write_text(
-        "import json, os, sys\n"
-        "part = sys.argv[sys.argv.index('--part') + 1]\n"
-        "open(part, 'w').write(json.dumps([{'name': 'first', 'ok': True}]))\n"
-        "print('about to die', flush=True)\n"
-        "os.abort()\n"
-    )
-    monkeypatch.setattr(gpu, "SCRIPT", script)
-    section = finished(gpu.start("correctness", tmp_path, 30), 30)
-    assert section["rows"] == [{"name": "first", "ok": True}]
-    assert section["exit"] < 0
-    assert "about to die" in section["log"]
-    report = {"environment": {"device": "x", "versions": {"torch": "2"}}, "sections": {"correctness": section}}
-    assert "ended: -6" in gpu.summary(report)
-
-
-def test_a_section_that_hangs_is_ended(tmp_path, monkeypatch):
-    script = tmp_path / "hangs.py"
-    script.write_text("import time\ntime.sleep(600)\n")
-    monkeypatch.setattr(gpu, "SCRIPT", script)
-    section = finished(gpu.start("repeats", tmp_path, 1), 1)
-    assert section["exit"] == "out of time"
-    assert section["rows"] == []
-
-
-class Stuck:
-    """A process that no signal ends; with ``ends_by`` it ends by itself."""
-
-    waited = 0.0
-
-    def __init__(self, ends_by=None):
-        self.pid, self.returncode, self.ends_by = 0, None, ends_by
-
-    def poll(self):
-        if self.ends_by is not None and time.monotonic() > self.ends_by:
-            self.returncode = 0
-        return self.returncode
-
-    def wait(self, timeout=None):
-        assert timeout is not None, "without limit"
-        Stuck.waited += timeout
-        time.sleep(timeout)
-        if self.poll() is None:
-            raise subprocess.TimeoutExpired("stuck", timeout)
-
-
-def test_sections_that_overrun_are_ended_together_and_one_that_cannot_be_keeps_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_support.os, "killpg", lambda pid, number: None)
-    monkeypatch.setattr(gpu_support, "UNKILLED", 0.1)
-    monkeypatch.setattr(gpu_support.end_groups, "__defaults__", (0.1,))
-    log = tmp_path / "log"
-    log.write_text("")
-    part = tmp_path / "part"
-    stuck = {str(i): gpu.Section(Stuck(), part, log) for i in range(4)}
-    begin = time.monotonic()
-    done = {"done": gpu.Section(Stuck(begin), part, log), **stuck, "also": gpu.Section(Stuck(begin + 0.5), part, log)}
-    found = dict(gpu.finish(done, 1))
-    assert Stuck.waited <= 1 + 2 * 0.1
-    assert list(found) == list(done)
-    assert [found[name]["exit"] for name in ("done", "also")] == [0, 0]
-    assert {found[name]["exit"] for name in stuck} == {"out of time, and could not be ended"}
-    report = {"environment": {"device": "x", "versions": {"torch": "2"}}, "sections": found}
-    assert "ended: out of time, and could not be ended" in gpu.summary(report)
-
-
-CHILD = """import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-"""
-
-
-def ended(pid, patience=5.0):
-    """Whether a process is gone, or dead and only not waited for."""
-    until = time.monotonic() + patience
-    while time.monotonic() < until:
-        stat = Path(f"/proc/{pid}/stat")
-        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            return True
-        time.sleep(0.05)
-    return False
-
-
-@LINUX
-def test_what_a_section_has_started_is_ended_with_it(tmp_path, monkeypatch):
-    script = tmp_path / "hangs.py"
-    script.write_text(
-        CHILD + "import json\nopen(sys.argv[sys.argv.index('--part') + 1], 'w').write(json.dumps([child.pid]))\n"
-        "time.sleep(600)\n"
-    )
-    monkeypatch.setattr(gpu, "SCRIPT", script)
-    section = finished(gpu.start("repeats", tmp_path, 1), 1.5)
-    assert section["exit"] == "out of time"
-    assert ended(*section["rows"])
-
-
-@LINUX
-def test_what_a_checker_has_started_is_ended_with_it(tmp_path, monkeypatch):
-    tool = tmp_path / "tool"
-    tool.write_text(f"#!{sys.executable}\n{CHILD}print(child.pid, flush=True)\ntime.sleep(600)\n")
-    tool.chmod(0o755)
-    monkeypatch.setattr(gpu_sanitizers, "SHORTEST", 1.5)
-    row = gpu_sanitizers._run(str(tool), "memcheck", tmp_path / "script", time.monotonic())
-    assert row["skipped"] == "not done in 2 s"
-    assert ended(row["output"].strip())
-
-
 def test_failures_are_named_in_the_summary_and_json_stays_strict(tmp_path):
     rows = [{"name": "op", "ok": False, "error": float("nan"), "tolerance": 1e-6}]
     where = {"device": "x", "versions": {"torch": "2"}}
@@ -396,10 +272,9 @@ def test_failures_are_named_in_the_summary_and_json_stays_strict(tmp_path):
 
 
 def test_a_first_run_that_compiles_is_not_what_is_timed(monkeypatch):
-    monkeypatch.setattr(gpu_end_to_end, "ONCE", 0.02)
-    monkeypatch.setattr(gpu_end_to_end, "SLOW", 0.01)
-    pauses = iter((0.1,))
+    took = iter((60.0, 0.001))  # a compilation, then the kernels alone
+    monkeypatch.setattr(gpu_end_to_end, "seconds", lambda run, device: run())
     bench = gpu_end_to_end.Bench(Journal(None), CPU, Ceilings(1e9, 1e9, {"float32": 1e9}))
-    row = bench.timed(lambda: time.sleep(next(pauses, 0)), Cost(1, 1, 1), most=3)
-    assert row["runs"] == 3
-    assert row["seconds"] < 0.02
+    row = bench.timed(lambda: next(took, 0.001), Cost(1, 1, 1), most=3)
+    assert row["runs"] == 3  # what takes above ``ONCE`` is timed by its first run
+    assert "host_s" in row

@@ -1,35 +1,19 @@
 """Whole adapters: reports, extras, residuals, missing modules, lazy mappings, scope."""
 
 import copy
-import gc
 import json
 import math
 import pickle
-import weakref
-from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
 
 from fedgram import flora_na, kernels
-from fedgram.flora_na import Adapter, LoraLayer, ScalarLeastSquares, aggregation, portions
+from fedgram.flora_na import Adapter, LoraLayer, ScalarLeastSquares
 from fedgram.flora_na._compiled import SOLVER
+from fedgram_testing.cohorts import SHAPES, cohort
 from fedgram_testing.factors import clients, dense_target
-
-SHAPES = {"layer.0.query": (20, 30), "layer.0.value": (12, 30), "layer.1.query": (20, 30)}
-
-
-def cohort(count=4, ranks=None, seed=0, scaling=2.0):
-    """Adapters of ``count`` clients over SHAPES."""
-    ranks = [3] * count if ranks is None else ranks
-    modules = [{} for _ in range(count)]
-    for i, (name, (m, n)) in enumerate(SHAPES.items()):
-        B, A = clients(ranks, m, n, seed=seed + i)
-        for u in range(count):
-            modules[u][name] = LoraLayer(A=A[u], B=B[u], scaling=scaling)
-    extras = [{"classifier.weight": torch.full((2, 3), float(u))} for u in range(count)]
-    return [Adapter(mod, ex, {"r": 3}) for mod, ex in zip(modules, extras, strict=True)]
 
 
 @pytest.mark.parametrize("method", flora_na.METHODS)
@@ -124,100 +108,6 @@ def test_anchor_must_have_every_module():
     adapters = cohort()
     with pytest.raises(ValueError, match=r"anchor: has no module layer.0.value"):
         flora_na.aggregate(adapters, method="flora-na", anchor={"layer.0.query": adapters[0].modules["layer.0.query"]})
-
-
-class Lazy(Mapping):
-    """Reads a layer when it is asked for, and remembers how often."""
-
-    def __init__(self, modules):
-        self.modules, self.reads = modules, []
-
-    def __getitem__(self, name):
-        self.reads.append(name)
-        return self.modules[name]
-
-    def __iter__(self):
-        return iter(self.modules)
-
-    def __len__(self):
-        return len(self.modules)
-
-    def __contains__(self, name):
-        return name in self.modules
-
-
-def test_lazy_adapters_are_read_once_a_few_modules_at_a_time(monkeypatch):
-    lazy = [Lazy(a.modules) for a in cohort()]
-    monkeypatch.setattr("fedgram.flora_na.portions.CHUNK_BYTES", 1)
-    seen = []
-    flora_na.aggregate(lazy, progress=lambda done, total, name: seen.append((done, total, name, list(lazy[0].reads))))
-    assert [s[:3] for s in seen] == [(i + 1, 3, name) for i, name in enumerate(SHAPES)]
-    assert seen[0][3] == ["layer.0.query"]
-    assert all(adapter.reads == list(SHAPES) for adapter in lazy)
-
-
-@pytest.mark.parametrize("aggregate", [flora_na.aggregate, flora_na.aggregate_for_clients])
-def test_layers_that_were_read_are_not_held_by_the_report(aggregate, monkeypatch):
-    monkeypatch.setattr("fedgram.flora_na.portions.CHUNK_BYTES", 1)
-    known = []
-
-    class Reader(Lazy):
-        def __getitem__(self, name):
-            layer = super().__getitem__(name)
-            read = LoraLayer(A=layer.A.clone(), B=layer.B.clone())
-            known.append(weakref.ref(read.B))
-            return read
-
-    found = aggregate([Reader(a.modules) for a in cohort(ranks=[3, 4, 3, 3])], method="fedavg")
-    gc.collect()
-    assert found
-    assert not any(ref() is not None for ref in known)
-
-
-def test_a_layer_that_vanishes_is_no_missing_module():
-    """``Mapping.get`` takes a KeyError from within the reader for one: the target would then be without the client."""
-
-    class Vanished(Lazy):
-        def __getitem__(self, name):
-            raise KeyError(name)
-
-    adapters = [*cohort(3), Vanished(cohort()[0].modules)]
-    for missing in ("error", "renormalize"):
-        with pytest.raises(ValueError, match=r"layer\.0\.query: client 3 has no such module"):
-            list(flora_na.iter_aggregate(adapters, missing=missing))
-
-
-def test_what_a_stream_needs_is_checked_before_its_first_portion(monkeypatch):
-    monkeypatch.setattr(portions, "CHUNK_BYTES", 1)
-    adapters = cohort()
-    short = {name: adapters[0].modules[name] for name in ("layer.0.query", "layer.0.value")}
-    for options in ({"anchor": short}, {"align_to": short}):
-        with pytest.raises(ValueError, match=r"has no module layer\.1\.query"):
-            flora_na.iter_aggregate(adapters, **options)
-    with pytest.raises(ValueError, match="method: expected one of"):
-        flora_na.iter_aggregate(adapters, method="mean", clip="2x")
-
-
-def test_progress_of_a_stream_counts_all_modules(monkeypatch):
-    monkeypatch.setattr(portions, "CHUNK_BYTES", 1)
-    seen = []
-    list(flora_na.iter_aggregate(cohort(), progress=lambda *told: seen.append(told)))
-    assert seen == [(i + 1, 3, name) for i, name in enumerate(SHAPES)]
-
-
-@pytest.mark.parametrize(("lazy", "budget"), [(True, "CHUNK_BYTES"), (False, "HELD_BYTES")])
-def test_portions_of_adapters_in_memory_have_a_budget_of_their_own(lazy, budget, monkeypatch):
-    adapters, sizes = cohort(), []
-    assert portions.CHUNK_BYTES < portions.HELD_BYTES
-    given = [Lazy(a.modules) if lazy else a.modules for a in adapters]
-    whole = aggregation.estimate_targets
-    monkeypatch.setattr(
-        aggregation, "estimate_targets", lambda targets, **o: sizes.append(len(targets)) or whole(targets, **o)
-    )
-    flora_na.aggregate(given)
-    monkeypatch.setattr(portions, budget, 1)
-    flora_na.aggregate(given)
-    assert sizes == [3, 1, 1, 1]
 
 
 @pytest.mark.skipif(SOLVER.missing is not None, reason=str(SOLVER.missing))
