@@ -56,7 +56,7 @@ class Cohort:
     @property
     def held(self) -> bool:
         """Whether the factors lie in memory already; of a lazy mapping they do while someone keeps them."""
-        return all(isinstance(adapter.modules, dict) for adapter in self.adapters)
+        return all(getattr(a.modules, "held", isinstance(a.modules, dict)) for a in self.adapters)
 
     def present(self, module: str) -> list[int]:
         """Positions of the clients that have the module."""

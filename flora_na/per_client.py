@@ -53,6 +53,7 @@ def aggregate_for_clients(
         ValueError: as ``aggregate``; ``stack`` has no rank to choose.
     """
     check_method(method, 1, False)
+    adapters = list(adapters)
     cohort = make_cohort(adapters, weights, names=names, missing=missing)
     cohort, screening = screen_cohort(cohort, clip, min_cosine, backend)
     labels = client_labels(names, len(adapters))

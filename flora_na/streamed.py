@@ -112,7 +112,7 @@ def stream(
         raise ValueError("shared: one solve spans all modules, so none is ready before all are read: not streamed")
     check_method(options.get("method", "als"), options.get("rank"), shared)
     cohort = make_cohort(adapters, weights, names=names, missing=missing)
+    cohort, screening = screen_cohort(cohort, clip, min_cosine, backend)
     for argument in ("anchor", "align_to"):  # no portion is done before the last one's modules are known to be there
         check_anchor(options.get(argument), cohort, argument)
-    cohort, screening = screen_cohort(cohort, clip, min_cosine, backend)
     return Stream(cohort, screening, {"backend": backend, **options})

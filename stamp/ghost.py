@@ -65,8 +65,8 @@ def ghost_gramian(
     in any backward pass). From there on products and sums are float64: G is off by at most about 1e-16 times
     ``sum |a_i||a_j||d_i||d_j|``, so that gradients differing by a relative 1e-4 keep about eight digits of their
     differences' products where rows do not cancel. Materialised parts are centred first (``grad_gram``): at the mean,
-    or at the shortest gradient where one is shorter than 2^-9 of the mean. Where a gradient is within a relative 2^-15
-    of the mean, what is known is a plain matrix, and so is the result (its centre is zero).
+    or at the shortest gradient where one is shorter than 2^-9 of the mean. Where a gradient is nearer the mean than
+    2^-15 of that part of it which is never materialised, a plain matrix is known, and returned (its centre is zero).
 
     Args:
         model: any module with trainable parameters.
@@ -127,7 +127,7 @@ def ghost_match(
     with _restored_on_error(model):
         losses = [_backward(loss_fn(model, batch), v) for batch, v in zip(batches, dual.coefficients, strict=True)]
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if not finite(grad.to_dense() if grad.is_sparse else grad for grad in grads):
+        if not finite(grad.coalesce().values() if grad.is_sparse else grad for grad in grads):
             raise ValueError("tasks: the direction, or a loss times its coefficient, exceeds the range of its dtype")
     return GhostMatch(dual, gramian, torch.stack(losses))
 
@@ -158,8 +158,11 @@ def _gramian(trace: Trace, u: Tensor, backend: str) -> Gramian:
 
     found = around(None)
     known = recentred(found.cpu(), lambda k: around(one_hot(k, trace.tasks)).cpu())
-    if dense is not None and known.centre is None and not bool(distant(known.n0, known.H)):
-        known = plain(known.dense(), u)
+    if dense is not None and known.centre is None:
+        n0, _, _ = triple(
+            dense, u.to(dense.device)
+        )  # of the ghosts alone: the rest was centred before it was multiplied
+        known = known if bool(distant(n0.cpu(), known.H)) else plain(known.dense(), u)
     return known.to(found.H.device)
 
 

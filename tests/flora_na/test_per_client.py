@@ -60,7 +60,7 @@ def test_the_factors_are_read_once(options, times):
             return super().__getitem__(name)
 
     counted = [Counted(adapter.modules) for adapter in cohort()]
-    flora_na.aggregate_for_clients(counted, WEIGHTS, **options)
+    flora_na.aggregate_for_clients(iter(counted), WEIGHTS, **options)
     assert [modules.reads for modules in counted] == times
     flora_na.aggregate_for_clients(counted, [0.0, 2.0, 5.0], **options)
     assert counted[0].reads == times[0] + 1

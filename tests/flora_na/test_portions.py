@@ -83,6 +83,25 @@ def test_what_a_stream_needs_is_checked_before_its_first_portion(monkeypatch):
         flora_na.iter_aggregate(adapters, method="mean", clip="2x")
 
 
+@pytest.mark.parametrize("argument", ["anchor", "align_to"])
+def test_a_module_of_clients_that_are_left_out_need_not_be_in_the_anchor(argument):
+    first = cohort(1)[0].modules
+    against = {name: LoraLayer(A=layer.A, B=-layer.B, scaling=2.0) for name, layer in first.items()}
+    adapters = [first, first, first, against | {"extra": first["layer.0.query"]}]
+    parts = flora_na.iter_aggregate(adapters, missing="zero", min_cosine=0.0, **{argument: first})
+    assert [name for part in parts for name in part.report.modules] == list(SHAPES)
+
+
+def test_clipping_layers_in_memory_leaves_their_yardsticks_for_later(monkeypatch):
+    settled = []
+    monkeypatch.setattr(flora_na.ModuleReport, "settled", lambda report: settled.append(report) or report)
+    modules = [adapter.modules for adapter in cohort()]
+    flora_na.aggregate(modules, clip="0.5x")
+    assert not settled
+    flora_na.aggregate([Lazy(own) for own in modules], clip="0.5x")
+    assert len(settled) == len(SHAPES)
+
+
 def test_progress_of_a_stream_counts_all_modules(monkeypatch):
     monkeypatch.setattr(portions, "CHUNK_BYTES", 1)
     seen = []

@@ -114,7 +114,8 @@ def test_a_direction_that_is_not_finite_is_refused():
     assert torch.equal(model.weight.grad, torch.ones(3, 4))
 
 
-def test_sparse_gradients_are_matched():
+def test_sparse_gradients_are_matched(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "to_dense", lambda grad: pytest.fail("a whole table for a few of its rows"))
     model = nn.Embedding(9, 4, sparse=True)
     found = stamp.ghost_match(model, squares, [torch.tensor([1, 2]), torch.tensor([3])])
     assert found.dual.status == "optimal"

@@ -59,3 +59,29 @@ def test_without_gradients_in_memory(spread, K):
         assert found.dual.status == "optimal"
         (mean,) = torch.autograd.grad(loss(model, (x, y)), model.weight)
         assert torch.allclose(model.weight.grad, 1.5 * mean, atol=1e-5 * float(mean.norm()))
+
+
+class MostlyMaterialised(nn.Module):
+    """A parameter of its own carries nearly all of the gradient, a linear layer a millionth of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(20, 20, bias=False).double()
+        self.shift = nn.Parameter(torch.zeros(50, dtype=torch.float64))
+
+    def forward(self, batch):
+        x, y = batch
+        return 1e-6 * self.layer(x).square().mean() + (y * self.shift).sum()
+
+
+@pytest.mark.filterwarnings("ignore:ghost_gramian. gradients are materialised")
+def test_what_is_centred_before_it_is_multiplied_keeps_its_digits():
+    torch.manual_seed(0)
+    model, spread = MostlyMaterialised(), 1e-7
+    x, y = torch.randn(2, 20, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
+    tasks = [(x + spread * torch.randn_like(x), y + spread * torch.randn_like(y)) for _ in range(3)]
+    found = stamp.ghost_gramian(model, lambda model, batch: model(batch), tasks)
+    rows = [torch.autograd.grad(model(batch), list(model.parameters())) for batch in tasks]
+    X = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    H = (X - X.mean(0)) @ (X - X.mean(0)).T
+    assert torch.allclose(found.H, H, rtol=0, atol=1e-6 * float(H.norm()))
