@@ -16,7 +16,7 @@ from torch import Tensor
 from fedgram import stamp
 from fedgram.flora_na import Report
 from fedgram.flora_na.aggregation import aggregate_cohort
-from fedgram.flora_na.cohort import make_cohort
+from fedgram.flora_na.cohort import client_labels, make_cohort
 from fedgram.flora_na.inner_products import screen_cohort
 from fedgram.flora_na.weights import normalise_weights
 from fedgram.kernels import FLOATS
@@ -132,9 +132,7 @@ def aggregate_state_dicts(
             (DoRA, lora_bias, ...), tensors that are not finite or do not fit, and whatever ``flora_na.aggregate``
             refuses.
     """
-    labels = [f"client {u}" for u in range(len(state_dicts))] if names is None else list(names)
-    if len(labels) != len(state_dicts):
-        raise ValueError(f"names: expected {len(state_dicts)} (one per client), got {len(labels)}")
+    labels = client_labels(names, len(state_dicts))
     shares = normalise_weights(weights, len(state_dicts), labels)
     took_part = (shares > 0).tolist()
     spans_modules = shared or clip is not None or min_cosine is not None

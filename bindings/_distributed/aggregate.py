@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fedgram import flora_na
-from fedgram.flora_na import Adapter, AdapterLike, Aggregation, Report
+from fedgram.flora_na import Adapter, AdapterLike, Aggregation, LoraLayer, Report
 from fedgram.flora_na.layer import as_adapter
 from fedgram.flora_na.rank_choice import Rank
 
@@ -80,7 +80,8 @@ def aggregate_sharded(
         result: where the whole result goes: to rank 0 of the group ("root"; the other ranks keep their own modules),
             to "all", or nowhere ("sharded": each keeps its own).
         method, rank, anchor, align_to, missing, residual, backend, options: as in ``flora_na.aggregate``, the same on
-            every rank, down to the numbers of ``anchor`` and ``align_to``, which each rank therefore reads whole.
+            every rank, down to the numbers of ``anchor`` and ``align_to``, which each rank therefore reads whole. Of
+            these a rank may have just the modules that an earlier round has left to it.
         shared: must be False, like every option that needs all modules at once (``clip``, ``min_cosine``).
         progress: called on each rank with (its modules done, its modules in all, module name).
         group: default the whole world. With gloo tensors travel through the CPU; with nccl through this process's
@@ -171,18 +172,15 @@ def _check(clients: str, result: str, options: Mapping[str, Any]) -> None:
 
 
 def _comparable(option: Any) -> Any:
-    """What tells an option from another rank's: of an adapter, of which each rank uses its part, a fingerprint."""
+    """What tells an option from another rank's: of an adapter, of which each rank uses its part, a digest by module."""
     if isinstance(option, Adapter | Mapping):
-        return _fingerprint(option)
+        return {name: _digest(layer) for name, layer in as_adapter(option).modules.items()}
     return option if isinstance(option, PLAIN) else type(option).__name__
 
 
-def _fingerprint(adapter: AdapterLike) -> str:
+def _digest(layer: LoraLayer) -> str:
     digest = hashlib.sha256()
-    layers = as_adapter(adapter).modules
-    for name in sorted(layers):
-        layer = layers[name]
-        for factor in (layer.A, layer.B):
-            digest.update(repr((name, layer.scaling, factor.shape, factor.dtype)).encode())
-            digest.update(factor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for factor in (layer.A, layer.B):
+        digest.update(repr((layer.scaling, factor.shape, factor.dtype)).encode())
+        digest.update(factor.detach().cpu().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

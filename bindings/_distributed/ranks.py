@@ -190,9 +190,19 @@ def check_alike(told: Sequence[Any], what: str) -> None:
 
 
 def check_options(told: Sequence[Mapping[str, Any]]) -> None:
-    """``check_alike`` for every option that a rank was called with."""
+    """``check_alike`` for every option; what is told by module may lack modules that another rank has."""
     for name in dict.fromkeys(name for options in told for name in options):
-        check_alike([options.get(name) for options in told], f"options ({name})")
+        values = [options.get(name) for options in told]
+        what = f"options ({name})"
+        if not all(isinstance(value, Mapping) for value in values):
+            check_alike(values, what)
+            continue
+        seen: dict[str, tuple[int, Any]] = {}
+        for rank, by_module in enumerate(values):
+            for module, mine in by_module.items():
+                first, its = seen.setdefault(module, (rank, mine))
+                if mine != its:
+                    raise ValueError(f"rank {rank} was called with other {what} than rank {first}")
 
 
 @contextlib.contextmanager

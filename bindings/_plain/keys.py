@@ -56,6 +56,7 @@ def sort_state(state: Mapping[str, Tensor], label: str) -> StateKeys:
     if not isinstance(state, Mapping):
         raise ValueError(f"state_dicts: {label} is a {type(state).__name__}; expected a state dict")
     keys = StateKeys()
+    beside: dict[str, list[str]] = {}  # by what they are called without a wrapper's prefix
     for key, tensor in state.items():
         if not isinstance(key, str):
             raise ValueError(f"state_dicts: {label} has the key {key!r}; expected names")
@@ -64,10 +65,12 @@ def sort_state(state: Mapping[str, Tensor], label: str) -> StateKeys:
         found = FACTOR.fullmatch(key)
         if found is None:
             _refuse_kind(key, label)
-            _add_extra(keys, key, label)
+            beside.setdefault(module_name(key), []).append(key)
             continue
         module, side, stem = module_name(found["module"]), found["side"].upper(), found["stem"]
         _add(keys, FactorKey(module, side, stem, key, tensor.shape), label)
+    for name, found_keys in beside.items():  # two that differ by the prefix alone are two tensors
+        keys.extras |= {name: found_keys[0]} if len(found_keys) == 1 else {key: key for key in found_keys}
     for module, pair in keys.factors.items():
         if module.endswith(".base_layer"):
             raise ValueError(f"{module}: {label}: LoRA of experts (target_parameters) is not supported in state dicts")
@@ -101,12 +104,6 @@ def _add(keys: StateKeys, factor: FactorKey, label: str) -> None:
             f"{factor.module}: {label} has two adapters ({pair[factor.side].key!r} and {factor.key!r}): send one"
         )
     pair[factor.side] = factor
-
-
-def _add_extra(keys: StateKeys, key: str, label: str) -> None:
-    other = keys.extras.setdefault(name := module_name(key), key)
-    if other != key:
-        raise ValueError(f"{name}: {label} has two of that name ({other!r} and {key!r})")
 
 
 def _refuse_kind(key: str, label: str) -> None:

@@ -101,6 +101,12 @@ def test_the_whole_result_reaches_all_ranks(group):
         assert list(found["everyone"]["extras"]) == ["layers.3.proj.bias", "head.weight"]
 
 
+def test_what_a_round_has_left_to_each_rank_may_anchor_the_next(group):
+    parts = module_by_module(adapters())
+    last = Adapter({name: part.adapter.modules[name] for name, part in parts.items()})
+    same_bits(group[0]["next round"], module_by_module(adapters(), method="flora-na", anchor=last))
+
+
 def test_missing_modules_and_anchors_mean_the_same_as_in_one_process(group):
     lacking = without(adapters(), "layers.2.proj", 4)
     same_bits(group[0]["lacking"], module_by_module(lacking, missing="zero"))

@@ -139,6 +139,20 @@ def test_entries_beside_the_factors_are_one_under_any_spelling(missing):
     assert all(torch.equal(result[key], tensor) for key, tensor in expected.items())
 
 
+def test_entries_that_differ_by_a_prefix_alone_are_two():
+    more = {"base_model.model.head.weight": 1.0, "head.weight": 2.0}
+    clients = [state | {key: torch.full((2,), x * u) for key, x in more.items()} for u, state in enumerate(states())]
+    result = aggregate_state_dicts(clients, WEIGHTS).state_dict
+    mean = sum(u * w for u, w in enumerate(WEIGHTS)) / sum(WEIGHTS)
+    for key, x in more.items():
+        assert torch.allclose(result[key], torch.full((2,), x * mean))
+
+
+def test_names_are_numbered_over_all_clients():
+    result = aggregate_state_dicts(states(), [1, 0, *WEIGHTS[2:]], names=["x"] * len(WEIGHTS))
+    assert list(result.report.clients)[:2] == ["x", "x (3)"]
+
+
 def server_and_clients(dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
 

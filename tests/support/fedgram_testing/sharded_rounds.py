@@ -137,6 +137,8 @@ def in_group(rank, count, group):
         "lacking": plain(aggregate_sharded(without(clients, "layers.2.proj", 4), missing="zero", **whole)),
         "anchored": plain(aggregate_sharded(mine, method="flora-na", anchor=clients[0], **local)),
     }
+    last = aggregate_sharded(clients, result="sharded", **whole).adapter
+    found["next round"] = plain(aggregate_sharded(clients, method="flora-na", anchor=last, **whole))
     kept = aggregate_sharded(own(wide(), rank, count), method="fedavg", result="sharded", **local)
     found["factors"] = (kept.owned, kept.sent, kept.received)
     even = aggregate_sharded([wide()[rank]], method="fedavg", clients="own", result="sharded", group=group)
