@@ -193,16 +193,16 @@ def check_options(told: Sequence[Mapping[str, Any]]) -> None:
     """``check_alike`` for every option; what is told by module may lack modules that another rank has."""
     for name in dict.fromkeys(name for options in told for name in options):
         values = [options.get(name) for options in told]
-        what = f"options ({name})"
-        if not all(isinstance(value, Mapping) for value in values):
-            check_alike(values, what)
+        tables = [value for value in values if isinstance(value, Mapping)]
+        if len(tables) < len(values):
+            check_alike(values, f"options ({name})")
             continue
         seen: dict[str, tuple[int, Any]] = {}
-        for rank, by_module in enumerate(values):
+        for rank, by_module in enumerate(tables):
             for module, mine in by_module.items():
                 first, its = seen.setdefault(module, (rank, mine))
                 if mine != its:
-                    raise ValueError(f"rank {rank} was called with other {what} than rank {first}")
+                    raise ValueError(f"rank {rank} was called with other options ({name}) than rank {first}")
 
 
 @contextlib.contextmanager
