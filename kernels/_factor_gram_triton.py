@@ -179,7 +179,9 @@ def configuration(v: Variant, generation: str) -> tuple[dict[str, Any], int, int
             # without tensor cores for float64 (sm100) four warps spill; with them two are faster
             warps = 2 if generation == "sm90" and not narrow else 4 if generation in ("sm80", "sm90") else 8
     elif largest == 16:  # one warp spills: of numbers to widen on sm100, of float32 on sm90 (Triton 3.6)
-        warps = 2 if doubles and (v.diagonal or (widening and generation == "sm100")) else 1
+        # but two of float64 itself do (Triton 3.9)
+        converted = doubles and v.dtype_i != torch.float64
+        warps = 2 if converted and (v.diagonal or (widening and generation == "sm100")) else 1
     else:
         warps = 2
     return arguments, warps, 3
@@ -235,6 +237,7 @@ def aot_configs(generation: str) -> list[AotConfig]:
         "fp32 tile 32 off precise": Variant(32, 32, False, fp32, fp32, "fp64", (4, 4), (4, 4)),
         "fp32 tile 64 off precise": Variant(64, 64, False, fp32, fp32, "fp64", (4, 4), (4, 4)),
         "fp32 tile 32 x 16 precise": Variant(32, 16, False, fp32, fp32, "fp64", (4, 4), (4, 4)),
+        "fp64 tile 16": Variant(16, 16, True, fp64, fp64, "fp64", (2, 2), (2, 2)),
         "fp64 tile 64 off": Variant(64, 64, False, fp64, fp64, "fp64", (2, 2), (2, 2)),
     }
     pointers = {"p_table": "*i64", "p_strides": "*i32", "p_work": "*i32"}

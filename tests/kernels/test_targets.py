@@ -64,7 +64,8 @@ def test_every_target_has_the_same_configurations():
     [(torch.float32, ("fp64", "tf32x3"), [8] * 10, 8), (torch.bfloat16, ("native", "fp64"), [16] * 100, 16),
      (torch.bfloat16, ("native", "fp64"), [8], None), (torch.bfloat16, ("native", "fp64"), [8] * 10, None),
      (torch.bfloat16, ("fp64",), [16] * 16, None), (torch.float32, ("fp64",), [8], None),
-     (torch.float32, ("fp64",), [16] * 16, 16), (torch.float32, ("fp64",), [16] * 40, None)],
+     (torch.float32, ("fp64",), [16] * 16, 16), (torch.float32, ("fp64",), [16] * 40, None),
+     (torch.float64, ("fp64",), [8], None)],
 )  # fmt: skip
 def test_what_factor_gram_launches_is_compiled_ahead(generation, dtype, precisions, ranks, other):
     """Of the workloads that are quoted, and total ranks between: a gate over what no plan asks for guards nothing."""
