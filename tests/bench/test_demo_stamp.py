@@ -230,7 +230,7 @@ def test_no_worker_outlives_the_demo(tmp_path, number):
         while len(os.listdir(begun)) < 2 and time.monotonic() < until:
             time.sleep(0.05)
         (os.killpg if number == signal.SIGINT else os.kill)(demo.pid, number)
-        demo.wait(10)
+        demo.wait(60)  # a fifth of what a worker left alone would take
         until = time.monotonic() + 10
         while processes_of(demo.pid) and time.monotonic() < until:
             time.sleep(0.1)
