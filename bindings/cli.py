@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 bad input (one line on stderr), 2 usage.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,8 +60,19 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedgram {importlib.metadata.version('fedgram')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root(context: typer.Context) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Federated aggregation of LoRA adapters, in Gram space."""
     print_always()
     if context.invoked_subcommand != "aggregate":

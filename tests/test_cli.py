@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Annotated
 
@@ -200,6 +201,20 @@ def test_the_console_script_and_the_module_are_the_same_program(deltas, tmp_path
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"fedgram: {tmp_path / 'nowhere'}: no such directory\n"
+
+
+COLLECTOR = """
+import atexit, gc, sys
+atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 100_000))
+from fedgram.bench.cli import main
+sys.argv[1:] = ["--version"]
+main()
+"""
+
+
+def test_the_version_and_what_the_imports_made_is_not_collected():
+    done = subprocess.run([sys.executable, "-P", "-c", COLLECTOR], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"fedgram {version('fedgram')}", "True True"]
 
 
 WITHOUT_TYPER = """
