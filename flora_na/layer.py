@@ -40,6 +40,11 @@ class LoraLayer:
             raise ValueError(
                 f"lora_A and lora_B: expected tensors, got {type(self.A).__name__}, {type(self.B).__name__}"
             )
+        for name, t in (("lora_A", self.A), ("lora_B", self.B)):
+            if hasattr(t, "__tensor_flatten__"):  # made of other tensors
+                raise ValueError(
+                    f"{name} is a {type(t).__name__}: expected a plain tensor (of a DTensor, its full_tensor())"
+                )
         if self.A.ndim != 2 or self.B.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             shapes = f"lora_B {tuple(self.B.shape)} and lora_A {tuple(self.A.shape)}"
             raise ValueError(f"{shapes} do not multiply: expected (m, r) and (r, n)")

@@ -7,7 +7,6 @@ from itertools import chain
 
 from torch import Tensor
 
-from . import native_calls
 from ._dispatch import resolve
 from ._factor_inputs import Factors, check_factors, flat
 from ._prepared import PreparedSide, first
@@ -48,7 +47,7 @@ def described(B: Factors, A: Factors) -> Described:
     Raises:
         ValueError: shapes, types or devices do not fit together; the message names the tensor.
     """
-    if native_calls.missing() is not None or not all(t.is_cpu for t in first(B, A)):
+    if resolve("auto", first(B, A), native=True) != "native":
         return Described(B, A)
     left, right = stacks_of(B, A)
     assert left is not None

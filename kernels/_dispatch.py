@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import native_calls
 
@@ -36,25 +37,39 @@ def resolve(backend: str, tensors: Iterable[Tensor], *, native: bool = False) ->
     """Return the implementation to run on ``tensors``; ``native`` says whether the operation has compiled CPU loops.
 
     ``auto`` takes Triton on GPUs where it is installed, the compiled loops on CPUs where the extension is built and the
-    operation has them, and the torch twin everywhere else. The three others are orders.
+    operation has them, and the torch twin everywhere else, so for ``FakeTensor``. The three others are orders.
 
     Raises:
-        ValueError: ``backend`` is not one of ``BACKENDS``, or the tensors lie on more than one device.
+        ValueError: ``backend`` is not one of ``BACKENDS``, the tensors lie on more than one device, or one of them is
+            made of others, as a ``DTensor`` is.
         RuntimeError: ``triton`` or ``native`` is ordered and cannot run; the message says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    tensors = list(tensors)
     devices = {t.device for t in tensors}
     if len(devices) > 1:
         raise ValueError(f"tensors lie on several devices: {', '.join(sorted(map(str, devices)))}")
     device = next(iter(devices)).type if devices else "cpu"
-    if backend == "auto":
+    fake = _any_fake(tensors)
+    if backend == "auto" and not fake:
         if device == "cuda" and triton_missing() is None:
             return "triton"
         return "native" if native and device == "cpu" and native_calls.missing() is None else "torch"
-    if (reason := _unable(backend, device, native)) is not None:
+    if backend in ("auto", "torch"):
+        return "torch"
+    if (reason := "a FakeTensor has no memory" if fake else _unable(backend, device, native)) is not None:
         raise RuntimeError(f"backend={backend!r}: {reason}")
     return backend  # type: ignore[return-value]
+
+
+def _any_fake(tensors: list[Tensor]) -> bool:
+    """Whether an address leads nowhere. Raise ValueError for what only looks like a tensor with memory of its own."""
+    kinds = set(map(type, tensors))
+    for kind in kinds:
+        if hasattr(kind, "__tensor_flatten__"):
+            raise ValueError(f"expected plain tensors, got a {kind.__name__} (of a DTensor, its full_tensor())")
+    return any(issubclass(kind, FakeTensor) for kind in kinds)
 
 
 def _unable(backend: str, device: str, native: bool) -> str | None:

@@ -146,6 +146,10 @@ def _column(name: str, tensors: list[Tensor | None], labels: tuple[str, ...]) ->
             continue
         if not isinstance(t, Tensor):
             raise ValueError(f"{label}, {name!r} is a {type(t).__name__}; expected a tensor")
+        if hasattr(t, "__tensor_flatten__"):  # made of other tensors
+            raise ValueError(
+                f"{label}, {name!r} is a {type(t).__name__}; expected a plain tensor (of a DTensor, its full_tensor())"
+            )
         if t.layout is not torch.strided or t.is_complex():
             raise ValueError(f"{label}, {name!r} is {t.dtype}, {t.layout}; expected real and dense")
         for what in ("shape", "dtype", "device"):

@@ -1,0 +1,77 @@
+"""Tensors whose address leads nowhere: fake ones give shapes, those made of others are refused by name."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
+
+from fedgram import flora_na, kernels, stamp
+from fedgram_testing.factor_ops import draw
+from fedgram_testing.gradients import gradients
+
+
+def operations(B, A, P, Q, p, G):
+    """Every operation on factors, then those on gradients; ``p`` (2,) float64."""
+    S = [torch.eye(3, dtype=torch.float64)]
+    return {
+        "factor_gram": lambda **at: kernels.factor_gram(B, A, **at),
+        "factor_combine": lambda **at: kernels.factor_combine(B, A, P, Q, **at),
+        "factor_cross": lambda **at: kernels.factor_cross(B, A, [B[0][0]], [A[0][0]], **at),
+        "combine_products": lambda **at: kernels.combine_products(B, A, [p], [p], **at),
+        "gram_combine": lambda **at: kernels.gram_combine(B, A, P, Q, beside=True, **at),
+        "lowrank_sum": lambda **at: kernels.lowrank_sum(None, B[0], A[0], p, **at),
+        "grad_gram": lambda **at: tuple(kernels.grad_gram(G, **at)),
+        "grad_combine": lambda **at: kernels.grad_combine(G, p, **at),
+        "described": lambda: kernels.factor_gram(*(getattr(kernels.described(B, A), side) for side in "BA")),
+        "prepared": lambda: kernels.factor_gram(*(getattr(kernels.prepare(B, A), side) for side in "BA")),
+        "factor_traces": lambda: kernels.factor_traces(B, A, S, S),  # of torch's operations alone, as the next
+        "factor_triangle": lambda: kernels.factor_triangle(B, A),
+    }
+
+
+def arguments():
+    B, A = draw([3, 2], [(20, 9)], torch.float32)
+    P = [torch.rand(5, 2, dtype=torch.float64)]
+    return B, A, P, [P[0].T.contiguous()], torch.rand(2, dtype=torch.float64), gradients(2)
+
+
+NAMES = list(operations(*arguments()))
+ORDERED = NAMES[: NAMES.index("described")]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_tensors_give_shapes(name):
+    real = arguments()
+    mode = FakeTensorMode()
+    fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, real)
+    expected = torch.utils._pytree.tree_leaves(operations(*real)[name]())
+    with mode:
+        found = torch.utils._pytree.tree_leaves(operations(*fake)[name]())
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected]
+
+
+@pytest.mark.parametrize("name", ORDERED)
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_loops_and_kernels_are_not_given_fake_tensors(name, backend):
+    mode = FakeTensorMode()
+    fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments())
+    with mode, pytest.raises(RuntimeError, match=f"backend='{backend}': a FakeTensor has no memory"):
+        operations(*fake)[name](backend=backend)
+
+
+@pytest.mark.parametrize("name", NAMES[:-2])
+def test_tensors_made_of_others_are_refused(name):
+    two = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: TwoTensor(t, t), arguments()[:2])
+    other = arguments()[2:-1]
+    G = [[TwoTensor(t, t) for t in g] for g in gradients(2)]
+    with pytest.raises(ValueError, match="expected plain tensors, got a TwoTensor"):
+        operations(*two, *other, G)[name]()
+
+
+def test_the_refusal_names_the_argument():
+    a, b = torch.rand(2, 5), torch.rand(6, 2)
+    with pytest.raises(ValueError, match="lora_B is a TwoTensor: expected a plain tensor"):
+        flora_na.LoraLayer(a, TwoTensor(b, b))
+    with pytest.raises(ValueError, match="task 1, 'w' is a TwoTensor; expected a plain tensor"):
+        stamp.match([{"w": a}, {"w": TwoTensor(a, a)}])
