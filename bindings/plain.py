@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ __all__ = ["StateDictAggregation", "StateDictMatch", "aggregate_state_dicts", "m
 
 StateDict = Mapping[str, Tensor]
 Sent = Mapping[str, Tensor | None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ class StateDictMatch:
 
 @torch.no_grad()
 def aggregate_state_dicts(
-    state_dicts: Sequence[StateDict],
+    state_dicts: Iterable[StateDict],
     weights: Sequence[float] | Tensor | None = None,
     *,
     lora_alpha: Numbers = None,
@@ -132,11 +134,12 @@ def aggregate_state_dicts(
             (DoRA, lora_bias, ...), tensors that are not finite or do not fit, and whatever ``flora_na.aggregate``
             refuses.
     """
-    labels = client_labels(names, len(state_dicts))
-    shares = normalise_weights(weights, len(state_dicts), labels)
+    states = _each_client(state_dicts, "state_dicts")
+    labels = client_labels(names, len(states))
+    shares = normalise_weights(weights, len(states), labels)
     took_part = (shares > 0).tolist()
     spans_modules = shared or clip is not None or min_cosine is not None
-    clients = read_states(state_dicts, labels, took_part, lora_alpha, scalings, config, output_scaling, spans_modules)
+    clients = read_states(states, labels, took_part, lora_alpha, scalings, config, output_scaling, spans_modules)
     cohort = make_cohort(clients.adapters, shares[shares > 0], names=list(compress(labels, took_part)), missing=missing)
     cohort, screening = screen_cohort(cohort, clients.clip(clip), min_cosine, backend)
     result = aggregate_cohort(
@@ -193,21 +196,26 @@ def match_state_dicts(
     Raises:
         ValueError: as ``stamp.SpatialMatcher``; the message names the client and the entry.
     """
-    if isinstance(client_states, Mapping | Tensor | str) or not isinstance(client_states, Iterable):
-        got = type(client_states).__name__
-        raise ValueError(f"client_states: expected one state dict per client, got one {got}")
-    sent = list(client_states)
+    sent = _each_client(client_states, "client_states")
+    labels = client_labels(names, len(sent))
     dtypes = _common_dtypes(server_state, sent)
     matcher = stamp.SpatialMatcher(
         _cast(server_state, dtypes), c=c, lr=lr, rescale=rescale, precise=precise, backend=backend
     )
     take_step = matcher.step_deltas if deltas else matcher.step
-    step = take_step([_cast(state, dtypes) for state in sent], counts, names=names)
+    step = take_step([_cast(state, dtypes) for state in sent], counts, names=labels)
     state = {name: step.state[name].to(tensor.dtype) for name, tensor in server_state.items()}
     for name, tensor in state.items():  # the step is finite, in the wider dtype it was made in
         if not finite([tensor]):
             raise ValueError(f"server_state: {name!r} would exceed the range of its {tensor.dtype}")
     return StateDictMatch(state, step.dual, step.gramian, step.clients)
+
+
+def _each_client(states: Iterable[T], argument: str) -> list[T]:
+    """The clients' states as a list; what is one state, or nothing to iterate over, is refused by ``argument``."""
+    if isinstance(states, Mapping | Tensor | str) or not isinstance(states, Iterable):
+        raise ValueError(f"{argument}: expected one state dict per client, got one {type(states).__name__}")
+    return list(states)
 
 
 def _common_dtypes(server: StateDict, clients: Sequence[Sent]) -> dict[str, torch.dtype]:

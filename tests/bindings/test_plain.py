@@ -153,6 +153,24 @@ def test_names_are_numbered_over_all_clients():
     assert list(result.report.clients)[:2] == ["x", "x (3)"]
 
 
+def test_adapters_may_come_as_a_generator_and_names_as_a_view():
+    clients = dict(zip("abc", states(), strict=True))
+    expected = aggregate_state_dicts(list(clients.values()), WEIGHTS).state_dict
+    for module in (aggregate_state_dicts, StateDictAggregator()):
+        result = module((state for state in clients.values()), WEIGHTS, names=clients.keys())
+        result = result if isinstance(result, dict) else result.state_dict
+        assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
+    for wrong in (clients["a"], 3, None):
+        with pytest.raises(ValueError, match="state_dicts: expected one state dict per client, got one"):
+            aggregate_state_dicts(wrong)
+
+
+def test_matched_clients_may_be_called_by_a_view():
+    server, clients = {"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(3)}}
+    with pytest.raises(ValueError, match=r"states: b, 'w' has shape"):
+        match_state_dicts(server, clients.values(), names=clients.keys())
+
+
 def server_and_clients(dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
 
