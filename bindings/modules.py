@@ -12,7 +12,16 @@ from fedgram.flora_na import Adapter, AdapterLike, LoraLayer, Report
 from fedgram.stamp import Dual
 from fedgram.stamp.spatial import copied
 
-from ._frameworks.options import AGGREGATION, MATCHING, check_aggregation, check_matching, matching, passed, shown
+from ._frameworks.options import (
+    AGGREGATION,
+    MATCHING,
+    check_aggregation,
+    check_matching,
+    matching,
+    passed,
+    plain_config,
+    shown,
+)
 from ._peft.merging import merge_configs
 from ._plain.keys import completed
 from ._plain.scalings import check_scaling_options
@@ -101,14 +110,13 @@ class LoraAggregator(_RoundAggregator):
         return self.previous
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The last round's layers and extras with their roles, as tensors, numbers and strings."""
-        if self.previous is None:
+        """The last round's layers and extras with their roles: tensors, numbers and text, which torch.load takes."""
+        if (previous := self.previous) is None:
             return {"layers": None}
-        previous = self.previous
         return {
-            "layers": {name: (layer.A, layer.B, layer.scaling) for name, layer in previous.modules.items()},
+            "layers": {name: (layer.A, layer.B, float(layer.scaling)) for name, layer in previous.modules.items()},
             "extras": dict(previous.extras),
-            "config": None if previous.config is None else dict(previous.config),
+            "config": None if previous.config is None else plain_config(previous.config),
             "roles": dict(previous.roles),
         }
 
@@ -163,7 +171,7 @@ class StateDictAggregator(_RoundAggregator):
 
     def forward(
         self,
-        state_dicts: Sequence[Mapping[str, Tensor]],
+        state_dicts: Iterable[Mapping[str, Tensor]],
         weights: Sequence[float] | None = None,
         *,
         names: Sequence[str] | None = None,
@@ -178,8 +186,7 @@ class StateDictAggregator(_RoundAggregator):
             scaling: at most one of ``lora_alpha``, ``scalings`` and ``config``, see ``plain.aggregate_state_dicts``.
 
         Returns:
-            The global state dict. Its tensors are those kept in ``previous``: copy them before they are changed in
-            place.
+            The global state dict, of the tensors kept in ``previous``: copy them before they are changed in place.
 
         Raises:
             ValueError: as ``plain.aggregate_state_dicts``; the state is then as before.
@@ -288,6 +295,5 @@ def _carried(previous: Adapter, adapter: Adapter) -> Adapter:
     config, earlier = adapter.config, previous.config
     if config is not None and earlier is not None and (previous.extras.keys() - adapter.extras.keys()):
         config = merge_configs([config, earlier])
-    modules = {**previous.modules, **adapter.modules}
     extras, roles = {**previous.extras, **adapter.extras}, {**previous.roles, **adapter.roles}
-    return Adapter(modules, extras, config, roles)
+    return Adapter({**previous.modules, **adapter.modules}, extras, config, roles)

@@ -3,8 +3,10 @@
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 from fedgram import flora_na
 from fedgram.bindings.modules import LoraAggregator, StateDictAggregator, StateDictMatcher
@@ -154,6 +156,19 @@ def test_a_checkpoint_keeps_what_the_extras_are():
     resumed.load_state_dict(older)
     assert same_layers(resumed.previous, aggregator.previous)
     assert not resumed.previous.roles
+
+
+def test_a_checkpoint_holds_what_a_peft_config_and_numpy_say():
+    aggregator, resumed, file = LoraAggregator(), LoraAggregator(), io.BytesIO()
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q"]).to_dict()  # an enum, sets, a dataclass in it
+    layer = LoraLayer(A=torch.ones(2, 6), B=torch.ones(7, 2), scaling=np.float64(2.0))
+    aggregator.previous = Adapter({"q": layer}, {}, config)
+    torch.save(aggregator.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert same_layers(resumed.previous, aggregator.previous)
+    assert resumed.previous.config["peft_type"] == "LORA"
+    assert resumed.previous.config["target_modules"] == ["q"]
 
 
 def test_a_round_that_fails_leaves_the_state():
