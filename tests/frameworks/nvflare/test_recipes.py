@@ -15,7 +15,7 @@ with warnings.catch_warnings():  # what FLARE warns of while it is imported is F
     from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
     from nvflare.fuel.utils.component_builder import ComponentBuilder
 
-    from fedgram.bindings.nvflare import AdapterModel, FloraNAAggregator, FloraNARecipe, StampRecipe
+    from fedgram.bindings.nvflare import AdapterModel, FloraNAAggregator, FloraNARecipe, StampAggregator, StampRecipe
     from fedgram_testing.nvflare_rounds import adapters, aggregated, models, same
 
 from safetensors.torch import save_file
@@ -72,6 +72,26 @@ def test_a_job_names_the_aggregator_and_the_server_builds_it_again(config, tmp_p
     assert type(model) is AdapterModel
     assert same(model.state_dict(), adapters()[0])
     assert aggregated(built, models(adapters(2)), start=adapters()[0]).meta["fedgram"]["method"] == "svd"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "aggregator", "expected"),
+    [
+        (FloraNARecipe, FloraNAAggregator(clip=np.float32(2)), {"clip": 2.0}),
+        (StampRecipe, StampAggregator(c=np.float32(0.5), lr=torch.tensor(2)), {"c": 0.5, "lr": 2.0}),
+    ],
+)
+def test_numbers_of_other_libraries_travel_with_the_job(recipe, aggregator, expected, tmp_path):
+    (tmp_path / "client.py").write_text("")
+    # by name, since FLARE looks through the source of an object's library
+    model = {"class_path": "torch.nn.Linear", "args": {"in_features": 1, "out_features": 1}}
+    job = {"name": "job", "min_clients": 2, "train_script": str(tmp_path / "client.py")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        recipe(model=model, aggregator=aggregator, **job).export(str(tmp_path / "jobs"))
+    [path] = tmp_path.rglob("config_fed_server.json")
+    [workflow] = json.loads(path.read_text())["workflows"]
+    assert workflow["args"]["aggregator"]["args"] == expected
 
 
 JOB = {"min_clients": 2, "train_script": __file__}
