@@ -128,11 +128,11 @@ class FloraNAAggregator(_RoundAggregator):
         check_scaling_options(lora_alpha=lora_alpha, scalings=scalings, output_scaling=output_scaling, config=config)
         # FLARE rebuilds the object on the server from attributes that are called as the arguments are, by way of JSON.
         self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
-        self.lora_alpha, self.scalings, self.output_scaling, self.clip = (
-            x.item() if isinstance(x, np.generic) else x for x in (lora_alpha, scalings, output_scaling, clip)
+        self.lora_alpha, self.scalings, self.output_scaling = (
+            x.item() if isinstance(x, np.generic) else x for x in (lora_alpha, scalings, output_scaling)
         )
         self.config = None if config is None else plain_config(config)
-        self.min_cosine = min_cosine
+        self.clip, self.min_cosine = clip.item() if isinstance(clip, np.generic) else clip, min_cosine
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
         check_aggregation(self)
 
