@@ -116,9 +116,11 @@ class TemporalMatcher:
 
         Raises:
             ValueError: a loss that is not one floating-point number or depends on no trainable parameter, a gradient
-                that is not finite (task and parameter are named), or a block under reentrant activation checkpointing.
-                ``.grad``, buffers and modes are as before then.
+                that is not finite (task and parameter are named), a block under reentrant activation checkpointing, or
+                a ``DistributedDataParallel`` over several ranks, whose gradients would not be averaged. ``.grad``,
+                buffers and modes are as before then.
         """
+        _refuse_ranks(self.model)
         earlier = self._earlier(task)
         parameters = _trainable(self.model)
         before = remembered(self.model)
@@ -273,3 +275,13 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _set(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, t in tensors.items():
         t.copy_(values[name])
+
+
+def _refuse_ranks(model: nn.Module) -> None:
+    """Raise ValueError for DistributedDataParallel: it averages what reaches ``.grad``, and autograd is asked here."""
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel) and module.process_group.size() > 1:
+            raise ValueError(
+                "model: step would not average over the ranks of DistributedDataParallel; pass its .module, and "
+                "average .grad after step"
+            )

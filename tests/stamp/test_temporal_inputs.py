@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fedgram import stamp
 from fedgram.stamp._batches import to_device
@@ -232,3 +233,22 @@ def test_scripted_models(traced):
     with pytest.warns(UserWarning, match="no ghost form for 0, 1, 2"):
         stamp.ghost_gramian(model, loss_fn, [torch.randn(8, 5)])
     assert int(model.state_dict()["1.num_batches_tracked"]) == passes
+
+
+def test_ranks_whose_gradients_nobody_would_average_are_refused():
+    model = nn.Linear(3, 2)
+    memory = stamp.PrototypeMemory(capacity=4)
+    for ranks in (1, 2):
+        torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+        try:
+            matcher = stamp.TemporalMatcher(nn.parallel.DistributedDataParallel(model), lambda m, x: m(x).sum(), memory)
+            if ranks == 1:
+                matcher.step(torch.ones(4, 3))
+                assert (model.bias.grad > 0).all()
+                continue
+            with pytest.raises(ValueError, match=r"model: step would not average over the ranks .*pass its \.module"):
+                matcher.step(torch.ones(4, 3))
+            matcher = stamp.TemporalMatcher(matcher.model.module, matcher.loss_fn, memory)
+            matcher.step(torch.ones(4, 3))
+        finally:
+            torch.distributed.destroy_process_group()
