@@ -160,7 +160,7 @@ def gram_reduce_kernel(
 def configuration(v: Variant, generation: str) -> tuple[dict[str, Any], int, int]:
     """Compile-time arguments, warps and stages of a variant: few warps, since barriers cost more than longer loops."""
     largest, area = max(v.tile_i, v.tile_j), v.tile_i * v.tile_j
-    narrow = is_narrow(min(*v.tall, *v.wide), v.dtype_i)
+    narrow = any(is_narrow(min(x), t) for *x, t in zip(v.tall, v.wide, (v.dtype_i, v.dtype_j), strict=True))
     block_k = {"native": 32 if narrow else 64, "fp64": 32 if largest == 16 else 16}.get(v.precision, 32)
     chain = {"native": 256, "fp64": 0}.get(v.precision, 128)
     arguments = {
@@ -170,18 +170,21 @@ def configuration(v: Variant, generation: str) -> tuple[dict[str, Any], int, int
     }  # fmt: skip
     doubles = v.precision == "fp64"
     widening = doubles and min(v.dtype_i.itemsize, v.dtype_j.itemsize) == 2
+    # registers are short where no tensor cores take float64
+    crowded = generation not in ("sm80", "sm90") and (widening or (doubles and v.dtype_i != v.dtype_j))
     if area > 64 * 64:
         # eight warps of so many registers have a processor to themselves: a fourth stage costs nothing
         return arguments, 8, 4 if generation == "sm90" and not narrow else 3
     if narrow or largest > 32 or (largest == 32 and doubles):
         warps = 4
-        if widening and area > 32 * 64:
-            # without tensor cores for float64 (sm100) four warps spill; with them two are faster
-            warps = 2 if generation == "sm90" and not narrow else 4 if generation in ("sm80", "sm90") else 8
+        if crowded and area > 32 * 64:
+            warps = 8
+        elif widening and area > 32 * 64 and generation == "sm90" and not narrow:
+            warps = 2  # faster with tensor cores for float64
     elif largest == 16:  # one warp spills: of numbers to widen on sm100, of float32 on sm90 (Triton 3.6)
         # but two of float64 itself do (Triton 3.9)
         converted = doubles and v.dtype_i != torch.float64
-        warps = 2 if converted and (v.diagonal or (widening and generation == "sm100")) else 1
+        warps = 2 if (converted and v.diagonal) or (crowded and generation == "sm100") else 1
     else:
         warps = 2
     return arguments, warps, 3
@@ -239,6 +242,10 @@ def aot_configs(generation: str) -> list[AotConfig]:
         "fp32 tile 32 x 16 precise": Variant(32, 16, False, fp32, fp32, "fp64", (4, 4), (4, 4)),
         "fp64 tile 16": Variant(16, 16, True, fp64, fp64, "fp64", (2, 2), (2, 2)),
         "fp64 tile 64 off": Variant(64, 64, False, fp64, fp64, "fp64", (2, 2), (2, 2)),
+        "bf16 tile 16 x fp64 16": Variant(16, 16, False, bf16, fp64, "fp64", (8, 2), (8, 2)),
+        "fp64 tile 16 x bf16 16": Variant(16, 16, False, fp64, bf16, "fp64", (2, 8), (2, 8)),
+        "fp64 tile 16 x fp32 16": Variant(16, 16, False, fp64, fp32, "fp64", (2, 4), (2, 4)),
+        "fp64 tile 64 x fp32 64": Variant(64, 64, False, fp64, fp32, "fp64", (2, 4), (2, 4)),
     }
     pointers = {"p_table": "*i64", "p_strides": "*i32", "p_work": "*i32"}
     configs = []
