@@ -8,6 +8,7 @@ from torch import Tensor
 from fedgram import kernels
 
 from ._batched_algebra import layout_of, positions_of
+from .energies import ROUNDING
 from .group import ModuleFactors, implicit_product
 from .grouping import stacked
 from .members import SIDES, Side
@@ -85,6 +86,11 @@ class BatchedGroup:
             return self.gram[side] @ X
         scale = self.scale[side]
         return scale * implicit_product(side, self.B if side == "B" else self.A, scale * X, self.backend)
+
+    @property
+    def rounding(self) -> float:
+        """The relative error of products without Grams (of which a GPU keeps one factor in float32)."""
+        return ROUNDING["float64" if self.weights.device.type == "cpu" else "float32"]
 
     def expand(self, p: Tensor) -> Tensor:
         """Scalars per client (L, U) as coefficient blocks (L, R, rank)."""

@@ -58,7 +58,8 @@ def _improve(group: BatchedGroup, side: Side, p: Tensor, q: Tensor) -> tuple[Ten
         def product(x: Tensor) -> Tensor:
             return traces(group.apply(side, group.expand(x)) @ S)
 
-        step, _ = conjugate_gradients(product, h - product(p), CG_STEPS)
+        flat = group.rounding * S.diagonal(dim1=-2, dim2=-1).sum(-1) * group.norms[side].square().sum(-1)
+        step, _ = conjugate_gradients(product, h - product(p), CG_STEPS, flat)
     p = p + step
     return p, (h * p).sum(-1)
 

@@ -13,7 +13,7 @@ from fedgram import kernels
 
 from ._scalar_newton import newton_step
 from .coefficients import inverse_or_zero, solve_psd, trace_product
-from .energies import ROUNDING, energies, factor_norms, mass_of_target
+from .energies import ROUNDING, energies, factor_norms, mass_of_target, rounding
 from .group import Group
 from .members import Side
 from .pair_products import PairProducts
@@ -104,7 +104,8 @@ class Problem:
 
             whole = h - product(p)
             H_free, rest = None, free(whole)
-            step, gain = conjugate_gradients(lambda x: free(product(lift(x))), rest, self.cg_steps)
+            flat = self.collect([n.flat for n in normal])
+            step, gain = conjugate_gradients(lambda x: free(product(lift(x))), rest, self.cg_steps, flat)
         before, p = p, p + lift(step)
         # at the best of all p the product is orthogonal to what is left of dW; at the best that sums to 1 it is not
         captured = ((h + whole) * before).sum(-1) + gain if self.anchored else (h * p).sum(-1)
@@ -189,6 +190,12 @@ class _Normal:
         """``tr(Z_i)`` of every member's block of Z (L, R, r): (L, M)."""
         return self.group.sum_members((Z * self.group.selector).sum(-1))
 
+    @property
+    def flat(self) -> Tensor:
+        """(L,) the rounding of H, from a bound on its trace."""
+        squares = factor_norms(self.group)[self.side].square().sum(-1)
+        return rounding(self.group) * self.S.diagonal(dim1=-2, dim2=-1).sum(-1) * squares
+
     def product(self, p: Tensor) -> Tensor:
         """``H p`` without H."""
         return self.traces(self.group.apply(self.side, self.group.expand(p)) @ self.S)
@@ -212,16 +219,23 @@ def _lift(x: Tensor) -> Tensor:
     return torch.cat([x, -x.sum(-1, keepdim=True)], -1)
 
 
-def conjugate_gradients(matvec: Callable[[Tensor], Tensor], g: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """A few steps on ``H x = g`` from 0, batched over the leading axis; every step lowers the error."""
+def conjugate_gradients(
+    matvec: Callable[[Tensor], Tensor], g: Tensor, steps: int, flat: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A few steps on ``H x = g`` from 0, batched over the leading axis; every step lowers the error.
+
+    A direction d of ``d^T H d <= flat ||d||^2`` is not followed: by rounding g has a part where H is singular (clients
+    that are multiples of each other), and the step along it would have no end. ``flat`` (L,) is the rounding of H.
+    """
     scale = inverse_or_zero(g.abs().amax(-1, keepdim=True))  # so that no square leaves float64's range
     x, r, d = torch.zeros_like(g), g * scale, g * scale
     rr = (r * r).sum(-1, keepdim=True)
-    gain, floor = torch.zeros_like(rr), 1e-12 * rr
+    gain, floor, flat = torch.zeros_like(rr), 1e-12 * rr, flat.unsqueeze(-1) * scale
     for _ in range(steps):
         Hd = matvec(d) * scale
         dHd = (d * Hd).sum(-1, keepdim=True)
-        alpha = torch.where((dHd > 0) & (rr > floor), rr / dHd.clamp_min(1e-300), 0.0)
+        steep = dHd > flat * (d * d).sum(-1, keepdim=True)
+        alpha = torch.where(steep & (rr > floor), rr / dHd.clamp_min(1e-300), 0.0)
         x, r = x + alpha * d, r - alpha * Hd
         gain = gain + alpha * rr
         new = (r * r).sum(-1, keepdim=True)

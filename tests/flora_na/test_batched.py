@@ -124,6 +124,17 @@ def test_identical_clients_come_back_and_are_not_certain(method):
         torch.testing.assert_close(found.B[l] @ found.A[l], B[l][0] @ A[l][0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["flora-na", "als"])
+def test_clients_that_are_multiples_of_one_leave_no_error(method, regime):
+    """One direction of p says all, the others nothing but rounding."""
+    [[b]], [[a]] = factors((4,), [(40, 30)], dtype=torch.float64)
+    B, A = [b * (1 + u / 20) for u in range(20)], [a * (3 - u / 10) for u in range(20)]
+    found = estimate_modules([B], [A], torch.arange(1, 21), method=method)
+    dense = sum((1 + u) / 210 * y @ x for u, (y, x) in enumerate(zip(B, A, strict=True)))
+    torch.testing.assert_close(found.B[0] @ found.A[0], dense, rtol=1e-9, atol=1e-9)
+    assert bool(found.converged.all())
+
+
 @settings(max_examples=25, deadline=None)
 @example([0, 2, 4], 8, [0.0, 1.0, 1.0, 0.0], 1.0)  # more columns than dimensions: some are rounding
 @given(

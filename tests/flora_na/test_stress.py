@@ -134,6 +134,17 @@ def test_hard_families_without_grams(family, count, rank, m, n, exponent, monkey
     check(*build(family, count, rank, m, n, exponent, exponent, dtype, 0, 1e12))
 
 
+@pytest.mark.parametrize("anchored", [False, True])
+def test_hundreds_of_clients_that_are_multiples_of_one(anchored):
+    """By conjugate gradients: the step along a direction that only rounding points to would have no end."""
+    g = torch.Generator().manual_seed(0)
+    b, a, *base = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((9, 1), (1, 25), (9, 1), (1, 25)))
+    B, A = [b * (1 + u / 520) for u in range(520)], [a * (3 - u / 260) for u in range(520)]
+    e = flora_na.estimate(B, A, method="flora-na", anchor=tuple(base) if anchored else None)
+    assert e.status == "converged"
+    assert e.rho < 1e-9 < 1e-3 < e.rho_fedavg
+
+
 @pytest.mark.parametrize("method", [*LADDER, "stack"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exponents", [(-30, -30), (30, 30), (-30, 30), (30, -25)])
