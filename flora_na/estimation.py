@@ -89,10 +89,10 @@ def estimate(
         weights: one per client, normalised to sum 1; uniform by default. Clients of weight 0 take no part.
         scalings: one per client (alpha / r); 1 by default.
         method: ``fedavg`` averages the factors; ``flora-na`` fits one scalar per client and side, from the averages
-            to a local optimum, and returns norms of B and A within a factor of two; ``als`` fits whole
-            blocks by alternating least squares (with Grams on a CPU by one sweep from the optimum's rows: it then is
-            ``svd``, and else near it to the tolerance of the sweeps); ``svd`` is the optimum; ``stack`` concatenates
-            (exact, rank sum r_u).
+            to a local optimum, and returns norms of B and A within a factor of two (an anchor fixes them); ``als``
+            fits whole blocks by alternating least squares (with Grams on a CPU by one sweep from the optimum's rows: it
+            then is ``svd``, and else near it to the tolerance of the sweeps); ``svd`` is the optimum; ``stack``
+            concatenates (exact, rank sum r_u).
         rank: of the result, up to ``LARGEST_RANK``; None is the largest among clients (and anchor), ``"auto:0.99"``
             the smallest whose best pair keeps that share of ``||dW||^2``. Above what the factors span, the result is
             padded with zero columns.

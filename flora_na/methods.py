@@ -8,13 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ._scalar_problem import even_norms
 from ._scalar_solver import doubtful_modules
 from .als import AlternatingLeastSquares
-from .coefficients import AnyPair, Pair, fit_rank
+from .coefficients import AnyPair, Pair, fit_rank, trace_product
 from .divergence import pair_errors
 from .energies import energies, mass_of_pair
 from .fedavg import cut, scalar_pair, solve_fedavg
 from .group import Group
+from .members import SIDES
 from .rank_choice import Rank, check_rank
 from .scalar import ScalarLeastSquares
 from .svd import blurred, by_krylov, certified_optimum, doubtful_optima, settle, solve_svd
@@ -121,7 +123,16 @@ def _no_worse(group: Group, pair: AnyPair, left: Tensor, rank: int | None) -> An
     errors = [pair_errors(part, Pair(p.P[ids], p.Q[ids], "")).error for p in (pair, average)]
     worse = torch.zeros_like(left, dtype=torch.bool)
     worse[ids] = ~(errors[0] <= errors[1])
-    return _choose(pair, average, worse)
+    return _choose(pair, _even(group, average), worse) if bool(worse.any()) else pair
+
+
+def _even(group: Group, pair: AnyPair) -> AnyPair:
+    """The pair with norms of B and A within a factor of two, as the scalars' are; an anchor fixes them."""
+    if group.anchored:
+        return pair
+    b, a = (trace_product(X, group.apply(side, X)) for side, X in zip(SIDES, (pair.P, pair.Q), strict=True))
+    c = even_norms(b, a).view(-1, 1, 1)
+    return Pair(pair.P * c, pair.Q / c, pair.status)
 
 
 def _choose(pair: AnyPair, other: AnyPair, chosen: Tensor) -> Pair:

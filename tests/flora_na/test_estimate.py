@@ -48,6 +48,18 @@ def test_an_anchored_estimate_is_the_anchor_plus_deltas():
         assert float((deltas @ solution - target.unsqueeze(1)).norm()) < 1e-5 * float(target.norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("clients", "noise"), [(1, 1.0), (3, 0.0), (3, 1.0), (20, 1.0)])
+def test_norms_of_scalars_pairs_are_even_however_small_the_error(clients, noise, dtype):
+    g = torch.Generator().manual_seed(0)
+    b, a = torch.randn(9, 2, generator=g, dtype=dtype), torch.randn(2, 12, generator=g, dtype=dtype)
+    B = [1e-3 * (b + noise * torch.randn(b.shape, generator=g, dtype=dtype)) for _ in range(clients)]
+    A = [a + noise * torch.randn(a.shape, generator=g, dtype=dtype) for _ in range(clients)]
+    e = flora_na.estimate(B, A, method="flora-na")
+    assert 0.5 <= float(e.B.norm() / e.A.norm()) <= 2
+    assert e.rho <= e.rho_fedavg * (1 + 1e-6) + 1e-15
+
+
 def test_unequal_weights_use_them_in_the_target():
     B, A = clients([4] * 5, 30, 20)
     e = flora_na.estimate(B, A, [8, 1, 1, 1, 1], method="svd")
