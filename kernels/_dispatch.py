@@ -37,7 +37,7 @@ def resolve(backend: str, tensors: Iterable[Tensor], *, native: bool = False) ->
     """Return the implementation to run on ``tensors``; ``native`` says whether the operation has compiled CPU loops.
 
     ``auto`` takes Triton on GPUs where it is installed, the compiled loops on CPUs where the extension is built and the
-    operation has them, and the torch twin everywhere else, so for ``FakeTensor``. The three others are orders.
+    operation has them, and the torch twin everywhere else, for fake tensors too. The three others are orders.
 
     Raises:
         ValueError: ``backend`` is not one of ``BACKENDS``, the tensors lie on more than one device, or one of them is
@@ -51,7 +51,9 @@ def resolve(backend: str, tensors: Iterable[Tensor], *, native: bool = False) ->
     if len(devices) > 1:
         raise ValueError(f"tensors lie on several devices: {', '.join(sorted(map(str, devices)))}")
     device = next(iter(devices)).type if devices else "cpu"
-    fake = _any_fake(tensors)
+    kinds = set(map(type, tensors))
+    _refuse_composed(kinds)
+    fake = any(issubclass(kind, FakeTensor) for kind in kinds)
     if backend == "auto" and not fake:
         if device == "cuda" and triton_missing() is None:
             return "triton"
@@ -63,13 +65,11 @@ def resolve(backend: str, tensors: Iterable[Tensor], *, native: bool = False) ->
     return backend  # type: ignore[return-value]
 
 
-def _any_fake(tensors: list[Tensor]) -> bool:
-    """Whether an address leads nowhere. Raise ValueError for what only looks like a tensor with memory of its own."""
-    kinds = set(map(type, tensors))
+def _refuse_composed(kinds: set[type[Tensor]]) -> None:
+    """Raise ValueError for tensors made of others: they have no memory of their own to take an address of."""
     for kind in kinds:
         if hasattr(kind, "__tensor_flatten__"):
             raise ValueError(f"expected plain tensors, got a {kind.__name__} (of a DTensor, its full_tensor())")
-    return any(issubclass(kind, FakeTensor) for kind in kinds)
 
 
 def _unable(backend: str, device: str, native: bool) -> str | None:
