@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._stacks import ADDRESS, TYPE, WIDTH, Stacks
-from .native_calls import LOOPS, RANGES, TYPES, at, bits, constant, equal_ranges, run_jobs, table, tile
+from .native_calls import LOOPS, RANGES, TYPES, at, bits, constant, equal_ranges, part_numbers, run_jobs, table, tile
 
 CACHE_BYTES = 3 << 17  # of one block of factors: most of a small L2 cache
 JOB_WORK = 1 << 20  # work (vector operations) below which a range of rows is not worth a job of its own
@@ -108,13 +108,14 @@ def _products(sides: Sequence[_Side]) -> list[list[Tensor]]:
             cost = R * k // 8 + R + (own * k // 8 if written.stride else 0)
             ranges = _ranges(length, block, cost, length * R // (PART_SHARE * rows * columns + 1))
             numbers, work = max(numbers, packed * block), work + length * cost
+            step = part_numbers(rows, columns, X is None)
             out = next(outputs)
             results[-1].append(out)
             wholes.append((part, len(ranges), rows, columns, R, k, X is None, out.data_ptr()))
             for first, last in ranges:
                 job = (S.at[l], S.counts[l], own, other, k, first, last, block, rows, columns, *written, part)
                 jobs.append(job)
-                part += rows * columns
+                part += step
     _run_products(jobs, wholes, part, numbers, work)
     return results
 

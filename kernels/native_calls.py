@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 12  # of native.c
+ABI = 13  # of native.c
 # Work (vector operations, about a nanosecond each) below which another thread costs more than it saves: starting one
 # takes 40 us, and it may have to share its core with threads of torch that still spin; within ``spread_over_jobs`` not.
 THREADED_WORK = 1 << 21
@@ -54,6 +54,7 @@ _COUNTS = {
     "fedgram_gram_work": "i",
     "fedgram_tile_rows": "i",
     "fedgram_tile_columns": "ii",
+    "fedgram_part": "iiii",
     "fedgram_sum_work": "",
     "fedgram_sum_rows": "",
     "fedgram_sum_columns": "",
@@ -140,6 +141,11 @@ def tile() -> tuple[int, int]:
     return constant("tile_rows", level()), constant("tile_columns", level(), 1)
 
 
+def part_numbers(rows: int, columns: int, triangle: bool) -> int:
+    """Numbers of a part of a float64 product, of only a triangle or of all of it, padded to whole tiles."""
+    return constant("part", level(), rows, columns, triangle)
+
+
 def at(numbers: np.ndarray) -> int:
     """The address of an array."""
     return numbers.__array_interface__["data"][0]
@@ -212,6 +218,11 @@ def spread_over_jobs() -> Iterator[None]:
             torch.set_num_threads(1 if depth else _width)
             if not _within:
                 _width = None
+
+
+def width_within() -> int:
+    """The threads that torch had before ``spread_over_jobs``; 1 outside it."""
+    return _width or 1
 
 
 def threads_for(jobs: int, work: int) -> int:

@@ -32,19 +32,22 @@ static inline const T *FN(column)(const T *E, int64_t i, int64_t columns, int64_
     return E + i / WIDTH * WIDTH * n + i % WIDTH;
 }
 
-/* out (rows x ldo) += E^T X for packed blocks of n rows; with `triangle`, of E = X, what lies on or above the diagonal. */
+/* out (rows x ldo) += E^T X for packed blocks of n rows; with `triangle`, of E = X, what lies on or above the diagonal,
+ * and out is then a `part` of it. */
 static void FN(multiply)(const T *E, int64_t R, const T *X, int64_t k, int64_t n, int triangle, double *out, int64_t ldo) {
     const T *a[DEEP];
     int64_t columns = (R + WIDTH - 1) / WIDTH * WIDTH;
     for (int64_t i = 0; i < R; i += DEEP) {
         for (int d = 0; d < DEEP; d++) a[d] = FN(column)(E, i + d, columns, n);
-        int64_t j = triangle ? i / LANES * LANES : 0;
+        int64_t start = triangle ? first_kept(i, LANES) : 0, ld = ldo - start, j = start;
+        double *row = out - start;
         if (j % WIDTH) { /* the second vector of a panel */
-            FN(panels)(a, X + (j - LANES) * n + LANES, n, out + i * ldo + j, ldo, 1);
+            FN(panels)(a, X + (j - LANES) * n + LANES, n, row + j, ld, 1);
             j += LANES;
         }
-        for (; j + LANES < k; j += WIDTH) FN(panels)(a, X + j * n, n, out + i * ldo + j, ldo, 2);
-        if (j < k) FN(panels)(a, X + j * n, n, out + i * ldo + j, ldo, 1);
+        for (; j + LANES < k; j += WIDTH) FN(panels)(a, X + j * n, n, row + j, ld, 2);
+        if (j < k) FN(panels)(a, X + j * n, n, row + j, ld, 1);
+        out += DEEP * ld;
     }
 }
 
@@ -198,7 +201,7 @@ static void FN(products)(const struct product *p, double *work) {
     int64_t R = p->R + (joined ? joined->rank : 0);
     T *E = (T *)work, *X = E + (R + WIDTH - 1) / WIDTH * WIDTH * p->block;
     T *Y = X + (other ? (p->k + WIDTH - 1) / WIDTH * WIDTH * p->block : 0);
-    memset(p->out, 0, p->rows * p->columns * sizeof(double));
+    memset(p->out, 0, part_numbers(p->rows, p->columns, !other, DEEP, LANES) * sizeof(double));
     for (int64_t first = p->first; first < p->last; first += p->block) {
         int64_t n = least(p->last - first, p->block), columns = FN(pack_at)(E, 0, p->members, p->count, first, n);
         if (p->to) FN(combine_block)(p, E, first, n, Y);

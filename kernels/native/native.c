@@ -165,6 +165,8 @@ typedef float float4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t bits4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint16_t short4 __attribute__((vector_size(8), aligned(2), may_alias));
 
+#include "parts.h"
+
 #define JOIN_(a, b, c) a##_##b##_##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
 #define FN(name) JOIN(name, TYPE, ISA)
@@ -225,7 +227,7 @@ int64_t fedgram_level(void) {
 #endif
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 12; }
+int64_t fedgram_abi(void) { return 13; }
 /* Rows of the Gram matrix of K gradients, and numbers of scratch space that it takes. */
 int64_t fedgram_gram_rows(int64_t K) { return gram_rows(K); }
 int64_t fedgram_gram_work(int64_t K) {
@@ -238,6 +240,10 @@ int64_t fedgram_pad(void) { return PAD; }
 /* Rows and columns of the tiles of a product: its output is padded to multiples of them. */
 int64_t fedgram_tile_rows(int64_t level) { return level >= 2 ? 8 : 6; }
 int64_t fedgram_tile_columns(int64_t level, int64_t wide) { return 2 * (16 << level) / (wide ? 8 : 4); }
+/* Numbers of a part of a product. */
+int64_t fedgram_part(int64_t level, int64_t rows, int64_t columns, int64_t triangle) {
+    return part_numbers(rows, columns, triangle, fedgram_tile_rows(level), fedgram_tile_columns(level, 1) / 2);
+}
 
 JOBS(grad_gram, centred) {
     EACH {
@@ -274,25 +280,17 @@ JOBS(lowrank_sum, sum) {
     }
 }
 
-/* A product put together: out (R x k) is the sum of `count` parts (rows x columns each), in order; mirrored if only one
- * triangle is there. */
-struct whole {
-    const double *parts;
-    int64_t count, rows, columns, R, k, mirror;
-    double *out;
-};
-
 JOBS(collect, whole) {
-    (void)level, (void)wide, (void)work;
+    (void)wide, (void)work;
+    int64_t deep = fedgram_tile_rows(level), lanes = fedgram_tile_columns(level, 1) / 2;
     EACH {
-        const struct whole w = jobs[i];
-        for (int64_t r = 0; r < w.R; r++)
-            for (int64_t c = w.mirror ? r : 0; c < w.k; c++) {
-                double sum = 0;
-                for (int64_t p = 0; p < w.count; p++) sum += w.parts[(p * w.rows + r) * w.columns + c];
-                w.out[r * w.k + c] = sum;
-                if (w.mirror) w.out[c * w.k + r] = sum;
-            }
+        const struct whole *w = jobs + i;
+        int64_t numbers = fedgram_part(level, w->rows, w->columns, w->mirror), at = 0;
+        for (int64_t r = 0; r < w->R; r++) {
+            int64_t start = w->mirror ? first_kept(r / deep * deep, lanes) : 0;
+            collect_row(w, r, start, at, numbers);
+            at += w->columns - start;
+        }
     }
 }
 
