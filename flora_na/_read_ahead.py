@@ -43,24 +43,23 @@ class _StoppedError(Exception):
 class ReadAhead:
     """Portions of the clients' modules, read by a thread within a budget of bytes.
 
-    The thread waits for room only while the consumer works on a portion, or has one more ready, so that a module of
-    any size gets through; what the consumer holds counts as given back when it asks for the next. The thread ends with
-    the block.
+    The thread waits for room only while a portion is worked on or ready, so that a module of any size gets through. A
+    portion that was taken counts until it is given back, by any thread. The reading thread ends with the block.
     """
 
     def __init__(self, cohort: Cohort, modules: Sequence[str]) -> None:
         self._cohort, self._modules = cohort, modules
         self._change = threading.Condition()
         self._ready: deque[Portion | BaseException | None] = deque()
-        # bytes: all that the thread has read, and all that the consumer has given back; each is written by one of them
-        self._read_bytes = self._given_back = 0
+        # bytes: all that the thread has read, and all that it was given back; portions: those taken, not yet given back
+        self._read_bytes = self._given_back = self._taken = 0
         self._layer = self._largest = 0
-        self._starving, self._closed = False, False
+        self._wanted, self._closed = False, False
         self._thread = threading.Thread(target=self._run, name="fedgram-read-ahead", daemon=True)
 
-    def __enter__(self) -> Iterator[Portion]:
+    def __enter__(self) -> ReadAhead:
         self._thread.start()
-        return self._consume()
+        return self
 
     def __exit__(self, *_: object) -> None:
         with self._change:
@@ -69,49 +68,48 @@ class ReadAhead:
         self._thread.join()
         self._ready.clear()
 
-    def _consume(self) -> Iterator[Portion]:
-        nbytes = 0
-        while True:
-            portion = self._next(nbytes)
-            if portion is None:
-                return
-            nbytes = portion.nbytes
-            yield portion
-            del portion
+    def take(self) -> Portion | BaseException | None:
+        """The next portion when it is read, what kept it from being read, or None after the last."""
+        with self._change:
+            self._wanted = True
+            self._change.notify_all()
+            while not self._ready:
+                self._change.wait()
+            self._wanted = False
+            self._taken += 1  # before it is no longer ready: the other thread looks without the lock
+            return self._ready.popleft()
+
+    def give_back(self, nbytes: int) -> None:
+        """A portion that was taken is done with, and nobody holds it."""
+        with self._change:
+            self._given_back += nbytes
+            self._taken -= 1
+            self._change.notify_all()
 
     @property
     def _held(self) -> int:
         return self._read_bytes - self._given_back
 
-    def _next(self, given_back: int) -> Portion | None:
-        with self._change:
-            self._given_back += given_back
-            self._starving = not self._ready
-            self._change.notify_all()
-            while not self._ready:
-                self._change.wait()
-            item = self._ready.popleft()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+    @property
+    def _starving(self) -> bool:
+        return self._wanted and not self._ready and not self._taken
 
     def _run(self) -> None:
         try:
             for portion in self._read():
                 self._hand_over(portion)
-                del portion  # it is the consumer's to free
-            self._hand_over(None)
+                del portion  # it is to be freed where it is worked on
         except _StoppedError:
-            pass
-        except BaseException as error:  # raised where the portions are taken
+            return
+        except BaseException as error:  # raised where the portion were worked on
             self._hand_over(error)
+        self._hand_over(None)
 
     def _hand_over(self, item: Portion | BaseException | None) -> None:
         with self._change:
             if isinstance(item, Portion):
                 self._largest = max(self._largest, item.nbytes)
             self._ready.append(item)
-            self._starving = False
             self._change.notify_all()
 
     def _read(self) -> Iterator[Portion]:
@@ -143,7 +141,7 @@ class ReadAhead:
         return _Module(name, layers, total)
 
     def _wait_for_room(self) -> None:
-        """Wait while another layer (as large as the last) were too much and the consumer will give some back."""
+        """Wait while another layer (as large as the last) were too much and some will be given back."""
         if not self._must_wait() and not self._closed:  # seldom is anything to be waited for
             return
         with self._change:

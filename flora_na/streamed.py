@@ -1,15 +1,20 @@
-"""Aggregation in portions: a thread reads the next modules while the present ones are worked on."""
+"""Aggregation in portions: a thread reads the next modules while one or two portions are worked on."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from ._read_ahead import ReadAhead
-from .aggregation import Aggregation, Progress, aggregate_cohort
+from fedgram.kernels.native_calls import width_within
+
+from ._in_order import InTurn, in_order
+from ._read_ahead import Portion, ReadAhead
+from .aggregation import Aggregation, aggregate_cohort
 from .cohort import Cohort, check_anchor, make_cohort
 from .inner_products import screen_cohort
 from .layer import AdapterLike
@@ -17,6 +22,9 @@ from .methods import check_method
 from .report import ModuleReport, Report
 from .screening import Clip, Screening
 from .weights import Weights
+
+WORKERS = 2
+"""Portions of lazily read adapters that are worked on at a time, at most."""
 
 
 def iter_aggregate(
@@ -37,10 +45,13 @@ def iter_aggregate(
     for modules that take the general path, whose iterations end together and so may differ by their tolerance: where
     Grams leave doubt or are not formed, and ``flora-na`` with an anchor or a rank that is not the clients'. Meanwhile a
     thread reads ahead: the factors held are at most 1.5 times the largest portion (or 16 MiB), and up to 8 MiB more,
-    not beyond two and a half portions. Full tensors beside the factors (``Adapter.extras``) are left to the caller.
+    not beyond two and a half portions. Within ``kernels.spread_over_jobs()``, two portions of lazily read factors are
+    worked on at a time where that bound has room for both. Full tensors beside the factors (``Adapter.extras``) are
+    left to the caller.
 
     Args:
-        adapters: as in ``aggregate``; their mappings should be lazy, and are read from another thread.
+        adapters: as in ``aggregate``; their mappings should be lazy, and are read from another thread (those of
+            ``anchor`` and ``align_to`` from several, one at a time).
         weights, names, missing, clip, min_cosine: as in ``aggregate``; with one of the last two the adapters are read
             once more before the first portion.
         options: as in ``aggregate``, but for ``shared``, which solves for all modules at once.
@@ -70,19 +81,43 @@ class Stream:
         """The portions, without modules to ``skip``: those of the first portions of an earlier run."""
         left = [module for module in self.cohort.modules if module not in skip]
         before = len(self.cohort.modules) - len(left)
-        with ReadAhead(self.cohort, left) as portions:
-            for portion in portions:
-                options = {**self.options, "progress": self._progress(before)}
-                done = self._settled(aggregate_cohort(portion.cohort, **options))
-                before += len(portion.cohort.modules)
-                del portion  # freed before more is read
-                yield done
-                del done
+        with ReadAhead(self.cohort, left) as ahead:
+            tasks = map(partial(self._task, ahead), iter(ahead.take, None))
+            with contextlib.closing(in_order(tasks, self._workers())) as parts:
+                for part in parts:
+                    self._tell(before, part.adapter.modules)
+                    before += len(part.adapter.modules)
+                    yield part
+                    del part
 
-    def _progress(self, before: int) -> Progress | None:
-        """The caller's, told of all modules where a portion's are counted."""
-        tell, total = self.options.get("progress"), len(self.cohort.modules)
-        return None if tell is None else lambda done, _, name: tell(before + done, total, name)
+    def _tell(self, before: int, modules: Collection[str]) -> None:
+        """Tell the caller's ``progress`` of modules that are done."""
+        if (tell := self.options.get("progress")) is not None:
+            for done, module in enumerate(modules, before + 1):
+                tell(done, len(self.cohort.modules), module)
+
+    def _workers(self) -> int:
+        """Portions worked on at a time: a second, within ``spread_over_jobs``, where they come from files.
+
+        It has its factors multiplied, which takes all cores, while the first is solved, which takes one. The factors
+        of both count for the bound of what is held. Tensors that are there already may be a GPU's: one stream's work.
+        """
+        return 1 if self.cohort.held else min(WORKERS, width_within())
+
+    def _task(self, ahead: ReadAhead, read: Portion | BaseException) -> Callable[[], Aggregation]:
+        return partial(self._part, ahead, [read])
+
+    def _part(self, ahead: ReadAhead, read: list[Portion | BaseException]) -> Aggregation:
+        """The aggregation of the list's one portion, which is then freed and given back, or its error."""
+        portion = read.pop()
+        if isinstance(portion, BaseException):
+            raise portion
+        nbytes = portion.nbytes
+        try:
+            return self._settled(aggregate_cohort(portion.cohort, **{**self.options, "progress": None}))
+        finally:
+            del portion
+            ahead.give_back(nbytes)
 
     def report(self, modules: Mapping[str, ModuleReport]) -> Report:
         """The report of all portions together."""
@@ -114,5 +149,6 @@ def stream(
     cohort = make_cohort(adapters, weights, names=names, missing=missing)
     cohort, screening = screen_cohort(cohort, clip, min_cosine, backend)
     for argument in ("anchor", "align_to"):  # no portion is done before the last one's modules are known to be there
-        check_anchor(options.get(argument), cohort, argument)
+        if (adapter := check_anchor(options.get(argument), cohort, argument)) is not None:
+            options[argument] = replace(adapter, modules=InTurn(adapter.modules))
     return Stream(cohort, screening, {"backend": backend, **options})

@@ -1,43 +1,16 @@
 """The thread that reads the next modules: how far it goes, in which order, what it says of errors, that it ends."""
 
 import threading
-import time
-from collections.abc import Mapping
 
 import pytest
 import torch
 
 from fedgram import flora_na
-from fedgram.flora_na import LoraLayer, _read_ahead, portions
+from fedgram.flora_na import _read_ahead, portions, streamed
 from fedgram.flora_na._read_ahead import ReadAhead
+from fedgram.flora_na.aggregation import aggregate_cohort
 from fedgram.flora_na.streamed import iter_aggregate
-
-LAYER_BYTES = 2 * 4 * 8 * 4  # of both factors of rank 4 of an 8 x 8 module in float32
-
-
-class Recorded(Mapping):
-    """Layers made when they are asked for; ``reads`` says which were, ``broken`` which cannot be."""
-
-    def __init__(self, modules, seed=0, broken=(), r=4):
-        self.modules, self.seed, self.broken, self.r = modules, seed, broken, r
-        self.reads = []
-
-    def __getitem__(self, name):
-        if name in self.broken:
-            raise ValueError(f"{name}: cannot be read")
-        self.reads.append(name)
-        generator = torch.Generator().manual_seed(self.seed)
-        A, B = torch.randn(self.r, 8, generator=generator), torch.randn(8, self.r, generator=generator)
-        return LoraLayer(A=A, B=B)
-
-    def __iter__(self):
-        return iter(self.modules)
-
-    def __len__(self):
-        return len(self.modules)
-
-    def __contains__(self, name):
-        return name in self.modules
+from fedgram_testing.recorded import LAYER_BYTES, Recorded, names, settled
 
 
 @pytest.fixture(autouse=True)
@@ -48,55 +21,61 @@ def portion_bytes(monkeypatch):
     monkeypatch.setattr(_read_ahead, "SPARE", 0)
 
 
-def names(count):
-    return [f"m{i}" for i in range(count)]
-
-
-def settled(values):
-    """Wait until a list has stopped growing; its length."""
-    before = -1
-    while len(values) != before:
-        before = len(values)
-        time.sleep(0.1)
-    return before
-
-
 def reading_threads():
     return [thread for thread in threading.enumerate() if thread.name == "fedgram-read-ahead"]
 
 
-def test_it_reads_ahead_while_the_consumer_works_but_not_beyond_its_budget():
-    clients = [Recorded(names(9), seed) for seed in range(2)]
+@pytest.fixture
+def begun(monkeypatch):
+    """While each portion is worked on, how many layers of two clients have been read."""
+    clients, seen = [Recorded(names(9), seed) for seed in range(2)], []
+
+    def watched(*args, **options):
+        seen.append(tuple(settled(client.reads) for client in clients))
+        return aggregate_cohort(*args, **options)
+
+    monkeypatch.setattr(streamed, "aggregate_cohort", watched)
+    return clients, seen
+
+
+def test_it_reads_ahead_while_a_portion_is_worked_on_but_not_beyond_its_budget(begun):
+    clients, seen = begun
     parts = iter_aggregate(clients, method="fedavg")
     assert clients[0].reads == []
     for i in range(3):
         assert list(next(parts).adapter.modules) == [f"m{i}"]
-        # Held at most are 1.5 portions: of the next one, the first client's layer.
-        assert settled(clients[0].reads) == i + 2
-        assert settled(clients[1].reads) == i + 1
     parts.close()
     assert reading_threads() == []
+    assert seen == [(2, 1), (3, 2), (4, 3)]  # held at most are 1.5 portions: of the next one, the first client's layer
 
 
-@pytest.mark.parametrize(("spare", "begun"), [(1, 2), (100, 3)])
-def test_a_second_portion_is_read_ahead_where_it_fits_and_half_a_third(monkeypatch, spare, begun):
-    monkeypatch.setattr(_read_ahead, "SPARE", spare * LAYER_BYTES)
+def test_what_is_done_with_is_given_back_at_once():
     clients = [Recorded(names(9), seed) for seed in range(2)]
     parts = iter_aggregate(clients, method="fedavg")
     for i in range(3):
         next(parts)
-        assert settled(clients[1].reads) == i + 2
-        assert settled(clients[0].reads) == i + begun
+        assert [settled(client.reads) for client in clients] == [i + 3, i + 2]
     parts.close()
 
 
-def test_small_portions_do_not_wait_for_each_other(monkeypatch):
+@pytest.mark.parametrize(("spare", "third"), [(1, 0), (100, 1)])
+def test_a_second_portion_is_read_ahead_where_it_fits_and_half_a_third(monkeypatch, begun, spare, third):
+    monkeypatch.setattr(_read_ahead, "SPARE", spare * LAYER_BYTES)
+    clients, seen = begun
+    parts = iter_aggregate(clients, method="fedavg")
+    for _ in range(3):
+        next(parts)
+    parts.close()
+    assert seen == [(i + 2 + third, i + 2) for i in range(3)]
+
+
+def test_small_portions_do_not_wait_for_each_other(monkeypatch, begun):
     monkeypatch.setattr(_read_ahead, "LEAST_HELD", 3 * 2 * LAYER_BYTES)
-    clients = [Recorded(names(9), seed) for seed in range(2)]
+    clients, seen = begun
     parts = iter_aggregate(clients, method="fedavg")
     next(parts)
-    assert settled(clients[1].reads) == 3  # one is held by the consumer, two are ready
     parts.close()
+    assert seen == [(3, 3)]  # one is worked on, two are ready
 
 
 def test_what_is_held_is_bounded_whatever_the_sizes(monkeypatch):

@@ -1,0 +1,48 @@
+"""Lazy clients that say what was read of them."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from fedgram.flora_na import LoraLayer
+
+LAYER_BYTES = 2 * 4 * 8 * 4  # of both factors of rank 4 of an 8 x 8 module in float32
+
+
+class Recorded(Mapping):
+    """Layers made when they are asked for; ``reads`` says which were, ``broken`` which cannot be."""
+
+    def __init__(self, modules, seed=0, broken=(), r=4):
+        self.modules, self.seed, self.broken, self.r = modules, seed, broken, r
+        self.reads = []
+
+    def __getitem__(self, name):
+        if name in self.broken:
+            raise ValueError(f"{name}: cannot be read")
+        self.reads.append(name)
+        generator = torch.Generator().manual_seed(self.seed)
+        A, B = torch.randn(self.r, 8, generator=generator), torch.randn(8, self.r, generator=generator)
+        return LoraLayer(A=A, B=B)
+
+    def __iter__(self):
+        return iter(self.modules)
+
+    def __len__(self):
+        return len(self.modules)
+
+    def __contains__(self, name):
+        return name in self.modules
+
+
+def names(count):
+    return [f"m{i}" for i in range(count)]
+
+
+def settled(values):
+    """Wait until a list has stopped growing; its length."""
+    before = -1
+    while len(values) != before:
+        before = len(values)
+        time.sleep(0.1)
+    return before
