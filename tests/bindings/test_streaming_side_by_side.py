@@ -25,8 +25,8 @@ def portion_bytes(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    with threads(2), spread_over_jobs():
+def four_threads():
+    with threads(4), spread_over_jobs():
         yield
 
 
@@ -89,7 +89,7 @@ def test_one_where_the_factors_are_in_memory(clients, working):
 
 
 def test_one_outside_of_spread_jobs(monkeypatch, clients, working):
-    assert native_calls.width_within() == 2
+    assert native_calls.width_within() == 4
     with monkeypatch.context() as outside:
         outside.setattr(native_calls, "_width", None)
         assert native_calls.width_within() == 1
