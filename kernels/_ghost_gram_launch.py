@@ -22,12 +22,12 @@ class GhostPlan:
     Both are kept apart by whether a tile has several tasks on one side, or lies within one pair of tasks.
     """
 
-    def __init__(self, offsets: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, offsets: tuple[int, ...], device: torch.device, tile: int) -> None:
         check_runnable(device)
         self.K, self.slots = len(offsets) - 1, 0
         work: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
         cells: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
-        blocks = row_blocks(offsets, kernels.TILE)
+        blocks = row_blocks(offsets, tile)
         groups = [tuple(g) for _, g in itertools.groupby(blocks, key=lambda b: (b.first, b.last))]
         for n, i in enumerate(groups):
             for j in groups[n:]:
@@ -65,7 +65,8 @@ def ghost_gram_triton(
     inputs: Tensor, output_grads: Tensor, offsets: tuple[int, ...], bias: bool, precise: bool
 ) -> Tensor:
     """``ghost_gram``."""
-    plan = PLANS.get((place(inputs.device), offsets), lambda: GhostPlan(offsets, inputs.device))
+    tile, others = kernels.CHOICE
+    plan = PLANS.get((place(inputs.device), offsets, tile), lambda: GhostPlan(offsets, inputs.device, tile))
     out = torch.zeros((plan.K, plan.K), dtype=torch.float64, device=inputs.device)
     partials = torch.empty(plan.slots, dtype=torch.float64, device=inputs.device)
     inputs, output_grads = inputs.detach().resolve_neg(), output_grads.detach().resolve_neg()
@@ -79,15 +80,16 @@ def ghost_gram_triton(
     arguments |= {"TOKENS": tokens, "BIAS": bias, "SUMMING": "fp64" if precise else float32_precision()}
     wide = min(arguments["VECTOR_I"], arguments["VECTOR_G"]) > 1
     warps, stages = kernels.warps_and_stages(generation(inputs.device), arguments["SUMMING"], wide=wide)
+    warps = others or warps
     for several, work in plan.work.items():
         kernels.ghost_gram_kernel[(len(work),)](
             inputs, output_grads, plan.tasks, work, partials, inputs.stride(0), inputs.shape[-1],
-            output_grads.stride(0), output_grads.shape[1], TILE=kernels.TILE, SEVERAL=several, **arguments,
+            output_grads.stride(0), output_grads.shape[1], TILE=tile, SEVERAL=several, **arguments,
             INTERPRET=interpret_flag(), **options(warps, stages),
         )  # fmt: skip
     for several, cells in plan.cells.items():
         kernels.ghost_sum_kernel[(len(cells),)](
-            partials, cells, out, plan.K, TILE=kernels.TILE if several else kernels.SUM_SLOTS, SEVERAL=several,
+            partials, cells, out, plan.K, TILE=tile if several else kernels.SUM_SLOTS, SEVERAL=several,
             INTERPRET=interpret_flag(), **options(4, 2),
         )  # fmt: skip
     return out

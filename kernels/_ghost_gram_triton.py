@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,8 +12,22 @@ from ._plan import WIDEST
 from ._triton_common import TYPES, AotConfig, product, trips
 from ._triton_split import split_tf32
 
-TILE = 64  # rows of one side
 SUM_SLOTS = 512  # tiles of one pair of tasks that are summed at a time
+
+
+class Choice(NamedTuple):
+    """What a launch may do otherwise, within the same error."""
+
+    tile: int = 64  # rows of one side
+    warps: int | None = None  # others than those of ``warps_and_stages``
+
+
+CHOICE = Choice()
+# small tiles make more programs of few rows; with fewer warps those of 16-bit types spill
+TRIALS = {
+    torch.float32: {"tile 32, 2 warps": Choice(32, 2), "tile 32, 4 warps": Choice(32, 4)},
+    torch.bfloat16: {"tile 32, 4 warps": Choice(32, 4)},
+}
 
 
 @triton.jit
@@ -198,18 +212,22 @@ def aot_configs(generation: str) -> list[AotConfig]:
         "fp32 several tasks precise": (fp32, "fp64", True, False, True),
         "fp64 within tasks": (fp64, "fp64", True, False, False),
     }
+    rows = [(name, *how, Choice()) for name, how in shipped.items()]
+    tried = ("fp32 within tasks", "fp32 several tasks", "bf16 within tasks", "bf16 several tasks")
+    rows += [(f"{n}, {trial}", *shipped[n], c) for n in tried for trial, c in TRIALS[shipped[n][0]].items()]
     names = {bf16: "*bf16", fp32: "*fp32", fp64: "*fp64"}
     strides = {"input_stride": "i32", "input_width": "i32", "grad_stride": "i32", "grad_width": "i32"}
     tables = {"p_tasks": "*i32", "p_work": "*i64", "p_partials": "*fp64"}
     configs = []
-    for name, (dtype, precision, wide, tokens, several) in shipped.items():
+    for name, dtype, precision, wide, tokens, several, choice in rows:
         arguments = products_configuration("I", dtype, precision, wide)
         arguments |= products_configuration("G", dtype, precision, wide)
-        arguments |= {"TILE": TILE, "TOKENS": tokens, "BIAS": not tokens, "SEVERAL": several}
+        arguments |= {"TILE": choice.tile, "TOKENS": tokens, "BIAS": not tokens, "SEVERAL": several}
         arguments["SUMMING"] = "fp64" if precision == "fp64" else "tf32x3"
         types = {"p_inputs": "*i64" if tokens else names[dtype], "p_grads": names[dtype]} | tables | strides
         warps, stages = warps_and_stages(generation, arguments["SUMMING"], wide=wide)
-        fills = TILE * arguments["BLOCK_G"] >= 32 * warps * arguments["VECTOR_G"]  # a vector for every thread
+        warps = choice.warps or warps
+        fills = choice.tile * arguments["BLOCK_G"] >= 32 * warps * arguments["VECTOR_G"]  # a vector for every thread
         config = AotConfig(
             f"ghost_gram {name}", ghost_gram_kernel, types, arguments, warps, stages,
             tensor_cores=precision != "fp64", wide_loads=wide and fills,
@@ -218,6 +236,6 @@ def aot_configs(generation: str) -> list[AotConfig]:
     sums = {"p_partials": "*fp64", "p_cells": "*i64", "p_out": "*fp64", "K": "i32"}
     for several in (False, True):
         name = f"ghost_sum {'several tasks' if several else 'within tasks'}"
-        arguments = {"TILE": TILE if several else SUM_SLOTS, "SEVERAL": several}
+        arguments = {"TILE": Choice().tile if several else SUM_SLOTS, "SEVERAL": several}
         configs.append(AotConfig(name, ghost_sum_kernel, sums, arguments, 4, 2, tensor_cores=False, wide_loads=False))
     return configs

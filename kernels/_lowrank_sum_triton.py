@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,17 @@ NARROW_DEPTH = 32  # of one step where loads are narrow: addresses take register
 GROUP = 8  # rows of tiles that run together: their columns of A stay in the cache
 
 
+class Choice(NamedTuple):
+    """What a launch may do otherwise, for the same bits."""
+
+    w_first: bool = False  # W is loaded before the factors, and arrives while they are multiplied
+    warps: int | None = None  # others than those of ``configuration``
+
+
+CHOICE = Choice()
+TRIALS = {torch.bfloat16: {"W first": Choice(True), "W first, 4 warps": Choice(True, 4)}}  # float32 spills
+
+
 @triton.jit(do_not_specialize=["beta_bits"])
 def lowrank_sum_kernel(
     p_w, p_out,  # (m, n)
@@ -32,7 +43,7 @@ def lowrank_sum_kernel(
     n_steps, m, n_vectors, w_rows, w_columns, out_rows, out_columns,
     TYPE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr, VECTOR_B: tl.constexpr, VECTOR_A: tl.constexpr, HAS_W: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    W_FIRST: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``beta W + sum_u c_u B_u A_u``. A step is one client's next DEPTH ranks, so that the coefficient
     scales a finished product in the type of the sum, and never a stored number."""
@@ -50,6 +61,8 @@ def lowrank_sum_kernel(
     m_rows = (i + tl.arange(0, TILE_M) < m)[:, None]
     m_columns = (j + tl.arange(0, TILE_N) < n)[None, :]
     t = tl.arange(0, DEPTH)
+    if HAS_W and W_FIRST:
+        w = tl.load(p_w + rows[:, None] * w_rows + columns[None, :] * w_columns, mask=m_rows & m_columns, other=0.0)
     b = tl.zeros((TILE_M, TILE_N), SUM)
     for s in range(trips(n_steps, INTERPRET)):
         p_step = p_steps + s * 8
@@ -73,7 +86,8 @@ def lowrank_sum_kernel(
         b += c * product(x, y, tl.zeros((TILE_M, TILE_N), SUM), PRECISION, INTERPRET)
     if HAS_W:
         beta = beta_bits.to(tl.float64, bitcast=True).to(SUM)
-        w = tl.load(p_w + rows[:, None] * w_rows + columns[None, :] * w_columns, mask=m_rows & m_columns, other=0.0)
+        if not W_FIRST:
+            w = tl.load(p_w + rows[:, None] * w_rows + columns[None, :] * w_columns, mask=m_rows & m_columns, other=0.0)
         b += beta * w.to(SUM)
     p = p_out + rows[:, None] * out_rows + columns[None, :] * out_columns
     tl.store(p, rounded(b, p_out.dtype.element_ty, INTERPRET), mask=m_rows & m_columns)
@@ -133,6 +147,7 @@ def lowrank_sum_triton(
         return out
     w = out if W is None else W
     arguments, warps, stages = configuration(plan.variant)
+    arguments["W_FIRST"], warps = CHOICE.w_first, CHOICE.warps or warps
     grid = (triton.cdiv(m, arguments["TILE_M"]) * triton.cdiv(n, arguments["TILE_N"]),)
     lowrank_sum_kernel[grid](
         w, out, plan.addresses.of(pointers), plan.steps, coefficients,
@@ -157,15 +172,18 @@ def aot_configs(generation: str) -> list[AotConfig]:
         "bf16 rank 16 into fp64": (Variant(bf16, "fp64", 16, 8, 8), "*fp64"),
         "fp64 rank 16": (Variant(fp64, "fp64", 16, 2, 2), "*fp64"),
     }
+    rows = [(name, *of, Choice()) for name, of in variants.items()]
+    rows += [(f"bf16 rank 16, {trial}", *variants["bf16 rank 16"], choice) for trial, choice in TRIALS[bf16].items()]
     integers = ("n_steps", "m", "n_vectors", "w_rows", "out_rows")
     configs = []
-    for name, (v, out) in variants.items():
+    for name, v, out, choice in rows:
         arguments, warps, stages = configuration(v)
-        arguments |= {"HAS_W": True, "w_columns": 1, "out_columns": 1}  # what a launch specialises for contiguous W
+        arguments |= {"HAS_W": True, "W_FIRST": choice.w_first}
+        arguments |= {"w_columns": 1, "out_columns": 1}  # what a launch specialises for contiguous W
         signature = {"p_w": out, "p_out": out, "p_table": "*i64", "p_steps": "*i64", "p_coefficients": "*fp64"}
         signature |= {"beta_bits": "i64"} | dict.fromkeys(integers, "i32")
         config = AotConfig(
-            f"lowrank_sum {name}", lowrank_sum_kernel, signature, arguments, warps, stages,
+            f"lowrank_sum {name}", lowrank_sum_kernel, signature, arguments, choice.warps or warps, stages,
             divisible=("w_rows", "out_rows") if v.vector_a > 1 else (),
             tensor_cores=v.precision != "fp64", wide_loads=v.vector_a > 1,
         )  # fmt: skip
