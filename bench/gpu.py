@@ -35,8 +35,8 @@ CHECKS = (  # side by side: they only need to be right
     "compiled",
     *(f"sanitizer {checker}" for checker in CHECKERS),
 )
-TIMINGS = ("timings", "end_to_end")  # one after the other, alone on the device
-SECTIONS = CHECKS + TIMINGS
+TIMINGS = {"timings": 5, "choices": 1, "end_to_end": 5}  # one after the other, alone on the device; shares of the time
+SECTIONS = (*CHECKS, *TIMINGS)
 CHECK_SHARE = 0.45  # of the time limit that the checks may take
 LIMIT = 560.0  # seconds in all
 
@@ -123,7 +123,7 @@ def run_all(out: Path, limit: float) -> dict[str, Any]:
                 write(report, out)
             for i, name in enumerate(TIMINGS):
                 left = limit - (time.monotonic() - begin)
-                seconds = left / (len(TIMINGS) - i)
+                seconds = left * TIMINGS[name] / sum(list(TIMINGS.values())[i:])
                 running[name] = start(name, Path(folder), seconds - 5)
                 report["sections"] |= finish({name: running[name]}, seconds)
                 write(report, out)

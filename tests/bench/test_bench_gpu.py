@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,8 @@ from fedgram.bench.ceilings import Ceilings, Cost
 from fedgram.bench.gpu_cases import TINY, factor_cases, small_cases
 from fedgram.bench.gpu_checks import _check, _displace, _not_finite, _repeat, _replay
 from fedgram.bench.gpu_support import LAYOUTS, Guarded, Journal, laid, poisoned
+from fedgram.bench.workloads import name_of
+from fedgram.kernels.trials import FILES, trials
 
 CPU = torch.device("cpu")
 INTERPRETED = pytest.mark.skipif(
@@ -60,6 +63,11 @@ def test_the_dry_run_goes_through_every_section(dry_run):
     names = {row["name"] for row in report["sections"]["end_to_end"]["rows"]}
     assert {"W1 aggregate(als)", "W2 streamed from the host", "V1 match", "V2 grad_gram", "duals"} <= names
     assert {"W2 estimate_modules(als)", "W2 slab filled from the host"} <= names
+    tried = [row["name"] for row in report["sections"]["choices"]["rows"]]
+    assert {name.split()[0] for name in tried if name.endswith(", shipped")} == set(FILES)
+    for op, dtype in product(FILES, (torch.float32, torch.bfloat16)):
+        for trial in trials(op, dtype):
+            assert any(n.startswith(op) and n.endswith(f" {name_of(dtype)}, {trial}") for n in tried), trial
     traced = {row["name"]: row["ok"] for row in report["sections"]["compiled"]["rows"]}
     assert traced["whole match"] is True
     assert traced["whole estimate_modules(als)"] is True
