@@ -2,9 +2,10 @@
 
 Correctness of every operation on the device against float64 (types, ragged and misaligned inputs, sentinels, poisoned
 outputs), bit-identical repeats, graph replay, compilation, sanitisers; then timings against measured ceilings and
-peers, and whole workloads end to end. Each section is a process of its own and writes as it goes: one that crashes or
-hangs leaves the others. Needs torch and triton, no network; works on a checkout that is not installed. ``--dry-run``
-goes through the sections on tiny inputs in Triton's interpreter, without a GPU.
+peers, compile-time choices on trial, and whole workloads end to end. Each section is a process of its own and writes as
+it goes: one that crashes or hangs leaves the others. Where the script is interrupted, the JSON has what was found until
+then; where it is killed, a folder beside the JSON has. Needs torch and triton, no network; works on a checkout that is
+not installed. ``--dry-run`` goes through the sections on tiny inputs in Triton's interpreter, without a GPU.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def finish(sections: Mapping[str, Section], seconds: float) -> Iterator[tuple[st
     until = time.monotonic() + max(1.0, seconds)
     late: list[subprocess.Popen[bytes]] = []
     stuck: list[subprocess.Popen[bytes]] = []
-    for name, (process, part, log) in sections.items():
+    for name, (process, _, _) in sections.items():
         begin = time.monotonic()
         if process not in late:
             try:
@@ -104,16 +105,21 @@ def finish(sections: Mapping[str, Section], seconds: float) -> Iterator[tuple[st
         code: int | str | None = process.returncode
         if process in late:
             code = "out of time" + (support.NOT_ENDED if process in stuck else "")
-        rows = json.loads(part.read_text()) if part.exists() else []
-        left = {} if code == 0 else {"log": log.read_text(errors="replace")[-8000:]}
-        yield name, {"exit": code, "waited_s": round(time.monotonic() - begin, 1), "rows": rows, **left}
+        yield name, left_by(sections[name], code, time.monotonic() - begin)
 
 
-def run_all(out: Path, limit: float) -> dict[str, Any]:
-    """All sections as processes: checks side by side, then timings one by one."""
-    begin = time.monotonic()
+def left_by(section: Section, code: int | str | None, waited: float) -> dict[str, Any]:
+    """What a section has found, and what it printed where it did not end well."""
+    rows = json.loads(section.part.read_text()) if section.part.exists() else []
+    left = {} if code == 0 else {"log": section.log.read_text(errors="replace")[-8000:]}
+    return {"exit": code, "waited_s": round(waited, 1), "rows": rows, **left}
+
+
+def run_all(out: Path, limit: float, begin: float) -> dict[str, Any]:
+    """All sections as processes, within ``limit`` seconds of ``begin``: checks side by side, then timings in turn."""
     report = new_report(dry_run=False)
-    with tempfile.TemporaryDirectory() as folder:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as folder:
         seconds = limit * CHECK_SHARE
         running: dict[str, Section] = {}
         try:
@@ -127,12 +133,23 @@ def run_all(out: Path, limit: float) -> dict[str, Any]:
                 running[name] = start(name, Path(folder), seconds - 5)
                 report["sections"] |= finish({name: running[name]}, seconds)
                 write(report, out)
-        finally:  # interrupted: what runs in groups of its own would go on
-            left_over = [s.process for name, s in running.items() if name not in report["sections"]]
-            importlib.import_module("fedgram.bench.gpu_support").end_groups([p for p in left_over if p.poll() is None])
+        except BaseException:
+            interrupted(report, out, {name: s for name, s in running.items() if name not in report["sections"]})
+            raise
     report["seconds"] = round(time.monotonic() - begin, 1)
     write(report, out)
     return report
+
+
+def interrupted(report: dict[str, Any], out: Path, left: Mapping[str, Section]) -> None:
+    """Write what the sections that are left have found, at once, since a kill may follow; then end them."""
+    running = {name: s.process for name, s in left.items() if s.process.poll() is None}
+    for name, section in left.items():
+        report["sections"][name] = left_by(section, "interrupted" if name in running else section.process.poll(), 0.0)
+    try:
+        write(report, out)
+    finally:  # what runs in groups of its own would go on
+        importlib.import_module("fedgram.bench.gpu_support").end_groups(running.values())
 
 
 def dry_run(out: Path) -> dict[str, Any]:
@@ -221,6 +238,7 @@ def timing_line(row: Mapping[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the script; 0 where nothing failed."""
+    begin = time.monotonic()  # before torch is imported, which takes long on a machine that has just started
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/gpu.json"), help="the JSON to write")
     parser.add_argument("--dry-run", action="store_true", help="tiny inputs in Triton's interpreter, no GPU")
@@ -234,12 +252,12 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     if options.section:
-        run_section(options.section, options.part, time.monotonic() + options.limit)
+        run_section(options.section, options.part, begin + options.limit)
         return 0
     if not options.dry_run and not torch.cuda.is_available():
         print("fedgram: torch finds no GPU here; --dry-run goes through the script without one", file=sys.stderr)
         return 1
-    report = dry_run(options.out) if options.dry_run else run_all(options.out, options.limit)
+    report = dry_run(options.out) if options.dry_run else run_all(options.out, options.limit, begin)
     print(summary(report))
     print(f"wrote {options.out} in {report['seconds']} s")
     failed = any(s["exit"] != 0 or any(r.get("ok") is False for r in s["rows"]) for s in report["sections"].values())

@@ -134,3 +134,44 @@ def test_what_a_checker_has_started_is_ended_with_it(tmp_path, monkeypatch):
     row = gpu_sanitizers._run(str(tool), "memcheck", tmp_path / "script", time.monotonic())
     assert row["skipped"] == "not done in 2 s"
     assert ended(row["output"].strip())
+
+
+@LINUX
+def test_an_interrupted_run_tells_what_its_sections_have_found(tmp_path, monkeypatch):
+    """Their parts lie beside the JSON, for a run that is killed; a section that was done is told as such."""
+    script, out, seen = tmp_path / "writes.py", tmp_path / "out" / "gpu.json", {}
+    script.write_text(
+        "import json, os, sys, time\nname, part = (sys.argv[sys.argv.index(x) + 1] for x in ('--section', '--part'))\n"
+        "open(part + '~', 'w').write(json.dumps([{'name': name, 'ok': True, 'pid': os.getpid()}]))\n"
+        "os.rename(part + '~', part)\ntime.sleep(600 if name == 'hangs' else 0)\n"
+    )
+
+    def interrupted(sections, seconds):
+        seen.update(sections)
+        sections["done"].process.wait(10)
+        while not sections["hangs"].part.exists():
+            time.sleep(0.01)
+        raise SystemExit(143)
+
+    for name, value in {
+        "SCRIPT": script, "CHECKS": ("done", "hangs"), "finish": interrupted,
+        "new_report": lambda dry_run: {"sections": {}},
+    }.items():  # fmt: skip
+        monkeypatch.setattr(gpu, name, value)
+    with pytest.raises(SystemExit):
+        gpu.run_all(out, 60.0, time.monotonic())
+    found = json.loads(out.read_text())["sections"]
+    assert {name: section["exit"] for name, section in found.items()} == {"done": 0, "hangs": "interrupted"}
+    assert [section["rows"][0]["name"] for section in found.values()] == ["done", "hangs"]
+    assert ended(found["hangs"]["rows"][0]["pid"])
+    assert seen["hangs"].part.parent.parent == out.parent
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_slow_import_is_part_of_the_time_that_a_section_has(monkeypatch):
+    given = []
+    monkeypatch.setattr(gpu, "use_checkout", lambda: time.sleep(0.3))
+    monkeypatch.setattr(gpu, "run_section", lambda name, part, deadline: given.append(deadline))
+    begin = time.monotonic()
+    assert gpu.main(["--section", "repeats", "--limit", "5"]) == 0
+    assert given[0] - begin < 5.2
