@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -39,5 +39,5 @@ def trying(op: str, dtype: torch.dtype, trial: str) -> Iterator[None]:
         file.CHOICE = shipped
 
 
-def _file(op: str) -> ModuleType:
+def _file(op: str) -> Any:
     return importlib.import_module(f".{FILES[op]}", __package__)
