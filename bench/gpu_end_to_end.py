@@ -92,11 +92,12 @@ def _model(bench: Bench, model: Model) -> None:
 
     bench.row(f"{model.name} made", make, 20)
     if made:
-        _resident(bench, model, made[0])
+        # as a row: what fails between its rows is told, and the workloads after it go on
+        bench.row(f"{model.name} resident", partial(_resident, bench, model, made[0]), 0)
         _release(bench.device)
 
 
-def _resident(bench: Bench, model: Model, pinned: Pinned) -> None:
+def _resident(bench: Bench, model: Model, pinned: Pinned) -> dict[str, Any]:
     slab, name = torch.empty_like(pinned.host, device=bench.device), model.name
     send = partial(slab.copy_, pinned.host, non_blocking=True)
     sent = measure_one(send, bench.device, budget=0.5).median
@@ -122,6 +123,7 @@ def _resident(bench: Bench, model: Model, pinned: Pinned) -> None:
         run = partial(flora_na.aggregate, clients, w, method=method)
         work = partial(_aggregate, bench, run, clients, w, cost)
         bench.row(f"{name} aggregate({method})", work, need_s if large else 8)
+    return {"ok": True}
 
 
 def _aggregate(bench: Bench, run: Callable[[], Any], clients: Layers, w: Tensor, cost: Cost) -> dict[str, Any]:

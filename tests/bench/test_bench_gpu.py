@@ -236,6 +236,19 @@ def test_what_takes_longest_comes_last_and_is_left_out_in_time(monkeypatch):
     assert "W2 estimate_modules(fedavg, precise=False)" in before
 
 
+def test_what_fails_between_the_rows_of_a_model_leaves_the_other_workloads(monkeypatch):
+    monkeypatch.setattr(gpu_end_to_end, "ceilings_of", lambda device: Ceilings(1e9, 1e9, {"float32": 1e9}))
+    monkeypatch.setattr(gpu_end_to_end, "_operations", lambda *_: iter(()))
+    monkeypatch.setattr(gpu_end_to_end.kernels, "prepare", lambda B, A: 1 / 0)
+    monkeypatch.setattr(gpu_end_to_end, "_vectors", lambda *_: {"ok": True})
+    monkeypatch.setattr(gpu_end_to_end, "_duals", lambda device: {"ok": True})
+    journal = Journal(None)
+    gpu_end_to_end.end_to_end(journal, CPU)
+    found = {row["name"]: row["ok"] for row in journal.rows}
+    assert found["W1 resident"] is found["W2 resident"] is False
+    assert found["V2 gradients"] is found["duals"] is found["W2 made"] is True
+
+
 def test_timings_that_are_left_out_are_named():
     rows = [{"name": f"W2 {n}", "ok": None, "skipped": "out of time"} for n in ("one", "two")]
     where = {"device": "x", "versions": {"torch": "2"}}
