@@ -157,7 +157,10 @@ def configuration(v: Variant, generation: str) -> tuple[dict[str, Any], int, int
         if v.tile_r == 64:
             return arguments, 8 if narrow or generation == "sm80" else 4, 2
         return arguments, 4, 2 if v.tile_k == 256 and generation != "sm90" else 3
-    return arguments, 8 if narrow else 2 if v.tile_r == 16 else 4, 3
+    # scalars of 32 columns spill in fewer warps on sm90 and sm100, a third stage of narrow float32 with Triton 3.9
+    warps = 8 if narrow or (v.scalars and v.tile_r == 32) else 2 if v.tile_r == 16 else 4
+    tall = narrow and v.scalars and v.tile_r == 16 and v.dtype == torch.float32
+    return arguments, warps, 2 if tall else 3
 
 
 def factor_combine_triton(
@@ -191,6 +194,9 @@ def aot_configs(generation: str) -> list[AotConfig]:
         "fp32 rank 16 blocks": Variant(64, 16, False, fp32, fp32, x3, 4, 4),
         "fp32 rank 32 blocks": Variant(64, 32, False, fp32, fp32, x3, 4, 4),
         "fp32 rank 16 scalars": Variant(64, 16, True, fp32, fp32, x3, 4, 4),
+        "fp32 rank 32 scalars": Variant(64, 32, True, fp32, fp32, x3, 4, 4),
+        "fp16 rank 32 scalars into fp32": Variant(64, 32, True, fp16, fp32, x3, 8, 8),
+        "fp32 rank 16 scalars scalar loads": Variant(128, 16, True, fp32, fp32, x3, 1, 1),
         "fp16 rank 32 blocks": Variant(64, 32, False, fp16, fp16, x3, 8, 8),
         "fp16 rank 16 blocks": Variant(64, 16, False, fp16, fp16, x3, 8, 8),
         "bf16 rank 16 blocks into fp64": Variant(128, 16, False, bf16, fp64, "fp64", 8, 8),
