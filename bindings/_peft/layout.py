@@ -65,8 +65,7 @@ class FileLayout:
         shapes: the layers by name (see ``names``).
 
     Attributes:
-        ranks: module, as PEFT selects it, or tied head -> rank (parameters of ``target_parameters`` left out).
-        selected: those of them that ``target_modules`` must select: all but the tied heads.
+        ranks: module, as PEFT selects it -> rank; tied heads too (parameters of ``target_parameters`` left out).
         parameter_rank: the rank of all parameters of ``target_parameters``, or None.
         parameters: the modules that they belong to.
         paths: paths of all layers, tied heads included.
@@ -79,7 +78,6 @@ class FileLayout:
 
     def __init__(self, shapes: Mapping[str, LayerShape]) -> None:
         self.ranks: dict[str, int] = {}
-        self.selected: set[str] = set()
         self.parameter_rank: int | None = None
         self.parameters: set[str] = set()
         self.paths: set[str] = set()
@@ -100,7 +98,6 @@ class FileLayout:
             self.parameter_rank = max(rank, self.parameter_rank or 0)
             self.parameters.add(name.owner)
             return
-        self.selected.add(name.owner)
         for owner in (name.owner, *name.tied):
             self.ranks[owner] = max(rank, self.ranks.get(owner, 0))
 

@@ -50,9 +50,9 @@ def output_config(config: Mapping[str, Any] | None, layout: FileLayout, extras: 
     out |= _parts(out, names)
     full = [name for name in names if not name.endswith((LORA_BIAS, MAGNITUDE, TOKENS))]
     out |= _saved_extras(out, full, layout.paths)
-    _check_apart(out["modules_to_save"] or [], layout.selected)
+    _check_apart(out["modules_to_save"] or [], layout.ranks)
     refuse_other_kinds(out, Path("config"), handled=IN_FILES | {"use_dora"})
-    return out | _written_selection(out, layout.selected)
+    return out | _written_selection(out, layout.ranks)
 
 
 def config_text(config: Mapping[str, Any]) -> str:
@@ -91,7 +91,8 @@ def _written_selection(config: Mapping[str, Any], modules: Collection[str]) -> d
     A list of names that leads to all of them is kept, and one of the modules' own names takes the place of one that
     does not. Where the clients' selection does more, their modules may be fewer than those whose names end like
     theirs: an expression of their own names then says which. The clients' expressions do not go into the output: PEFT
-    runs them over the names of the base model wherever it is loaded, and a stranger's may take for ever.
+    runs them over the names of the base model wherever it is loaded, and a stranger's may take for ever. Tied heads
+    are named too: PEFT ties nothing, and passes over their factors, unless one of the names is a head's that it knows.
     """
     names = sorted(modules)
     if not names:  # only parameters, such as those of experts

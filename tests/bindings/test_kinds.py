@@ -174,6 +174,22 @@ def test_a_tied_embedding_counts_once(clients):
     assert norm == pytest.approx(float(sum(parts).sqrt()), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {"target_modules": r".*embed_tokens|.*q_proj|lm_head"},
+        {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "layers_to_transform": [0]},
+    ],
+    ids=["expression", "layers"],
+)
+def test_a_tied_head_is_loaded_however_modules_are_selected(tmp_path, selection):
+    kind = Kind(tied_llama, {"ensure_weight_tying": True, **selection})
+    expected = trained(write_kind(kind, tmp_path / "in"))
+    assert "delta of lm_head" in expected
+    save_adapter(load_adapter(tmp_path / "in"), tmp_path / "out")
+    assert_same(loaded(kind, tmp_path / "out"), expected)
+
+
 def test_embeddings_that_are_not_tied_count_twice(tmp_path):
     options = KINDS["tied embedding"].options | {"ensure_weight_tying": False}
     model = write_kind(Kind(tied_llama, options), tmp_path / "c")
