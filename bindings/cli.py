@@ -62,7 +62,8 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fedgram {importlib.metadata.version('fedgram')}")
+        with one_line_errors():
+            typer.echo(f"fedgram {importlib.metadata.version('fedgram')}")
         raise typer.Exit
 
 

@@ -217,6 +217,14 @@ def test_the_version_and_what_the_imports_made_is_not_collected():
     assert done.stdout.splitlines() == [f"fedgram {version('fedgram')}", "True True"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_version_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-P", "-m", "fedgram.bench.cli", "--version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "fedgram: No space left on device\n")
+
+
 WITHOUT_TYPER = """
 import sys
 sys.modules["typer"] = None

@@ -11,8 +11,13 @@ from .config import PREFIX, LoraSettings
 from .keys import LORA_BIAS, MAGNITUDE, TOKENS, AdapterKeys
 from .shards import TensorSource
 
-# Embeddings and heads whose frozen weights PEFT stores beside an adapter (its option save_embedding_layers).
-FROZEN = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out"})
+# Ends of the names of embeddings and heads whose frozen weights PEFT stores beside an adapter (its option
+# save_embedding_layers, and by itself where a vocabulary was resized).
+FROZEN = (
+    *(".embed_tokens", ".embed_in", ".embed_out", ".wte", ".shared", ".word_embeddings", ".word_embedding"),
+    *(".tok_embeddings", ".token_embedding", ".backbone.embeddings", ".lm_head", ".lm_head.decoder"),
+    *(".predictions.decoder", ".lm_loss", ".proj_out", ".output_projection", ".generator_lm_head", ".vocab_projector"),
+)
 
 MAX_COMPARISONS = 2_000_000
 
@@ -99,6 +104,6 @@ def is_frozen(name: str, modules: Collection[str]) -> bool:
     owner, _, parameter = name.rpartition(".")
     if parameter not in ("weight", "bias"):
         return False
-    module = owner.removesuffix(".base_layer")
+    module = owner.removesuffix(".base_layer").removesuffix(".token_adapter")
     wrapped = module != owner and parameter == "weight" and module in modules
-    return wrapped or module.rpartition(".")[2] in FROZEN
+    return wrapped or f".{module}".endswith(FROZEN)

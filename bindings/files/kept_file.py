@@ -15,7 +15,7 @@ from .documents import filed_errors, open_regular
 from .read_behind import ReadBehind
 
 MOST = 128
-"""Files that are open at a time: systems allow a process 256 at least."""
+"""Files that are open at a time, at most."""
 
 _order: OrderedDict[int, None] = OrderedDict()
 _open: WeakValueDictionary[int, KeptFile] = WeakValueDictionary()
@@ -110,13 +110,22 @@ def _read_some(descriptor: int, part: memoryview, start: int) -> int:
     return len(data)
 
 
+def _most() -> int:
+    """``MOST``, or half of the files that the system allows this process now."""
+    try:
+        allowed = os.sysconf("SC_OPEN_MAX")
+    except (AttributeError, ValueError, OSError):
+        return MOST
+    return min(MOST, allowed // 2) if allowed > 0 else MOST
+
+
 def _close_others(file: KeptFile) -> None:
     """Note that a file was opened, and close those that were opened the longest time ago."""
     with _guard:
         _open[id(file)] = file
         _order[id(file)] = None
         _order.move_to_end(id(file))
-        for key in list(_order)[: max(0, len(_order) - MOST)]:
+        for key in list(_order)[: max(0, len(_order) - _most())]:
             old = _open.get(key)
             if old is None or old.try_close():
                 del _order[key]

@@ -100,6 +100,20 @@ def test_what_was_written_is_read_again(clients, tmp_path, name):
         torch.testing.assert_close(again.extras[key], tensor)
 
 
+def test_token_rows_are_read_with_the_embedding_that_is_stored_with_them(tmp_path):
+    """PEFT stores it by itself where a vocabulary was resized; its key then goes through the adapter of the rows."""
+    kind, everyone = KINDS["tokens by module"], []
+    for i in range(3):
+        model = write_kind(kind, tmp_path / f"c{i}", seed=i)
+        quietly(model.save_pretrained, tmp_path / f"c{i}", save_embedding_layers=True)
+        everyone.append(trained(model))
+    adapters = read("tokens by module", *(tmp_path / f"c{i}" for i in range(3)))
+    stored = [name for name, role in adapters[0].roles.items() if role == "frozen"]
+    assert [name for name in stored if "token_adapter.base_layer" in name] == stored != []
+    save_adapter(flora_na.aggregate(adapters, WEIGHTS, method="stack").adapter, tmp_path / "out")
+    assert_same(loaded(kind, tmp_path / "out"), mean(everyone))
+
+
 def test_files_of_different_dtypes_are_mixed_in_the_one_that_holds_all(tmp_path):
     """float16 and bfloat16 meet in float32; the mean is that of the values as they are stored."""
     everyone = []

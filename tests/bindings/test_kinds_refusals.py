@@ -286,12 +286,22 @@ def test_a_parameter_may_be_reached_by_the_end_of_its_name(tmp_path):
     assert list(load_adapter(tmp_path / "c").modules) == ["moe [parameter]"]
 
 
-def test_full_weights_of_embeddings_are_taken_as_frozen_and_others_are_refused(tmp_path):
-    """PEFT stores resized embeddings beside an adapter; any other undeclared tensor is unknown."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.embed_tokens.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+        *("backbone.embeddings.weight", "proj_out.weight"),
+    ],
+)
+def test_full_weights_of_embeddings_are_taken_as_frozen(tmp_path, name):
+    """PEFT stores resized embeddings beside an adapter: those of Llama, BERT, Mamba and Whisper."""
     write_client(tmp_path / "c", llama(), r=2, target_modules=["q_proj"])
-    name = "base_model.model.model.embed_tokens.weight"
-    edit_tensors(tmp_path / "c", lambda tensors: tensors | {name: torch.ones(41, 16)})
-    assert load_adapter(tmp_path / "c").roles == {name: "frozen"}
+    edit_tensors(tmp_path / "c", lambda tensors: tensors | {f"base_model.model.{name}": torch.ones(41)})
+    assert load_adapter(tmp_path / "c").roles == {f"base_model.model.{name}": "frozen"}
+
+
+@pytest.mark.parametrize("name", ["2.weight", "decoder.weight", "model.embeddings.weight", "my_lm_head.weight"])
+def test_any_other_undeclared_tensor_is_unknown(tmp_path, name):
     write_client(tmp_path / "d", mlp(), r=2, target_modules=["0"])
-    edit_tensors(tmp_path / "d", lambda tensors: tensors | {"base_model.model.2.weight": torch.ones(2)})
-    assert "2.weight: unknown tensor" in refusal(load_adapter, tmp_path / "d")
+    edit_tensors(tmp_path / "d", lambda tensors: tensors | {f"base_model.model.{name}": torch.ones(2)})
+    assert f"{name}: unknown tensor" in refusal(load_adapter, tmp_path / "d")
