@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -46,8 +47,8 @@ def iter_aggregate(
     Grams leave doubt or are not formed, and ``flora-na`` with an anchor or a rank that is not the clients'. Meanwhile a
     thread reads ahead: the factors held are at most 1.5 times the largest portion (or 16 MiB), and up to 8 MiB more,
     not beyond two and a half portions. Within ``kernels.spread_over_jobs()``, two portions of lazily read factors are
-    worked on at a time where that bound has room for both. Full tensors beside the factors (``Adapter.extras``) are
-    left to the caller.
+    worked on at a time where that bound has room for both and each is one module. Full tensors beside the factors
+    (``Adapter.extras``) are left to the caller.
 
     Args:
         adapters: as in ``aggregate``; their mappings should be lazy, and are read from another thread (those of
@@ -76,6 +77,7 @@ class Stream:
     cohort: Cohort
     screening: Screening | None
     options: Mapping[str, Any]
+    _several: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def parts(self, skip: Collection[str] = ()) -> Iterator[Aggregation]:
         """The portions, without modules to ``skip``: those of the first portions of an earlier run."""
@@ -100,7 +102,8 @@ class Stream:
         """Portions worked on at a time: a second, within ``spread_over_jobs``, where they come from files.
 
         It has its factors multiplied, which takes all cores, while the first is solved, which takes one. The factors
-        of both count for the bound of what is held. Tensors that are there already may be a GPU's: one stream's work.
+        of both count for the bound of what is held. Portions of several modules, which are solved side by side and take
+        more memory, are worked on one at a time. Tensors that are there already may be a GPU's: one stream's work.
         """
         return 1 if self.cohort.held else min(WORKERS, width_within())
 
@@ -114,7 +117,8 @@ class Stream:
             raise portion
         nbytes = portion.nbytes
         try:
-            return self._settled(aggregate_cohort(portion.cohort, **{**self.options, "progress": None}))
+            with self._several if len(portion.cohort.modules) > 1 else contextlib.nullcontext():
+                return self._settled(aggregate_cohort(portion.cohort, **{**self.options, "progress": None}))
         finally:
             del portion
             ahead.give_back(nbytes)

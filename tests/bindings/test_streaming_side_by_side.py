@@ -83,6 +83,14 @@ def test_one_where_both_would_be_more_than_may_be_held(monkeypatch, clients, wor
     assert max(held) <= 1.5 * 2 * LAYER_BYTES
 
 
+def test_one_where_portions_are_of_several_modules(monkeypatch, clients, working):
+    monkeypatch.setattr(portions, "CHUNK_BYTES", 1 << 15)
+    sizes = [len(part.adapter.modules) for part in iter_aggregate(clients, method="fedavg")]
+    assert max(sizes) > 1
+    assert len(sizes) > 2
+    assert working == [1] * len(sizes)
+
+
 def test_one_where_the_factors_are_in_memory(clients, working):
     list(iter_aggregate([{n: c[n] for n in c} for c in clients], method="fedavg"))
     assert working == [1] * len(working)
