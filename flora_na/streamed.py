@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -84,8 +85,13 @@ class Stream:
         left = [module for module in self.cohort.modules if module not in skip]
         before = len(self.cohort.modules) - len(left)
         with ReadAhead(self.cohort, left) as ahead:
-            tasks = map(partial(self._task, ahead), iter(ahead.take, None))
-            with contextlib.closing(in_order(tasks, self._workers())) as parts:
+            first = ahead.take()
+            if first is None:
+                return
+            workers, tasks = self._workers(first), [self._task(ahead, first)]
+            del first  # it is to be freed where it is worked on
+            rest = map(partial(self._task, ahead), iter(ahead.take, None))
+            with contextlib.closing(in_order(chain(tasks, rest), workers)) as parts:
                 for part in parts:
                     self._tell(before, part.adapter.modules)
                     before += len(part.adapter.modules)
@@ -98,20 +104,25 @@ class Stream:
             for done, module in enumerate(modules, before + 1):
                 tell(done, len(self.cohort.modules), module)
 
-    def _workers(self) -> int:
-        """Portions worked on at a time: a second, within ``spread_over_jobs``, where they come from files.
+    def _workers(self, first: Portion | BaseException) -> int:
+        """Portions worked on at a time: two, within ``spread_over_jobs``, where they are modules that come from files.
 
-        It has its factors multiplied, which takes all cores, while the first is solved, which takes one. The factors
-        of both count for the bound of what is held. Portions of several modules, which are solved side by side and take
-        more memory, are worked on one at a time. Tensors that are there already may be a GPU's: one stream's work.
+        The second has its factors multiplied, which takes all cores, while the first is solved, which takes one. The
+        factors of both count for the bound of what is held. Several modules are solved side by side, and take more
+        memory. Tensors that are there already may be a GPU's: one stream's work.
         """
-        return 1 if self.cohort.held else min(WORKERS, width_within())
+        if self.cohort.held or isinstance(first, BaseException) or len(first.cohort.modules) > 1:
+            return 1
+        return min(WORKERS, width_within())
 
     def _task(self, ahead: ReadAhead, read: Portion | BaseException) -> Callable[[], Aggregation]:
         return partial(self._part, ahead, [read])
 
     def _part(self, ahead: ReadAhead, read: list[Portion | BaseException]) -> Aggregation:
-        """The aggregation of the list's one portion, which is then freed and given back, or its error."""
+        """The aggregation of the list's one portion, which is then freed and given back, or its error.
+
+        Portions of several modules that come among larger ones are worked on one at a time.
+        """
         portion = read.pop()
         if isinstance(portion, BaseException):
             raise portion

@@ -10,7 +10,7 @@ from fedgram import flora_na
 from fedgram.flora_na import _read_ahead, portions, streamed
 from fedgram.flora_na._read_ahead import ReadAhead
 from fedgram.flora_na.aggregation import aggregate_cohort
-from fedgram.flora_na.streamed import iter_aggregate
+from fedgram.flora_na.streamed import Stream, iter_aggregate
 from fedgram.kernels import native_calls, spread_over_jobs
 from fedgram_testing.gradients import threads
 from fedgram_testing.recorded import LAYER_BYTES, Recorded, names, settled
@@ -85,10 +85,27 @@ def test_one_where_both_would_be_more_than_may_be_held(monkeypatch, clients, wor
 
 def test_one_where_portions_are_of_several_modules(monkeypatch, clients, working):
     monkeypatch.setattr(portions, "CHUNK_BYTES", 1 << 15)
+    mine, threads_of = threading.get_ident(), []
+    monkeypatch.setattr(Stream, "_settled", lambda self, done: (threads_of.append(threading.get_ident()), done)[1])
     sizes = [len(part.adapter.modules) for part in iter_aggregate(clients, method="fedavg")]
     assert max(sizes) > 1
     assert len(sizes) > 2
     assert working == [1] * len(sizes)
+    assert threads_of == [mine] * len(sizes)  # two would each keep what it has freed
+
+
+def test_several_modules_among_larger_ones_are_worked_on_one_at_a_time(monkeypatch, working):
+    class Sized(Recorded):
+        def __getitem__(self, name):
+            self.r = 400 if name == "m0" else 4
+            return super().__getitem__(name)
+
+    monkeypatch.setattr(portions, "CHUNK_BYTES", 1 << 15)
+    monkeypatch.setattr(_read_ahead, "LEAST_HELD", 1 << 30)
+    sizes = [len(p.adapter.modules) for p in iter_aggregate([Sized(names(40)), Sized(names(40), 1)], method="fedavg")]
+    assert sizes[0] == 1
+    assert min(sizes[1:-1]) > 1
+    assert max(working[2:]) == 1  # the second beside the large one
 
 
 def test_one_where_the_factors_are_in_memory(clients, working):
