@@ -105,7 +105,7 @@ def test_several_modules_among_larger_ones_are_worked_on_one_at_a_time(monkeypat
     sizes = [len(p.adapter.modules) for p in iter_aggregate([Sized(names(40)), Sized(names(40), 1)], method="fedavg")]
     assert sizes[0] == 1
     assert min(sizes[1:-1]) > 1
-    assert max(working[2:]) == 1  # the second beside the large one
+    assert max(working[2:-1]) == 1  # the second beside the large one, the last may be one module
 
 
 def test_one_where_the_factors_are_in_memory(clients, working):
