@@ -151,7 +151,7 @@ def _select(
     X: Tensor, problems: list[Problem], draws: list[Tensor], triton: bool
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Chosen rows of X, errors, random errors and optimality of a group of classes."""
-    centred = _centred(X, problems)
+    centred, unit = _centred(X, problems)
     sizes = torch.tensor([problem.rows for problem in problems], device=X.device)
     counts = torch.tensor([problem.wanted for problem in problems], device=X.device)
     rows = MemberRows(centred, sizes, gram=centred.shape[1] <= GRAM_ROWS)
@@ -166,17 +166,27 @@ def _select(
             optimal = descend_triton(rows, starts)
     else:
         optimal = descend(rows, starts)
-    return _best(centred, problems, starts, optimal)
+    chosen, error, random_error, best_optimal = _best(centred, problems, starts, optimal)
+    return chosen, error * unit, random_error * unit, best_optimal
 
 
-def _centred(X: Tensor, problems: list[Problem]) -> Tensor:
-    """(classes, rows, p) float64 rows about the mean of their class, zeros below."""
+def _centred(X: Tensor, problems: list[Problem]) -> tuple[Tensor, Tensor]:
+    """(classes, rows, p) float64 rows about the mean of their class in units (classes,) of it, zeros below.
+
+    The units are powers of two near the largest number of a class, so that its squares are in float64's range; 1 for
+    narrower types, whose squares are.
+    """
     centred = X.new_zeros((len(problems), max(p.rows for p in problems), X.shape[1]), dtype=torch.float64)
+    unit = X.new_ones(len(problems), dtype=torch.float64)
     for c, problem in enumerate(problems):
-        rows = centred[c, : problem.rows]
-        rows.copy_(X[problem.start : problem.stop])
+        rows, own = centred[c, : problem.rows], X[problem.start : problem.stop]
+        if X.dtype == torch.float64 and own.numel():
+            exponent = torch.frexp(own.abs().amax()).exponent.clamp(-1000, 1000).double()  # 0 for zeros
+            unit[c] = torch.exp2(exponent)
+            own = own * torch.exp2(-exponent)
+        rows.copy_(own)
         rows.sub_(rows.mean(0))
-    return centred
+    return centred, unit
 
 
 def _best(

@@ -170,3 +170,20 @@ def test_operation_is_registered(backend):
         return subset_select(x, [0, 12, 30], [3, 4], restarts=1, backend=backend).error * 2
 
     assert torch.equal(compiled(X), subset_select(X, [0, 12, 30], [3, 4], restarts=1, backend=backend).error * 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("power", [-1040, -600, 600, 1000])
+def test_numbers_whose_squares_leave_the_range_are_chosen_as_ordinary_ones(backend, power):
+    """Classes of one matrix apart by as many powers of two; below 2 ** -1022 numbers have fewer bits."""
+    torch.manual_seed(0)
+    X = torch.randint(-99, 99, (24, 5)).double()
+    ordinary = subset_select(torch.cat([X, X]), [0, 24, 48], [7, 7], backend=backend)
+    half = 2.0 ** (power // 2)
+    far = subset_select(torch.cat([X * half * half, X]), [0, 24, 48], [7, 7], backend=backend)
+    assert torch.equal(far.indices, ordinary.indices)
+    assert torch.equal(far.swap_optimal, ordinary.swap_optimal)
+    for got, want in ((far.error, ordinary.error), (far.random_error, ordinary.random_error)):
+        assert torch.isfinite(got).all()
+        torch.testing.assert_close(got[0] / half / half, want[0], rtol=1e-4 if power < -1000 else 1e-12, atol=0)
+        assert got[1] == want[1]
