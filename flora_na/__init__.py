@@ -15,7 +15,8 @@ The files, in the order to read them:
   ``stack``; with ``rank_choice`` and ``gauge``. Compiled twins: ``_scalar_solver``, ``_block_solver``,
   ``_spectrum_solver`` (``_compiled``, ``native/``);
 - the solution and its evidence: ``combination`` (the factors), ``divergence`` (rho), ``yardsticks``, ``estimation``;
-- whole adapters: ``portions``, ``aggregation``, ``per_client``, ``streamed`` (``_read_ahead``), ``report``;
+- whole adapters: ``portions``, ``aggregation``, ``per_client``, ``streamed`` (``_read_ahead``, ``_in_order``),
+  ``report``;
 - the clients compared: ``inner_products``, ``weight_space``, ``screening``; ``inspection`` makes a ``diagnosis``
   (``rank_collapse``);
 - all modules at once on a device: ``batched`` (``_batched_group``, ``_batched_solvers``, ``_batched_algebra``).
