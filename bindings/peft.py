@@ -206,7 +206,9 @@ def save_adapter(adapter: AdapterLike, path: PathLike, *, config: Mapping[str, A
     extras = extra_specs(adapter)
     if both := sorted(extras.keys() & layout.specs.keys()):
         raise ValueError(f"extras: {both[0]!r}: is a factor of one of the layers")
-    document = output_config(config or adapter.config, layout, [key.removeprefix(PREFIX) for key in extras])
+    names = [key.removeprefix(PREFIX) for key in extras]
+    frozen = {key.removeprefix(PREFIX) for key, role in adapter.roles.items() if role == "frozen"}
+    document = output_config(config or adapter.config, layout, names, frozen)
     text = config_text(document)
 
     source = layout.verbatim(shapes)

@@ -101,7 +101,7 @@ class ReadAhead:
                 del portion  # it is to be freed where it is worked on
         except _StoppedError:
             return
-        except BaseException as error:  # raised where the portion were worked on
+        except BaseException as error:  # raised where the portion would be worked on
             self._hand_over(error)
         self._hand_over(None)
 

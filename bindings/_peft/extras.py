@@ -12,11 +12,13 @@ from .keys import LORA_BIAS, MAGNITUDE, TOKENS, AdapterKeys
 from .shards import TensorSource
 
 # Ends of the names of embeddings and heads whose frozen weights PEFT stores beside an adapter (its option
-# save_embedding_layers, and by itself where a vocabulary was resized).
+# save_embedding_layers, and by itself where a vocabulary was resized). Those of the first line are also taken to be
+# frozen where nothing says what they are.
+EMBEDDINGS = (".embed_tokens", ".embed_in", ".embed_out", ".wte", ".shared", ".word_embeddings", ".lm_head")
 FROZEN = (
-    *(".embed_tokens", ".embed_in", ".embed_out", ".wte", ".shared", ".word_embeddings", ".word_embedding"),
-    *(".tok_embeddings", ".token_embedding", ".backbone.embeddings", ".lm_head", ".lm_head.decoder"),
-    *(".predictions.decoder", ".lm_loss", ".proj_out", ".output_projection", ".generator_lm_head", ".vocab_projector"),
+    *EMBEDDINGS,
+    *(".word_embedding", ".tok_embeddings", ".token_embedding", ".backbone.embeddings", ".lm_head.decoder", ".lm_loss"),
+    *(".predictions.decoder", ".proj_out", ".output_projection", ".generator_lm_head", ".vocab_projector"),
 )
 
 MAX_COMPARISONS = 2_000_000
@@ -99,11 +101,11 @@ def _undeclared(file: TensorSource, key: str, twin: str | None, modules: Collect
     return "frozen"
 
 
-def is_frozen(name: str, modules: Collection[str]) -> bool:
-    """Whether a tensor (its name without prefix) is a stored base weight of an embedding or a head."""
+def is_frozen(name: str, modules: Collection[str], ends: tuple[str, ...] = FROZEN) -> bool:
+    """Whether a tensor (its name without prefix) is a stored base weight of an embedding or a head, of those names."""
     owner, _, parameter = name.rpartition(".")
     if parameter not in ("weight", "bias"):
         return False
-    module = owner.removesuffix(".base_layer").removesuffix(".token_adapter")
+    module = owner.removesuffix(".token_adapter.base_layer").removesuffix(".base_layer")
     wrapped = module != owner and parameter == "weight" and module in modules
-    return wrapped or f".{module}".endswith(FROZEN)
+    return wrapped or f".{module}".endswith(ends)

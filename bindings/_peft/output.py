@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import IN_FILES, LoraSettings, refuse_other_kinds, saved_by
-from .extras import is_frozen
+from .extras import EMBEDDINGS, is_frozen
 from .keys import LORA_BIAS, MAGNITUDE, TOKENS
 from .layout import FileLayout
 from .merging import SELECTION, only_names
@@ -28,13 +28,16 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def output_config(config: Mapping[str, Any] | None, layout: FileLayout, extras: Iterable[str]) -> dict[str, Any]:
+def output_config(
+    config: Mapping[str, Any] | None, layout: FileLayout, extras: Iterable[str], frozen: Collection[str] = ()
+) -> dict[str, Any]:
     """The configuration of an adapter to be written: every scaling is 1 (lora_alpha = r, patterns where ranks vary).
 
     Args:
         config: the clients' configuration, or None.
         layout: of the layers.
         extras: names of the other tensors, without prefix.
+        frozen: those of them that are known to be stored base weights.
 
     Raises:
         ValueError: a tensor or an expert is not declared by the configuration: PEFT would not load it; or the
@@ -49,7 +52,7 @@ def output_config(config: Mapping[str, Any] | None, layout: FileLayout, extras: 
     out |= {"eva_config": None, "corda_config": None, "lora_ga_config": None, "loftq_config": {}}
     out |= _parts(out, names)
     full = [name for name in names if not name.endswith((LORA_BIAS, MAGNITUDE, TOKENS))]
-    out |= _saved_extras(out, full, layout.paths)
+    out |= _saved_extras(out, full, layout.paths, frozen)
     _check_apart(out["modules_to_save"] or [], layout.ranks)
     refuse_other_kinds(out, Path("config"), handled=IN_FILES | {"use_dora"})
     return out | _written_selection(out, layout.ranks)
@@ -163,15 +166,19 @@ def _reads_as(pattern: Mapping[str, int], ranks: Mapping[str, int], default: int
         return False
 
 
-def _saved_extras(config: Mapping[str, Any], extras: list[str], modules: Collection[str]) -> dict[str, Any]:
+def _saved_extras(
+    config: Mapping[str, Any], extras: list[str], modules: Collection[str], frozen: Collection[str]
+) -> dict[str, Any]:
     """modules_to_save and bias as far as their tensors are there: PEFT fails on declared tensors that are not."""
     entries, bias = config["modules_to_save"] or [], config["bias"]
     if not entries and bias == "none":  # told by the tensors: a bias alone was trained as one
-        found = [key.rpartition(".") for key in extras if not is_frozen(key, modules)]
+        told = [key for key in extras if key not in frozen and not is_frozen(key, modules, EMBEDDINGS)]
+        found = [key.rpartition(".") for key in told]
         entries = sorted({module for module, _, part in found if part != "bias"} - {""})
         bias = "all"
     saved = [entry for entry in entries if any(saved_by(entry, key) for key in extras)]
-    has_bias = any(key.endswith("bias") and not any(saved_by(entry, key) for entry in saved) for key in extras)
+    rest = (key for key in extras if key not in frozen and not any(saved_by(entry, key) for entry in saved))
+    has_bias = any(key.endswith("bias") for key in rest)
     kept = {"modules_to_save": saved or None, "bias": bias if has_bias else "none"}
     settings = LoraSettings.parse({**config, **kept}, Path("config"))
     for key in extras:

@@ -300,7 +300,9 @@ def test_full_weights_of_embeddings_are_taken_as_frozen(tmp_path, name):
     assert load_adapter(tmp_path / "c").roles == {f"base_model.model.{name}": "frozen"}
 
 
-@pytest.mark.parametrize("name", ["2.weight", "decoder.weight", "model.embeddings.weight", "my_lm_head.weight"])
+@pytest.mark.parametrize(
+    "name", ["2.weight", "decoder.weight", "model.embeddings.weight", "my_lm_head.weight", "wte.token_adapter.weight"]
+)
 def test_any_other_undeclared_tensor_is_unknown(tmp_path, name):
     write_client(tmp_path / "d", mlp(), r=2, target_modules=["0"])
     edit_tensors(tmp_path / "d", lambda tensors: tensors | {f"base_model.model.{name}": torch.ones(2)})

@@ -143,6 +143,17 @@ def test_an_extra_does_not_take_the_place_of_a_factor(tmp_path):
         save_adapter(adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize(("roles", "saved"), [({}, ["proj_out"]), ({"weight": "frozen", "bias": "frozen"}, None)])
+def test_a_head_is_a_saved_module_unless_it_is_known_to_be_frozen(tmp_path, roles, saved):
+    """PEFT stores heads such as Whisper's proj_out also where nobody trained them."""
+    head = "base_model.model.proj_out."
+    layers = {"q": LoraLayer(A=torch.randn(2, 8), B=torch.randn(8, 2))}
+    extras = {f"{head}weight": torch.ones(3, 8), f"{head}bias": torch.ones(3)}
+    save_adapter(Adapter(layers, extras, roles={head + part: role for part, role in roles.items()}), tmp_path / "out")
+    assert config_of(tmp_path / "out")["modules_to_save"] == saved
+    assert config_of(tmp_path / "out")["bias"] == "none"
+
+
 def test_undeclared_extras_are_refused(tmp_path):
     write_client(tmp_path / "in", mlp(), target_modules=["0"], modules_to_save=["3"], r=2)
     adapter = load_adapter(tmp_path / "in")
