@@ -2,37 +2,17 @@
 
 import gc
 import weakref
-from collections.abc import Mapping
 
 import pytest
 
 from fedgram import flora_na
 from fedgram.flora_na import LoraLayer, aggregation, portions
 from fedgram_testing.cohorts import SHAPES, cohort
-
-
-class Lazy(Mapping):
-    """Reads a layer when it is asked for, and remembers how often."""
-
-    def __init__(self, modules):
-        self.modules, self.reads = modules, []
-
-    def __getitem__(self, name):
-        self.reads.append(name)
-        return self.modules[name]
-
-    def __iter__(self):
-        return iter(self.modules)
-
-    def __len__(self):
-        return len(self.modules)
-
-    def __contains__(self, name):
-        return name in self.modules
+from fedgram_testing.recorded import Counted
 
 
 def test_lazy_adapters_are_read_once_a_few_modules_at_a_time(monkeypatch):
-    lazy = [Lazy(a.modules) for a in cohort()]
+    lazy = [Counted(a.modules) for a in cohort()]
     monkeypatch.setattr("fedgram.flora_na.portions.CHUNK_BYTES", 1)
     seen = []
     flora_na.aggregate(lazy, progress=lambda done, total, name: seen.append((done, total, name, list(lazy[0].reads))))
@@ -46,7 +26,7 @@ def test_layers_that_were_read_are_not_held_by_the_report(aggregate, monkeypatch
     monkeypatch.setattr("fedgram.flora_na.portions.CHUNK_BYTES", 1)
     known = []
 
-    class Reader(Lazy):
+    class Reader(Counted):
         def __getitem__(self, name):
             layer = super().__getitem__(name)
             read = LoraLayer(A=layer.A.clone(), B=layer.B.clone())
@@ -62,7 +42,7 @@ def test_layers_that_were_read_are_not_held_by_the_report(aggregate, monkeypatch
 def test_a_layer_that_vanishes_is_no_missing_module():
     """``Mapping.get`` takes a KeyError from within the reader for one: the target would then be without the client."""
 
-    class Vanished(Lazy):
+    class Vanished(Counted):
         def __getitem__(self, name):
             raise KeyError(name)
 
@@ -98,7 +78,7 @@ def test_clipping_layers_in_memory_leaves_their_yardsticks_for_later(monkeypatch
     modules = [adapter.modules for adapter in cohort()]
     flora_na.aggregate(modules, clip="0.5x")
     assert not settled
-    flora_na.aggregate([Lazy(own) for own in modules], clip="0.5x")
+    flora_na.aggregate([Counted(own) for own in modules], clip="0.5x")
     assert len(settled) == len(SHAPES)
 
 
@@ -113,7 +93,7 @@ def test_progress_of_a_stream_counts_all_modules(monkeypatch):
 def test_portions_of_adapters_in_memory_have_a_budget_of_their_own(lazy, budget, monkeypatch):
     adapters, sizes = cohort(), []
     assert portions.CHUNK_BYTES < portions.HELD_BYTES
-    given = [Lazy(a.modules) if lazy else a.modules for a in adapters]
+    given = [Counted(a.modules) if lazy else a.modules for a in adapters]
     whole = aggregation.estimate_targets
     monkeypatch.setattr(
         aggregation, "estimate_targets", lambda targets, **o: sizes.append(len(targets)) or whole(targets, **o)

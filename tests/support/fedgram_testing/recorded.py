@@ -1,4 +1,4 @@
-"""Lazy clients that say what was read of them."""
+"""Clients that remember what was read of them."""
 
 import time
 from collections.abc import Mapping
@@ -10,12 +10,32 @@ from fedgram.flora_na import LoraLayer
 LAYER_BYTES = 2 * 4 * 8 * 4  # of both factors of rank 4 of an 8 x 8 module in float32
 
 
-class Recorded(Mapping):
-    """Layers made when they are asked for; ``reads`` says which were, ``broken`` which cannot be."""
+class Counted(Mapping):
+    """Layers that remember which of them were read, in order."""
+
+    def __init__(self, layers):
+        self.layers, self.reads = layers, []
+
+    def __getitem__(self, name):
+        self.reads.append(name)
+        return self.layers[name]
+
+    def __iter__(self):
+        return iter(self.layers)
+
+    def __len__(self):
+        return len(self.layers)
+
+    def __contains__(self, name):
+        return name in self.layers
+
+
+class Recorded(Counted):
+    """Layers of the modules named, made when they are asked for; ``broken`` are those that cannot be."""
 
     def __init__(self, modules, seed=0, broken=(), r=4):
-        self.modules, self.seed, self.broken, self.r = modules, seed, broken, r
-        self.reads = []
+        super().__init__(dict.fromkeys(modules))
+        self.seed, self.broken, self.r = seed, broken, r
 
     def __getitem__(self, name):
         if name in self.broken:
@@ -24,15 +44,6 @@ class Recorded(Mapping):
         generator = torch.Generator().manual_seed(self.seed)
         A, B = torch.randn(self.r, 8, generator=generator), torch.randn(8, self.r, generator=generator)
         return LoraLayer(A=A, B=B)
-
-    def __iter__(self):
-        return iter(self.modules)
-
-    def __len__(self):
-        return len(self.modules)
-
-    def __contains__(self, name):
-        return name in self.modules
 
 
 def names(count):

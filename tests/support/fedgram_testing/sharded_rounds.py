@@ -1,7 +1,6 @@
 """A round of clients and gradients that every process makes alike, and what each rank does with them in the tests."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -13,6 +12,7 @@ from torch import nn
 from fedgram.bindings._distributed import ranks
 from fedgram.bindings.distributed import Watch, aggregate_sharded, match_sharded
 from fedgram.flora_na import METHODS, Adapter, LoraLayer
+from fedgram_testing.recorded import Counted
 
 SIZES = {f"layers.{i}.proj": (40 + 8 * i, 30) for i in range(7)}
 WEIGHTS = [1.0, 2.0, 3.0, 0.0, 5.0]
@@ -89,26 +89,6 @@ def plain(result):
     }
 
 
-class Counted(Mapping):
-    """Layers that remember which of them were read."""
-
-    def __init__(self, layers):
-        self.layers, self.read = layers, []
-
-    def __getitem__(self, name):
-        self.read.append(name)
-        return self.layers[name]
-
-    def __iter__(self):
-        return iter(self.layers)
-
-    def __len__(self):
-        return len(self.layers)
-
-    def __contains__(self, name):
-        return name in self.layers
-
-
 def own(values, rank, count):
     """The part of a list that belongs to this rank's clients."""
     return values[OWN[count][rank] : OWN[count][rank + 1]]
@@ -148,7 +128,7 @@ def in_group(rank, count, group):
     ranks.PIECE = piece
     counted = [Counted(c.modules) for c in clients]
     done = aggregate_sharded(counted, **whole)
-    found["read"] = (done.owned, [c.read for c in counted])
+    found["read"] = (done.owned, [c.reads for c in counted])
     found["match"] = [matched(rank, count, group, cut) for cut in ("slices", "tensors", "slices")]
     shards = [[shard(t, rank, count) for t in g] for g in uneven_gradients()]
     short = match_sharded(shards, c=0.5, group=group)
