@@ -31,9 +31,12 @@ class InTurn(Mapping[str, T]):
         return len(self._values)
 
 
-def in_order(tasks: Iterable[Callable[[], T]], workers: int) -> Generator[T, None, None]:
+def in_order(
+    tasks: Iterable[Callable[[], T]], workers: int, begin: Callable[[], None] | None = None
+) -> Generator[T, None, None]:
     """The results of tasks, each in a thread where there are several ``workers``, else where they are asked for.
 
+    Each of these threads calls ``begin`` first.
     No more than ``workers`` are begun and not yet asked for. The first error, in the order of the tasks, ends it; those
     that were begun are waited for, then and when the caller goes.
     """
@@ -41,7 +44,7 @@ def in_order(tasks: Iterable[Callable[[], T]], workers: int) -> Generator[T, Non
         for task in tasks:
             yield task()
         return
-    with ThreadPoolExecutor(workers, thread_name_prefix="fedgram-portion") as threads:
+    with ThreadPoolExecutor(workers, thread_name_prefix="fedgram-portion", initializer=begin) as threads:
         begun: deque[Future[T]] = deque()
         for task in tasks:
             begun.append(threads.submit(task))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedgram.kernels.native_calls import width_within
+from fedgram.kernels.native_calls import join_spread, width_within
 
 from ._in_order import InTurn, in_order
 from ._read_ahead import Portion, ReadAhead
@@ -91,7 +91,7 @@ class Stream:
             workers, tasks = self._workers(first), [self._task(ahead, first)]
             del first  # it is to be freed where it is worked on
             rest = map(partial(self._task, ahead), iter(ahead.take, None))
-            with contextlib.closing(in_order(chain(tasks, rest), workers)) as parts:
+            with contextlib.closing(in_order(chain(tasks, rest), workers, join_spread)) as parts:
                 for part in parts:
                     self._tell(before, part.adapter.modules)
                     before += len(part.adapter.modules)

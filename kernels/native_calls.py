@@ -206,10 +206,10 @@ def spread_over_jobs() -> Iterator[None]:
     global _width, _within
     depth = getattr(_own, "depth", 0)
     with _width_lock:
+        before = _one_thread()
         if _width is None:
-            _width = torch.get_num_threads()
+            _width = before
         _within, _own.depth = _within + 1, depth + 1
-        torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -218,6 +218,20 @@ def spread_over_jobs() -> Iterator[None]:
             torch.set_num_threads(1 if depth else _width)
             if not _within:
                 _width = None
+
+
+def join_spread() -> None:
+    """Give torch one thread in this thread too, which works for one that is within ``spread_over_jobs``."""
+    with _width_lock:
+        if _width is not None:
+            _one_thread()
+
+
+def _one_thread() -> int:
+    """Give torch one thread in this thread; the threads that it had."""
+    before = torch.get_num_threads()  # this thread has then taken over the process's setting, and does not do so later
+    torch.set_num_threads(1)
+    return before
 
 
 def width_within() -> int:

@@ -170,3 +170,23 @@ def test_progress_is_told_in_order_by_the_thread_that_asks(clients):
     told = []
     list(iter_aggregate(clients, method="fedavg", progress=lambda *of: told.append((threading.get_ident(), *of))))
     assert told == [(threading.get_ident(), i + 1, 8, name) for i, name in enumerate(names(8))]
+
+
+def test_portions_have_one_thread_of_torch_although_another_run_has_ended(monkeypatch, clients):
+    seen = []
+
+    def watched(*args, **options):
+        seen.append(torch.get_num_threads())
+        return aggregate_cohort(*args, **options)
+
+    monkeypatch.setattr(streamed, "aggregate_cohort", watched)
+
+    def another_run():
+        with spread_over_jobs():
+            pass
+
+    another = threading.Thread(target=another_run)
+    another.start()
+    another.join()
+    list(iter_aggregate(clients, method="svd"))
+    assert seen == [1] * 8

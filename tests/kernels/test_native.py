@@ -180,6 +180,32 @@ def test_overlapping_work_of_two_threads_gives_torch_its_threads_back(first_out)
 
 
 @built
+def test_a_thread_that_comes_later_has_one_thread_although_another_has_left():
+    inside, left = threading.Event(), threading.Event()
+    seen = []
+
+    def first_asked_of_torch_here():
+        with spread_over_jobs():
+            inside.set()
+            left.wait(10)
+            seen.append(torch.get_num_threads())
+            helper = threading.Thread(target=lambda: (native_calls.join_spread(), seen.append(torch.get_num_threads())))
+            helper.start()
+            helper.join(10)
+
+    with threads(3):
+        thread = threading.Thread(target=first_asked_of_torch_here)
+        with spread_over_jobs():
+            thread.start()
+            inside.wait(10)
+        left.set()
+        thread.join(10)
+        assert seen == [1, 1]
+        native_calls.join_spread()  # nobody is within: nothing to join
+        assert torch.get_num_threads() == 3
+
+
+@built
 @pytest.mark.parametrize("count", [1, 3, 64])
 def test_every_job_is_done_once_in_a_thread_with_its_own_scratch(count):
     lock, seen, scratches = threading.Lock(), [], {}
