@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._dispatch import resolve
 from ._factor_inputs import Factors, check_factors, flat
+from ._memory import check_memory
 from ._prepared import PreparedSide, first
 from ._stacks import RANK, WIDTH, Stacks
 
@@ -72,9 +73,11 @@ def stacks_of(B: Factors | None, A: Factors | None) -> tuple[Stacks | None, Stac
 
 
 def check_beside(others: Sequence[Tensor], B: Factors | None, A: Factors | None) -> None:
-    """Raise ValueError unless other tensors lie on the CPU like the factors."""
+    """Raise ValueError unless other tensors lie on the CPU like the factors, and in memory."""
     if not all(t.is_cpu for t in others):
         resolve("torch", [*flat(B, A), *others])
+    if not all(map(Tensor.data_ptr, others)):
+        check_memory(others)
 
 
 def _stacks(side: Factors, transposed: bool) -> Stacks:

@@ -1,10 +1,38 @@
-"""Where tensors lie in memory: what is written must not be what is read."""
+"""Where tensors lie in memory: it must be there, and what is written must not be what is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, UntypedStorage
+
+
+def address(t: Tensor) -> int:
+    """Where ``t`` begins.
+
+    Raises:
+        ValueError: as ``check_memory``.
+    """
+    where = t.data_ptr()
+    if not where:
+        check_memory([t])
+    return where
+
+
+def check_memory(tensors: Iterable[Tensor], name: Callable[[int], str] | None = None) -> None:
+    """Raise ValueError for a tensor that has elements and no memory: its address, zero, would be followed.
+
+    Args:
+        tensors: to be looked at, once one of their addresses is known to be zero.
+        name: of the tensor of that number, for the message.
+    """
+    for i, t in enumerate(tensors):
+        if t.numel() and not t.data_ptr() and not t.is_meta:  # those lie on another device, which is told elsewhere
+            what = f"{'' if name is None else name(i) + ': '}a {type(t).__name__} of shape {tuple(t.shape)}"
+            raise ValueError(
+                f"{what} has no memory of its own: freed (a sharded parameter's, say), or made of others; "
+                "pass a plain tensor (of a DTensor, its full_tensor())"
+            )
 
 
 def span(t: Tensor) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._memory import address
 from ._stacks import ADDRESS, TYPE, WIDTH, Stacks
 from .native_calls import LOOPS, RANGES, TYPES, at, bits, constant, equal_ranges, part_numbers, run_jobs, table, tile
 
@@ -137,7 +138,7 @@ def _written(side: _Side, l: int, width: int, kept: list[Tensor | np.ndarray]) -
     if P.ndim == 1 and rank % (width // 2) == 0:  # whole vectors
         scalars = (P.detach() if P.requires_grad else P).contiguous()
         kept.append(scalars)
-        return _Written(to, scalars.data_ptr(), 0, side.written)
+        return _Written(to, address(scalars), 0, side.written)
     if P.ndim == 1:
         P = spread_scalars(P, [rank] * side.S.counts[l])
     coefficients = _padded_columns(P, width)
@@ -215,7 +216,7 @@ def _mix(sides: Sequence[tuple[Stacks, list[int], Sequence[Tensor], Stacks]]) ->
             clients, numbers, row = S.counts[l], S.lengths[l] * to.ranks[l], S.at[l]
             first_address = column + (row - S.at[0]) // WIDTH
             written = (to.at[l] + 8 * ADDRESS, to.at[l] + 8 * TYPE)
-            job = (first_address, bound, row + 8 * TYPE, 1, clients, p.data_ptr(), *written)
+            job = (first_address, bound, row + 8 * TYPE, 1, clients, address(p), *written)
             step = max(1, JOB_WORK // clients)
             jobs += [(*job, first, min(first + step, numbers)) for first in range(0, numbers, step)]
             bound, work = bound + 16, work + numbers * clients // 4
@@ -233,9 +234,7 @@ def lowrank_sum(
 
     def described(tensors: Sequence[Tensor], along: int) -> array:
         across = 1 - along
-        return table(
-            [(t.data_ptr(), t.shape[along], TYPES[t.dtype], t.stride(along), t.stride(across)) for t in tensors]
-        )
+        return table([(address(t), t.shape[along], TYPES[t.dtype], t.stride(along), t.stride(across)) for t in tensors])
 
     if not out.numel():
         return
@@ -245,7 +244,7 @@ def lowrank_sum(
     (m, n), R = out.shape, sum(b.shape[1] for b in B)
     corners = list(product(range(0, m, constant("sum_rows")), range(0, n, constant("sum_columns"))))
     where = ends.buffer_info()[0], ends.buffer_info()[0] + 8 * WIDTH
-    begin = left.buffer_info()[0], right.buffer_info()[0], len(B), R, coefficients.data_ptr()
+    begin = left.buffer_info()[0], right.buffer_info()[0], len(B), R, address(coefficients)
     scale = bits(0.0 if W is None else beta)
     jobs = table([(*begin, *where, m, n, *corner, scale) for corner in corners])
     work = m * n * (R // 8 + 1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ._memory import address, check_memory
 from .native_calls import LOOPS, RANGES, TYPES, at, constant, equal_ranges, run_jobs, table
 
 RANGE_WORK = 1 << 18  # work below which a range of columns is not worth a thread of its own
@@ -22,6 +24,8 @@ class Table:
         self.columns = columns  # keeps the memory
         self.tasks = len(columns[0])
         self.address = np.array([[t.data_ptr() for t in ts] for ts in columns], dtype=np.int64)
+        if not self.address.all():
+            check_memory(chain.from_iterable(columns))
         self.start = np.concatenate([[0], np.cumsum([ts[0].numel() for ts in columns])]).astype(np.int64)
         self.type = np.array([TYPES[ts[0].dtype] for ts in columns], dtype=np.int64)
 
@@ -48,7 +52,7 @@ def grad_gram(columns: Sequence[Sequence[Tensor]], u: Tensor, wide: bool) -> tup
     weights = u.detach().to(torch.float64).contiguous()
     ranges = _ranges(given.length, K * K // 8, rows * rows)
     parts = np.zeros((max(len(ranges), 1), rows, rows))
-    out, size, common = at(parts), 8 * rows * rows, (*given.arguments(), weights.data_ptr())
+    out, size, common = at(parts), 8 * rows * rows, (*given.arguments(), address(weights))
     jobs = table([(*common, *bounds, out + size * i) for i, bounds in enumerate(ranges)])
     work = given.length * (K * K // 8 + K)
     run_jobs(LOOPS.entries["grad_gram"], jobs, len(ranges), constant("gram_work", K), work, wide=wide)
@@ -61,9 +65,9 @@ def grad_gram(columns: Sequence[Sequence[Tensor]], u: Tensor, wide: bool) -> tup
 def grad_combine(columns: Sequence[Sequence[Tensor]], v: Tensor, out: Sequence[Tensor], wide: bool) -> None:
     """Write ``sum_k v_k g_k`` to flat tensors, one per parameter; accumulated in float64 (wide) or float32."""
     given = Table(columns)
-    to, to_type = array("q", [t.data_ptr() for t in out]), array("q", [TYPES[t.dtype] for t in out])
+    to, to_type = array("q", map(address, out)), array("q", [TYPES[t.dtype] for t in out])
     coefficients = v.detach().to(torch.float64).contiguous()
-    written = coefficients.data_ptr(), to.buffer_info()[0], to_type.buffer_info()[0]
+    written = address(coefficients), to.buffer_info()[0], to_type.buffer_info()[0]
     ranges = _ranges(given.length, given.tasks)
     jobs = table([(*given.arguments(), *written, *bounds) for bounds in ranges])
     work = given.length * given.tasks

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import interpreting, resolve
+from ._memory import check_memory
 
 WIDEST = 16  # bytes of the widest load of a GPU thread
 T = TypeVar("T")
@@ -60,14 +61,26 @@ def describe(tensors: Sequence[Tensor]) -> Layout:
     return Layout(sizes.tobytes(), strides.tobytes(), dimensions.tobytes(), types, frozenset(map(_DEVICE, tensors)))
 
 
-def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
-    """The tensors' addresses, int64."""
+def unchecked_addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+    """The tensors' addresses, int64; zero for one that has no memory."""
     return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
+def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+    """The tensors' addresses, int64, which may be followed.
+
+    Raises:
+        ValueError: as ``check_memory``.
+    """
+    pointers = unchecked_addresses(tensors)
+    if not pointers.all():
+        check_memory(tensors)
+    return pointers
+
+
 def survey(tensors: Sequence[Tensor]) -> tuple[Layout, np.ndarray]:
-    """Everything a plan depends on, hashable, and the tensors' addresses, int64."""
-    pointers = addresses(tensors)
+    """Everything a plan depends on, hashable, and the tensors' addresses, int64; zero for one that has no memory."""
+    pointers = unchecked_addresses(tensors)
     return Layout(describe(tensors), alignments(pointers)), pointers
 
 

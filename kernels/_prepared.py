@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ._factor_inputs import Factors, check_factors, flat
 from ._floats import FLOATS
-from ._plan import Layout, addresses, survey
+from ._memory import check_memory
+from ._plan import Layout, survey, unchecked_addresses
 from ._stacks import Stacks
 
 SLAB_ALIGN = 128  # bytes: every tensor of a slab starts at a cache line, so that all loads may be wide
@@ -81,7 +82,7 @@ class PreparedSide(Sequence[Sequence[Tensor]]):
         """Raise ValueError where a storage has been moved or freed since: one look at each, or none while held."""
         if self._held or (self._whole is not None and self._whole._held):
             return
-        moved = np.flatnonzero(addresses(self._owned) != self.pointers[self._owners])
+        moved = np.flatnonzero(unchecked_addresses(self._owned) != self.pointers[self._owners])
         if len(moved):
             index = int(self._owners[moved[0]])
             module = next(l for l, end in enumerate(accumulate(self.clients)) if index < end)
@@ -156,7 +157,11 @@ def first(*sides: Factors | Sequence[Tensor] | None) -> list[Tensor]:
 
 
 def inventory(*sides: Factors | Sequence[Tensor] | None) -> tuple[Layout, np.ndarray]:
-    """Everything a plan over these sides depends on, and the addresses of all their tensors, in order."""
+    """Everything a plan over these sides depends on, and the addresses of all their tensors, in order.
+
+    Raises:
+        ValueError: as ``check_memory``.
+    """
     layouts: list[Layout | None] = []
     pointers: list[np.ndarray] = []
     for side in sides:
@@ -171,7 +176,10 @@ def inventory(*sides: Factors | Sequence[Tensor] | None) -> tuple[Layout, np.nda
             clients = [len(item) for item in side if not isinstance(item, Tensor)]
             layouts.append(Layout(layout, tuple(clients) if clients else len(side)))
             pointers.append(where)
-    return Layout(*layouts), np.concatenate(pointers) if pointers else np.zeros(0, np.int64)
+    together = np.concatenate(pointers) if pointers else np.zeros(0, np.int64)
+    if not together.all():
+        check_memory(flat(*sides))
+    return Layout(*layouts), together
 
 
 class FactorSlab:

@@ -9,11 +9,13 @@ from itertools import accumulate, chain
 from operator import attrgetter
 from typing import NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ._factor_inputs import Factors, check_factors
 from ._floats import FLOATS
+from ._memory import check_memory
 from .native_calls import TYPES
 
 WIDTH = 5  # numbers of a row of the table, which are (struct member of native.c)
@@ -51,7 +53,7 @@ class Stacks(Sequence[Sequence[Tensor]]):
         on_cpu: whether all are on the CPU.
 
     Raises:
-        ValueError: a factor is no float matrix, or has another length than the first of its module.
+        ValueError: a factor is no float matrix, has another length than the first of its module, or has no memory.
     """
 
     def __init__(self, factors: Factors, *, transposed: bool) -> None:
@@ -67,7 +69,15 @@ class Stacks(Sequence[Sequence[Tensor]]):
                     check_factors(*((None, factors) if transposed else (factors, None)))
                     checked = True
                 self._add(clients)
+        if self.table and not np.frombuffer(self.table, np.int64)[ADDRESS::WIDTH].all():
+            self._check_memory()
         self._place()
+
+    def _check_memory(self) -> None:
+        """Raise ValueError where a factor has numbers and no memory."""
+        side = "BA"[self.transposed]
+        for l, clients in enumerate(self.factors):
+            check_memory(clients, lambda u, l=l: f"{side}[{l}][{u}]")  # type: ignore[misc]
 
     def _add_alike(self, clients: Sequence[Tensor]) -> bool:
         """Describe a module's factors if they have one shape, layout and type; whether they have."""

@@ -12,7 +12,7 @@ from . import _native_factors
 from ._dispatch import resolve
 from ._factor_inputs import check_factors, flat, mixed_types
 from ._floats import FLOATS
-from ._memory import meets, overlaps_itself, span
+from ._memory import check_memory, meets, overlaps_itself, span
 from ._plan import PlanCache, check_runnable, launching_on, place, survey
 
 if TYPE_CHECKING:
@@ -227,6 +227,9 @@ def _on_triton(
     check_runnable(out.device)
     tensors = [*B, *A]
     layout, pointers = survey(tensors)
+    others = [t for t in (W, out, coefficients) if t is not None]
+    if not pointers.all() or not all(map(Tensor.data_ptr, others)):
+        check_memory([*tensors, *others])
 
     def build() -> SumPlan:
         pieces = [Piece.of(i, t, transposed=i >= len(B)) for i, t in enumerate(tensors)]

@@ -75,3 +75,57 @@ def test_the_refusal_names_the_argument():
         flora_na.LoraLayer(a, TwoTensor(b, b))
     with pytest.raises(ValueError, match="task 1, 'w' is a TwoTensor; expected a plain tensor"):
         stamp.match([{"w": a}, {"w": TwoTensor(a, a)}])
+
+
+def freed(t):
+    t = t.clone()
+    t.untyped_storage().resize_(0)  # as of a sharded parameter between two uses
+    return t
+
+
+WITHOUT_MEMORY = {"freed": freed, "functional": torch._to_functional_tensor, "two": lambda t: TwoTensor(t, t)}
+NO_MEMORY = "has no memory of its own"
+
+
+@pytest.mark.parametrize("kind", WITHOUT_MEMORY)
+@pytest.mark.parametrize("name", [*NAMES[:5], "described", "prepared"])
+def test_a_later_factor_without_memory_is_named(name, kind):
+    for side in (0, 1):
+        given = arguments()
+        given[side][0][1] = WITHOUT_MEMORY[kind](given[side][0][1])
+        with pytest.raises(ValueError, match=rf"^{'BA'[side]}\[0\]\[1\]: a \w+ of shape .* {NO_MEMORY}"):
+            operations(*given)[name]()
+
+
+@pytest.mark.parametrize("kind", ["freed", "functional"])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("name", ORDERED)
+def test_neither_loops_nor_kernels_follow_an_address_of_zero(name, backend, kind):
+    B, A, P, Q, p, G = arguments()
+    if name.startswith("grad"):
+        G[1][0] = WITHOUT_MEMORY[kind](G[1][0])
+    else:
+        A[0][1] = WITHOUT_MEMORY[kind](A[0][1])
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        operations(B, A, P, Q, p, G)[name](backend=backend)
+
+
+@pytest.mark.parametrize("name", ["factor_combine", "combine_products", "gram_combine", "lowrank_sum", "grad_combine"])
+def test_coefficients_without_memory_are_refused(name):
+    B, A, P, Q, p, G = arguments()
+    P, Q, p = [torch._to_functional_tensor(P[0])], Q, torch._to_functional_tensor(p)
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        operations(B, A, P, Q, p, G)[name]()
+
+
+def test_a_matrix_beside_the_factors_without_memory_is_refused():
+    B, A, *_ = arguments()
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        kernels.factor_cross(B, None, [freed(torch.rand(20, 2))], None)
+    with pytest.raises(ValueError, match=NO_MEMORY):
+        kernels.lowrank_sum(freed(torch.rand(20, 9)), B[0], A[0], torch.rand(2, dtype=torch.float64))
+
+
+def test_empty_tensors_need_no_memory():
+    B, A = [[torch.empty(20, 0), torch.rand(20, 2)]], [[torch.empty(0, 9), torch.rand(2, 9)]]
+    assert torch.equal(kernels.factor_gram(B, A)[0][0], B[0][1].double().T @ B[0][1].double())
