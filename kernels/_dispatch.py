@@ -52,7 +52,7 @@ def resolve(backend: str, tensors: Iterable[Tensor], *, native: bool = False) ->
         raise ValueError(f"tensors lie on several devices: {', '.join(sorted(map(str, devices)))}")
     device = next(iter(devices)).type if devices else "cpu"
     kinds = set(map(type, tensors))
-    _refuse_composed(kinds)
+    refuse_composed(kinds)
     fake = any(issubclass(kind, FakeTensor) for kind in kinds)
     if backend == "auto" and not fake:
         if device == "cuda" and triton_missing() is None:
@@ -65,7 +65,7 @@ def resolve(backend: str, tensors: Iterable[Tensor], *, native: bool = False) ->
     return backend  # type: ignore[return-value]
 
 
-def _refuse_composed(kinds: set[type[Tensor]]) -> None:
+def refuse_composed(kinds: set[type[Tensor]]) -> None:
     """Raise ValueError for tensors made of others: they have no memory of their own to take an address of."""
     for kind in kinds:
         if hasattr(kind, "__tensor_flatten__"):

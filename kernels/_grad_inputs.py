@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._dispatch import refuse_composed
 from ._floats import FLOATS
 from ._plan import moved
 
@@ -71,6 +72,8 @@ def check_weights(weights: Tensor | None, tasks: int, device: torch.device) -> T
         return torch.full((tasks,), 1.0 / tasks, dtype=torch.float64, device=device)
     if weights.shape != (tasks,):
         raise ValueError(f"weights: expected shape ({tasks},), got {tuple(weights.shape)}")
+    if not torch.compiler.is_compiling():
+        refuse_composed({type(weights)})
     u = weights.detach().to(torch.float64)
     if u.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_weighting(u):
         raise ValueError(f"weights: expected finite numbers >= 0 with a positive sum, got {u.tolist()}")

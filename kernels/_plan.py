@@ -54,11 +54,13 @@ class Layout:
 def describe(tensors: Sequence[Tensor]) -> Layout:
     """Shape, strides, type and devices of the tensors: equal for two lists of tensors of one layout.
 
+    Lists with a view that negates its memory have another, so that no kept plan skips the check that refuses it.
     Passes in C over flat numbers: with tens of thousands of tensors the time goes into reaching them in memory.
     """
     sizes, strides = (np.fromiter(chain.from_iterable(map(f, tensors)), np.int64) for f in (Tensor.size, Tensor.stride))
     dimensions, types = np.fromiter(map(Tensor.dim, tensors), np.int64), tuple(map(_TYPE, tensors))
-    return Layout(sizes.tobytes(), strides.tobytes(), dimensions.tobytes(), types, frozenset(map(_DEVICE, tensors)))
+    numbers = (a.tobytes() for a in (sizes, strides, dimensions))
+    return Layout(*numbers, types, frozenset(map(_DEVICE, tensors)), any(map(Tensor.is_neg, tensors)))
 
 
 def unchecked_addresses(tensors: Sequence[Tensor]) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _native_gradients
-from ._dispatch import resolve
+from ._dispatch import refuse_composed, resolve
 from ._floats import FLOATS
 from ._grad_inputs import (
     Gradients,
@@ -158,6 +158,8 @@ def check_coefficients(coefficients: Tensor, tasks: int, device: torch.device) -
     """The coefficients in float64 on ``device``, contiguous: kernels read them where they lie."""
     if coefficients.shape != (tasks,):
         raise ValueError(f"coefficients: expected shape ({tasks},), got {tuple(coefficients.shape)}")
+    if not torch.compiler.is_compiling():
+        refuse_composed({type(coefficients)})
     return moved(coefficients.detach().to(torch.float64).resolve_neg().contiguous(), device)
 
 
@@ -165,6 +167,8 @@ def check_out(out: Sequence[Tensor], shapes: Sequence[torch.Size], device: torch
     """Raise ValueError where an output cannot take its parameter's sum."""
     if len(out) != len(shapes):
         raise ValueError(f"out: expected {len(shapes)} tensors, got {len(out)}")
+    if not torch.compiler.is_compiling():
+        refuse_composed(set(map(type, out)))
     for p, (t, shape) in enumerate(zip(out, shapes, strict=True)):
         if t.shape != shape:
             raise ValueError(f"out[{p}]: expected shape {tuple(shape)}, got {tuple(t.shape)}")

@@ -7,7 +7,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from fedgram import flora_na, kernels, stamp
 from fedgram_testing.factor_ops import draw
-from fedgram_testing.gradients import gradients
+from fedgram_testing.gradients import ALL_BACKENDS, gradients
 
 
 def operations(B, A, P, Q, p, G):
@@ -129,3 +129,43 @@ def test_a_matrix_beside_the_factors_without_memory_is_refused():
 def test_empty_tensors_need_no_memory():
     B, A = [[torch.empty(20, 0), torch.rand(20, 2)]], [[torch.empty(0, 9), torch.rand(2, 9)]]
     assert torch.equal(kernels.factor_gram(B, A)[0][0], B[0][1].double().T @ B[0][1].double())
+
+
+OPERANDS = {  # which of the arguments an operation reads
+    "factor_gram": (0, 1), "factor_combine": (0, 1, 2, 3), "factor_cross": (0, 1), "combine_products": (0, 1, 4),
+    "gram_combine": (0, 1, 2, 3), "lowrank_sum": (0, 1, 4), "grad_gram": (5,), "grad_combine": (4, 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "which"), [(name, which) for name in ORDERED for which in OPERANDS[name]])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_one_tensor_made_of_others_among_plain_ones_is_refused(backend, name, which):
+    """Also the last one, and after a call on plain tensors of the same layout, whose plan is kept."""
+    real = arguments()
+    operations(*real)[name](backend=backend)
+    leaves, spec = torch.utils._pytree.tree_flatten(real[which])
+    other = torch.utils._pytree.tree_unflatten([*leaves[:-1], TwoTensor(leaves[-1], leaves[-1])], spec)
+    with pytest.raises(ValueError, match="TwoTensor"):
+        operations(*real[:which], other, *real[which + 1 :])[name](backend=backend)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_weights_and_outputs_made_of_others_are_refused(backend):
+    G, p = gradients(2), torch.rand(2, dtype=torch.float64)
+    out = [TwoTensor(t, t) for t in G[0]]
+    with pytest.raises(ValueError, match="TwoTensor"):
+        kernels.grad_combine(G, p, out=out, backend=backend)
+    with pytest.raises(ValueError, match="TwoTensor"):
+        kernels.grad_gram(G, TwoTensor(p, p), backend=backend)
+
+
+@pytest.mark.parametrize("name", ["factor_gram", "factor_combine", "factor_cross"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_a_view_that_negates_its_memory_is_refused_where_a_plan_is_kept(backend, name):
+    """The plan of other tensors of the same layout skips no check."""
+    z, (B, A, P, Q, p, G) = torch.randn(20, 3, dtype=torch.cfloat), arguments()
+    B[0][0] = z.imag
+    operations(B, A, P, Q, p, G)[name](backend=backend)
+    B[0][0] = z.conj().imag
+    with pytest.raises(ValueError, match=r"B\[0\]\[0\]: a view that negates its memory"):
+        operations(B, A, P, Q, p, G)[name](backend=backend)
