@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._factor_combine_plan import BLOCK_C, CombinePlan, Variant, is_narrow
+from ._plan import WIDEST
 from ._triton_common import (
     TYPES,
     AotConfig,
@@ -148,19 +149,47 @@ def configuration(v: Variant, generation: str) -> tuple[dict[str, Any], int, int
         "BLOCK_C": BLOCK_C, "FLUSH": FLUSH if v.out_dtype.itemsize > 2 else 0, "SCALARS": v.scalars,
         "PRECISION": v.precision,
     }  # fmt: skip
-    # with more columns of numbers to widen, or a third stage of them, float64 spills on sm100 (Triton 3.6)
+    fewer = arguments | {"BLOCK_C": BLOCK_C // 2}
+    vector = min(v.tall, v.wide)
+    narrow, half = is_narrow(vector, v.dtype), vector * v.dtype.itemsize == 8  # bytes of a load
     if v.precision == "fp64":
-        return (arguments, 8, 3) if v.dtype == torch.float64 else (arguments | {"BLOCK_C": BLOCK_C // 2}, 8, 2)
-    narrow = is_narrow(min(v.tall, v.wide), v.dtype)
+        return _doubles(v, generation, narrow, arguments, fewer)
     if v.precision == "bf16x3":
-        # fewer warps of 64 columns spill on sm80, a third stage of the largest tiles on sm80 or sm100 (Triton 3.6)
-        if v.tile_r == 64:
-            return arguments, 8 if narrow or generation == "sm80" else 4, 2
-        return arguments, 4, 2 if v.tile_k == 256 and generation != "sm90" else 3
-    # scalars of 32 columns spill in fewer warps on sm90 and sm100, a third stage of narrow float32 with Triton 3.9
-    warps = 8 if narrow or (v.scalars and v.tile_r == 32) else 2 if v.tile_r == 16 else 4
+        return _three_terms(v, generation, narrow, half, arguments, fewer)
+    # scalars of 32 columns spill in fewer warps on sm90 and sm100, of 16 where half-wide loads are widened
+    widened = half and v.scalars and v.dtype.itemsize < v.out_dtype.itemsize and generation in ("sm90", "sm100")
+    few = 4 if widened else 2
+    warps = 8 if narrow or (v.scalars and v.tile_r == 32) else few if v.tile_r == 16 else 4
+    # with Triton 3.9 a third stage of narrow float32 scalars does, and on sm100 more columns of narrow loads
     tall = narrow and v.scalars and v.tile_r == 16 and v.dtype == torch.float32
-    return arguments, warps, 2 if tall else 3
+    crowded = narrow and generation == "sm100" and (v.tile_r == 32 or (v.scalars and v.dtype == torch.float16))
+    return fewer if crowded else arguments, warps, 2 if tall else 3
+
+
+def _doubles(
+    v: Variant, generation: str, narrow: bool, arguments: dict[str, Any], fewer: dict[str, Any]
+) -> tuple[dict[str, Any], int, int]:
+    """The same of float64 products, which spill on sm100 (Triton 3.6): with more columns of numbers to widen or of
+    scalars, with a third stage of them, and narrow float32 with a second; scalars of 16 in fewer warps (3.9)."""
+    new = generation == "sm100"
+    if v.dtype == torch.float64 and new and v.scalars:
+        return fewer, 16 if v.tile_r == 16 and v.out_dtype.itemsize > 2 else 8, 2
+    if v.dtype == torch.float64:
+        return arguments, 8, 3
+    return fewer, 8, 3 if new and narrow and v.tile_r == 32 and v.dtype == torch.float32 else 2
+
+
+def _three_terms(
+    v: Variant, generation: str, narrow: bool, half: bool, arguments: dict[str, Any], fewer: dict[str, Any]
+) -> tuple[dict[str, Any], int, int]:
+    """The same of bf16, which spills (Triton 3.6) in fewer warps on sm80 or where loads are narrow or half as wide,
+    with more columns of half-wide loads on sm80, and a third stage of the largest tiles on sm80 or sm100."""
+    old = generation == "sm80"
+    if v.tile_r == 64:
+        return fewer if old and half else arguments, 8 if narrow or old or (half and v.scalars) else 4, 2
+    crowded = (old and (half or v.out_dtype.itemsize > 2)) or (generation == "sm100" and narrow)
+    warps = 8 if v.tile_r == 32 and crowded else 4
+    return arguments, warps, 2 if v.tile_k == 256 and generation != "sm90" else 3
 
 
 def factor_combine_triton(
@@ -206,6 +235,18 @@ def aot_configs(generation: str) -> list[AotConfig]:
         "fp32 rank 16 blocks into fp64": Variant(128, 16, False, fp32, fp64, "fp64", 4, 4),
         "fp64 rank 32 blocks": Variant(64, 32, False, fp64, fp64, "fp64", 2, 2),
         "fp64 rank 16 blocks": Variant(128, 16, False, fp64, fp64, "fp64", 2, 2),
+        "bf16 rank 32 scalars into fp32": Variant(128, 32, True, bf16, fp32, b3, 8, 8),
+        "bf16 rank 32 blocks half-wide loads into fp32": Variant(128, 32, False, bf16, fp32, b3, 4, 4),
+        "bf16 rank 32 blocks scalar loads": Variant(64, 32, False, bf16, bf16, b3, 1, 1),
+        "bf16 rank 64 blocks half-wide loads": Variant(64, 64, False, bf16, bf16, b3, 4, 4),
+        "bf16 rank 64 scalars half-wide loads into fp32": Variant(64, 64, True, bf16, fp32, b3, 4, 4),
+        "fp16 rank 16 scalars half-wide loads into fp32": Variant(64, 16, True, fp16, fp32, x3, 4, 4),
+        "fp16 rank 16 scalars scalar loads into fp32": Variant(128, 16, True, fp16, fp32, x3, 1, 1),
+        "fp16 rank 32 blocks scalar and wide loads": Variant(64, 32, False, fp16, fp16, x3, 1, 8),
+        "fp32 rank 32 blocks scalar loads into fp64": Variant(64, 32, False, fp32, fp64, "fp64", 1, 1),
+        "fp64 rank 16 scalars": Variant(128, 16, True, fp64, fp64, "fp64", 2, 2),
+        "fp64 rank 32 scalars": Variant(64, 32, True, fp64, fp64, "fp64", 2, 2),
+        "fp64 rank 16 scalars into bf16": Variant(128, 16, True, fp64, bf16, "fp64", 2, 2),
     }
     signature = {
         "p_table": "*i64", "p_strides": "*i32", "p_clients": "*i32", "p_positions": "*i32", "p_coefficients": "*i64",
@@ -219,7 +260,7 @@ def aot_configs(generation: str) -> list[AotConfig]:
         signature = {**signature, "p_out": types[v.out_dtype]}
         config = AotConfig(
             f"factor_combine {name}", factor_combine_kernel, signature, arguments, warps, stages,
-            tensor_cores=v.precision != "fp64", wide_loads=v.tall > 1 and fills,
+            tensor_cores=v.precision != "fp64", wide_loads=v.tall * v.dtype.itemsize == WIDEST and fills,
         )  # fmt: skip
         configs.append(config)
     return configs
