@@ -66,7 +66,9 @@ def grad_gram(
             float16 (types may differ between parameters); any strides, empty and 0-dim tensors included.
         weights: (K,) u >= 0, taken relative to their sum; default uniform. On a GPU only their shape is checked.
         precise: multiply in float64. Otherwise float32 within ``PRODUCT_COLUMNS`` columns (float64 inputs are always
-            multiplied in float64) and float64 beyond; error 2e-6 of ``sqrt(H_kk H_ll)``, 1e-7 when precise.
+            multiplied in float64) and float64 beyond; error 2e-6 of ``sqrt(H_kk H_ll)``, 1e-7 when precise. Triton
+            takes bfloat16 in two parts, 2^-18 of each number: that averages out over many columns, and where few
+            hold most of ``H`` errors reach 1e-5 of ``(s_k + s) (s_l + s)``, ``s_k = sqrt(H_kk)``, ``s`` their mean.
         backend: "auto", "triton", "native" or "torch".
 
     Returns:

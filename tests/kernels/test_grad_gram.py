@@ -77,6 +77,19 @@ def test_a_small_spread_about_a_large_common_part_survives(backend, dtype, K):
     assert errors(grad_gram(G, backend=backend), G)[2] < PROMISE
 
 
+@pytest.mark.parametrize("columns", [1, 6])
+def test_bf16_of_few_columns_on_triton(columns):
+    """Two parts hold 2^-18 of a number, which few columns do not average out; ``precise`` has no such parts."""
+    G = gradients(5, [(columns,)], torch.bfloat16)
+    e = torch.stack([g[0].double() for g in G])
+    e -= e.mean(0)
+    s = e.norm(dim=1)
+    error = (grad_gram(G, backend="triton").H - e @ e.T).abs()
+    assert bool((error <= 1e-5 * (s[:, None] + s.mean()) * (s[None] + s.mean())).all())
+    error = (grad_gram(G, precise=True, backend="triton").H - e @ e.T).abs()
+    assert bool((error <= 1e-7 * (s[:, None] + s.mean()) * (s[None] + s.mean())).all())
+
+
 def test_matching_weights_are_right_to_1e_5_where_a_plain_float32_gram_is_off():
     G = gradients(4, [(1_000_000,)], common=1.0, spread=1e-4)
     exact = solve_dual(_dense(triple(G)), 0.25).weights
