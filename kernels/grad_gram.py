@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -26,12 +27,15 @@ from ._grad_inputs import (
     unflatten,
 )
 from ._plan import launching_on
+from .native_calls import at_most_threads
 
 # A block of K rows of this many bytes stays in the last-level cache of a CPU while it is centred and multiplied.
 BLOCK_BYTES = {"cpu": 4 << 20}
 BLOCK_BYTES_DEVICE = 64 << 20
 # Columns of one product: within it the accumulator has the products' type, beyond it float64.
 PRODUCT_COLUMNS = 512
+# Products of a block, at least: on a CPU no more threads than these work on them.
+PRODUCTS = 8
 ROUNDING = 8 * 2.0**-52  # of the four terms of a recentred entry
 # Up to this many tasks the compiled loops are faster than a matrix product; above, the product decides.
 NATIVE_TASKS = 256
@@ -154,9 +158,11 @@ def _gram_about_centre(
     G = torch.zeros((rows, rows), dtype=torch.float64, device=device)
     with torch.autocast(device.type, enabled=False):
         for block in _centred_blocks(columns, layout, u.to(dtype), rows):
-            # A single product would be split over its columns in as many parts as there are threads, and the bits
-            # would follow; of a batch of two or more every member is computed the same way whoever computes it.
-            G += torch.bmm(block, block.transpose(1, 2)).sum(0, dtype=torch.float64)
+            # Products that are fewer than the threads may be split over their columns, and the bits would follow; of
+            # as many or more every one is computed the same way whoever computes it.
+            with at_most_threads(len(block)) if device.type == "cpu" else nullcontext():
+                products = torch.bmm(block, block.transpose(1, 2))
+            G += products.sum(0, dtype=torch.float64)
     return G[K, K], G[K, :K], G[:K, :K]
 
 
@@ -164,7 +170,7 @@ def _centred_blocks(tensors: list[list[Tensor]], layout: GradLayout, u: Tensor, 
     """Yield (batch, rows, columns) views of one buffer: rows g_k - c, then the row c, then rows of zeros."""
     K = layout.tasks
     budget = BLOCK_BYTES.get(layout.device.type, BLOCK_BYTES_DEVICE) // (rows * u.element_size())
-    size = max(budget // PRODUCT_COLUMNS, 2) * PRODUCT_COLUMNS
+    size = max(budget // PRODUCT_COLUMNS, PRODUCTS) * PRODUCT_COLUMNS
     size = min(size, _padded(sum(layout.numels)))
     buffer = torch.empty(rows * size, dtype=u.dtype, device=u.device)
     zeros = u.new_zeros(16 * _batch(size))

@@ -234,6 +234,21 @@ def _one_thread() -> int:
     return before
 
 
+@contextlib.contextmanager
+def at_most_threads(count: int) -> Iterator[None]:
+    """Give torch no more than ``count`` threads."""
+    before = torch.get_num_threads()
+    if before <= count:
+        yield
+        return
+    with _width_lock:
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
 def width_within() -> int:
     """The threads that torch had before ``spread_over_jobs``; 1 outside it."""
     return _width or 1
