@@ -14,7 +14,7 @@ from .als import AlternatingLeastSquares
 from .coefficients import AnyPair, Pair, fit_rank, trace_product
 from .divergence import pair_errors
 from .energies import energies, mass_of_pair
-from .fedavg import cut, scalar_pair, solve_fedavg
+from .fedavg import scalar_pair, solve_fedavg
 from .group import Group
 from .members import SIDES
 from .rank_choice import Rank, check_rank
@@ -45,8 +45,7 @@ def solve(groups: Sequence[Group], method: str, rank: int | None = None, *, shar
     if method == "fedavg":
         pairs = [solve_fedavg(group, rank) for group in groups]
     elif method == "flora-na" and shared:
-        found = ScalarLeastSquares().solve(groups, shared=True)
-        pairs = [scalar_pair(g, s.p, s.q, rank, *s.ended(g)) for g, s in zip(groups, found, strict=True)]
+        pairs = _solve_shared(groups, [rank] * len(groups))
     elif method == "flora-na":
         pairs = [_solve_scalars(group, rank) for group in groups]
     elif method == "als":
@@ -109,6 +108,29 @@ def _solve_scalars(group: Group, rank: int | None) -> AnyPair:
     return _no_worse(group, scalar_pair(group, s.p, s.q, rank, *s.ended(group)), s.left, rank)
 
 
+def _solve_shared(groups: Sequence[Group], ranks: Sequence[int | None]) -> list[AnyPair]:
+    """One p and q for all modules, each pair cut to its rank; the averages, should these then be better in all.
+
+    The scalars are the best before they are cut, not after.
+    """
+    found = ScalarLeastSquares().solve(groups, shared=True)
+    every = list(zip(groups, ranks, strict=True))
+    pairs = [scalar_pair(g, s.p, s.q, rank, *s.ended(g)) for (g, rank), s in zip(every, found, strict=True)]
+    if not any(rank is not None and rank < g.rank for g, rank in every):
+        return pairs
+    averages = [_even(g, solve_fedavg(g, rank)) for g, rank in every]
+    if _total_error(groups, pairs) <= _total_error(groups, averages):
+        return pairs
+    return [
+        _choose(p, a, torch.ones_like(energies(g), dtype=torch.bool))
+        for g, p, a in zip(groups, pairs, averages, strict=True)
+    ]
+
+
+def _total_error(groups: Sequence[Group], pairs: Sequence[AnyPair]) -> float:
+    return sum(float(pair_errors(g, p).error.sum()) for g, p in zip(groups, pairs, strict=True))
+
+
 def _no_worse(group: Group, pair: AnyPair, left: Tensor, rank: int | None) -> AnyPair:
     """The pair, with averaged factors in modules where the scalars are worse.
 
@@ -148,10 +170,9 @@ def solve_each(
     """``solve`` with a rank of its own for every group."""
     if len(set(ranks)) <= 1:
         return solve(groups, method, ranks[0] if ranks else None, shared=shared)
-    if not shared:
-        return [solve([group], method, rank)[0] for group, rank in zip(groups, ranks, strict=True)]
-    pairs = solve(groups, method, shared=True)
-    return [p if r in (None, g.rank) else cut(g, p, r) for g, p, r in zip(groups, pairs, ranks, strict=True)]
+    if shared:
+        return _solve_shared(groups, ranks)
+    return [solve([group], method, rank)[0] for group, rank in zip(groups, ranks, strict=True)]
 
 
 def with_averages(group: Group, pair: AnyPair) -> AnyPair:

@@ -92,6 +92,26 @@ def test_shared_scope_uses_one_pair_for_all_modules():
         flora_na.aggregate(adapters, method="als", shared=True)
 
 
+def test_shared_scope_cut_to_a_smaller_rank_is_no_worse_than_averages():
+    """What is best whole is not always best cut."""
+    for seed in range(30):
+        g = torch.Generator().manual_seed(seed)
+        modules = [
+            {
+                f"m{i}": LoraLayer(
+                    A=torch.randn(r, 5, generator=g, dtype=torch.float64),
+                    B=torch.randn(6, r, generator=g, dtype=torch.float64),
+                )
+                for i, r in enumerate((2, 3))
+            }
+            for _ in range(2)
+        ]
+        for rank in (1, "auto:0.5"):
+            options = {"method": "flora-na", "shared": True, "rank": rank}
+            report = flora_na.aggregate([Adapter(m, {}) for m in modules], **options).report
+            assert report.rho <= report.rho_fedavg * (1 + 1e-9)
+
+
 def test_align_to_keeps_the_product_and_stays_near():
     adapters, later = cohort(), cohort(seed=0)
     first = flora_na.aggregate(adapters, method="svd")
