@@ -82,8 +82,9 @@ class Dual:
         - ``degenerate``: some weighting of the gradients is zero, to the rounding of the Gram matrix; the direction is
           the mean gradient projected on the cone ``<g_k, d> >= 0``, the limit of the matching. The objective is 0.
         - ``mean``: ``c = 0``; the direction is the mean gradient.
-        - ``stationary``: the mean gradient is zero, and so is the direction. A mean of a norm below about 1e-154, whose
-          square is not a float64 number any more, counts as zero and is the direction.
+        - ``stationary``: the mean gradient is zero, and so is the direction. A mean counts as zero, and is itself the
+          direction, below 6e-8 of the lengths that are averaged, the rounding of a Gram matrix, and below about 1e-154,
+          whose square is not a float64 number any more.
         - ``inexact``: the gap is above 1e-9, or may be: the rounding of the Gram matrix could hide as much, as it does
           around the mean of gradients far longer than one that binds. For a batch on a GPU ``refine()`` may close it.
         - ``nonfinite``: the Gram matrix has infinite or NaN entries; the coefficients are NaN.

@@ -138,7 +138,8 @@ def match(
         backend: "auto", "triton", "native" or "torch".
 
     Returns:
-        A Match. With all gradients zero, or a mean of zero, its status is "stationary" and the direction zero.
+        A Match. With all gradients zero, or a mean of zero, its status is "stationary" and the direction the mean:
+        zero, or what rounding of the gradients has left of it (see ``Dual.status``).
 
     Raises:
         ValueError: no gradients, structures that differ (named), non-finite gradients or statistics (named; in a

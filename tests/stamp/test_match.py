@@ -121,6 +121,13 @@ def test_one_gradient_and_rescaling():
     assert torch.equal(stamp.match([g, g, g], [1, 2, 4], c=0.9, rescale="mean").direction, g)
 
 
+def test_a_mean_within_rounding_of_zero_is_itself_the_direction():
+    g, e = torch.tensor([3.0, -4.0], dtype=torch.float64), torch.tensor([1.0, 1.0], dtype=torch.float64)
+    found = stamp.match([g + 1e-8 * e, -g + 1e-8 * e], c=0.5)
+    assert found.status == "stationary"
+    torch.testing.assert_close(found.direction, 1e-8 * e, rtol=1e-6, atol=0)
+
+
 def test_zero_gradients_are_reported():
     found = stamp.match([torch.zeros(4), torch.zeros(4)])
     assert found.status == "stationary"
