@@ -62,6 +62,15 @@ class Cohort:
         """Positions of the clients that have the module."""
         return [u for u, adapter in enumerate(self.adapters) if module in adapter.modules]
 
+    def exceeds_a_side(self, module: str) -> bool:
+        """Whether the clients' ranks of a module are together more than its rows or columns.
+
+        False where that is not known without reading: mappings may tell the (m, n, r) of a layer by ``sizes(module)``.
+        """
+        known = [(a.modules, getattr(a.modules, "sizes", None)) for a in self.adapters]
+        sizes = [of(module) for modules, of in known if of is not None and module in modules]
+        return sum(r for *_, r in sizes) > min((min(m, n) for m, n, _ in sizes), default=0)
+
     def layer(self, client: int, module: str) -> LoraLayer:
         """Read one client's layer of a module that it has."""
         return read_layer(self.adapters[client], module, self.names[client])

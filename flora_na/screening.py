@@ -187,6 +187,7 @@ class _Changed(Mapping[str, T]):
     def __init__(self, values: Mapping[str, T], change: Callable[[str, T], T]) -> None:
         self._values, self._change = values, change
         self.held = isinstance(values, dict)  # whether they lie in memory
+        self.sizes = getattr(values, "sizes", None)
 
     def __getitem__(self, name: str) -> T:
         return self._change(name, self._values[name])

@@ -48,8 +48,9 @@ def iter_aggregate(
     Grams leave doubt or are not formed, and ``flora-na`` with an anchor or a rank that is not the clients'. Meanwhile a
     thread reads ahead: the factors held are at most 1.5 times the largest portion (or 16 MiB), and up to 8 MiB more,
     not beyond two and a half portions. Within ``kernels.spread_over_jobs()``, two portions of lazily read factors are
-    worked on at a time where that bound has room for both and each is one module. Full tensors beside the factors
-    (``Adapter.extras``) are left to the caller.
+    worked on at a time where that bound has room for both, each is one module, and none is known to have fewer rows or
+    columns than ranks together (mappings may tell a layer's m, n and r by ``sizes(module)``). Full tensors beside the
+    factors (``Adapter.extras``) are left to the caller.
 
     Args:
         adapters: as in ``aggregate``; their mappings should be lazy, and are read from another thread (those of
@@ -109,9 +110,12 @@ class Stream:
 
         The second has its factors multiplied, which takes all cores, while the first is solved, which takes one. The
         factors of both count for the bound of what is held. Several modules are solved side by side, and take more
-        memory. Tensors that are there already may be a GPU's: one stream's work.
+        memory, as does a module whose ranks together exceed a side: each thread would keep what that takes. Tensors
+        that are there already may be a GPU's: one stream's work.
         """
         if self.cohort.held or isinstance(first, BaseException) or len(first.cohort.modules) > 1:
+            return 1
+        if width_within() == 1 or any(map(self.cohort.exceeds_a_side, self.cohort.modules)):
             return 1
         return min(WORKERS, width_within())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,13 @@ def since(adapter: Adapter, start: Adapter, label: str) -> Adapter:
 
     own, initial = (getattr(mapping, "files", None) for mapping in (adapter.modules, start.modules))
     files = None if own is None or initial is None else (*own, *initial)
-    return Adapter(LazyMapping(adapter.modules, layer, files), adapter.extras, config, adapter.roles)
+    sizes = None if (own_sizes := getattr(adapter.modules, "sizes", None)) is None else partial(_doubled, own_sizes)
+    return Adapter(LazyMapping(adapter.modules, layer, files, sizes), adapter.extras, config, adapter.roles)
+
+
+def _doubled(sizes: Callable[[str], tuple[int, int, int]], name: str) -> tuple[int, int, int]:
+    m, n, r = sizes(name)
+    return m, n, 2 * r
 
 
 def check_same_start(configs: Sequence[Mapping[str, Any] | None], labels: Sequence[str]) -> None:

@@ -35,6 +35,10 @@ class StoredLayer:
     rank: int
     scaling: float
 
+    def sizes(self, file: TensorSource) -> tuple[int, int, int]:
+        """m, n, r of the two matrices, without reading them."""
+        return file.specs[self.B].shape[0], prod(file.specs[self.A].shape[1:]), self.rank
+
     def read(self, file: TensorSource) -> LoraLayer:
         """The two matrices, (r, n) and (m, r)."""
         return self.layer(*file.read_pair(self.A, self.B))

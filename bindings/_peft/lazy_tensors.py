@@ -20,12 +20,19 @@ class LazyMapping(Mapping[str, T]):
         names: its keys; those of a mapping are not copied.
         make: makes the value of a key.
         files: all files that this reads; None where they are not known.
+        sizes: of layers, tells (m, n, r) without reading anything; None where that is not known.
     """
 
-    def __init__(self, names: Collection[str], make: Callable[[str], T], files: tuple[Path, ...] | None = None) -> None:
+    def __init__(
+        self,
+        names: Collection[str],
+        make: Callable[[str], T],
+        files: tuple[Path, ...] | None = None,
+        sizes: Callable[[str], tuple[int, int, int]] | None = None,
+    ) -> None:
         self._names: Mapping[str, object] = names if isinstance(names, Mapping) else dict.fromkeys(names)
         self._make = make
-        self.files = files
+        self.files, self.sizes = files, sizes
 
     def __getitem__(self, name: str) -> T:
         if name not in self._names:

@@ -39,6 +39,9 @@ def open_adapter(path: Path, adapter_name: str | None, *, allow_dora: bool = Fal
         stored = contents.layers[name]  # held by the adapter for as long as others may share it
         return kept.layer(stored) if stored.name.experts > 1 else stored.read(file)
 
+    def sizes(name: str) -> tuple[int, int, int]:
+        return contents.layers[name].sizes(file)
+
     def extra(key: str) -> Tensor:
         scaling = contents.scalings.get(key)
         return file.read(key) if scaling is None else read_update(file, key, scaling)
@@ -46,7 +49,7 @@ def open_adapter(path: Path, adapter_name: str | None, *, allow_dora: bool = Fal
     special = {key: role for key, role in contents.roles.items() if role != "mean"}
     extras = LazyTensors(sorted(contents.roles), extra, file, contents.scalings)
     files = (folder / CONFIG_NAME, *file.files)
-    return Adapter(LazyMapping(contents.layers, layer, files), extras, AdapterConfig(config), special)
+    return Adapter(LazyMapping(contents.layers, layer, files, sizes), extras, AdapterConfig(config), special)
 
 
 def _adapter_folder(path: Path, adapter_name: str | None) -> Path:

@@ -54,11 +54,12 @@ def test_every_layer_is_the_delta_weight_that_peft_computes(clients, name):
     expected, [adapter] = matrices(model), read(name, root / "c0")
     seen = set()
     for text in adapter.modules:
-        layer = LayerName.parse(text)
+        layer, stored = LayerName.parse(text), adapter.modules[text]
         assert str(layer) == text
+        assert adapter.modules.sizes(text) == (*stored.B.shape[:1], *stored.A.shape[::-1])
         seen |= {layer.path, *layer.tied}
         delta = expected[layer.path]
-        torch.testing.assert_close(adapter.modules[text].delta(), delta[layer.expert] if layer.experts > 1 else delta)
+        torch.testing.assert_close(stored.delta(), delta[layer.expert] if layer.experts > 1 else delta)
     assert seen == expected.keys()
 
 

@@ -11,6 +11,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 
 from fedgram import flora_na
 from fedgram.bindings.peft import load_adapter, load_adapters, save_adapter
+from fedgram.flora_na.screening import scaled
 from fedgram_testing.peft_adapters import mlp, quietly
 
 WEIGHTS = [1.0, 3.0]
@@ -93,6 +94,15 @@ def test_one_client_comes_back_with_its_own_weights(trained, tmp_path, method):
     save_adapter(flora_na.aggregate([adapter], method=method).adapter, tmp_path / "out")
     for name, tensor in merged(PeftModel.from_pretrained(mlp(), str(tmp_path / "out"))).items():
         torch.testing.assert_close(tensor, weights[0][name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_sizes_are_told_without_reading(trained):
+    root, *_ = trained
+    [client] = quietly(load_adapters, [root / "c0"], init=root / "init")
+    clipped = scaled(client, 0.5, {})
+    for name, layer in client.modules.items():
+        assert client.modules.sizes(name) == (*layer.B.shape[:1], *layer.A.shape[::-1])
+        assert clipped.modules.sizes(name) == client.modules.sizes(name)
 
 
 def test_without_the_initial_factors_it_is_refused(trained):

@@ -94,6 +94,15 @@ def test_one_where_portions_are_of_several_modules(monkeypatch, clients, working
     assert threads_of == [mine] * len(sizes)  # two would each keep what it has freed
 
 
+@pytest.mark.parametrize(("n", "most"), [(8, 2), (7, 1)])
+def test_one_where_the_ranks_of_any_module_exceed_a_side(clients, working, n, most):
+    """What such a module takes each thread would keep."""
+    for client in clients:
+        client.sizes = lambda name: (8, n if name == "m7" else 8, 4)
+    list(iter_aggregate(clients, method="fedavg"))
+    assert max(working) == most
+
+
 def test_several_modules_among_larger_ones_are_worked_on_one_at_a_time(monkeypatch, working):
     class Sized(Recorded):
         def __getitem__(self, name):
