@@ -121,7 +121,7 @@ class LoraSettings:
 
     ``rank_pattern`` and ``alpha_pattern`` map regular expressions of module names to values. ``parameters`` are the
     entries of ``target_parameters``; ``tokens`` the indices of ``trainable_token_indices`` by the end of a module's
-    name ("" for the input embedding); ``tying`` is ``ensure_weight_tying``.
+    name ("" for the input embedding); ``tying`` is ``ensure_weight_tying``; ``targets`` is ``target_modules``.
     """
 
     path: Path
@@ -137,6 +137,7 @@ class LoraSettings:
     lora_bias: bool = False
     dora: bool = False
     tying: bool = False
+    targets: frozenset[str] | str = frozenset()
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], path: Path) -> LoraSettings:
@@ -164,6 +165,7 @@ class LoraSettings:
             lora_bias=bool(config.get("lora_bias")),
             dora=bool(config.get("use_dora")),
             tying=bool(config.get("ensure_weight_tying")),
+            targets=_targets(config.get("target_modules")),
         )
 
     def ranks(self, module: str) -> list[int]:
@@ -252,6 +254,13 @@ def _tokens(config: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...]]
         if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
             raise ValueError(f"{path}: trainable_token_indices: expected lists of indices, got {str(value)[:100]}")
     return {module: tuple(indices) for module, indices in tables.items()}
+
+
+def _targets(value: Any) -> frozenset[str] | str:
+    """``target_modules``: names, or an expression; what is neither selects nothing."""
+    if isinstance(value, str):
+        return value
+    return frozenset(name for name in value if isinstance(name, str)) if isinstance(value, list | set) else frozenset()
 
 
 def _rank(value: Any, label: str) -> int:

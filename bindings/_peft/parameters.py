@@ -7,13 +7,14 @@ ranks or alphas; then the one order counts in which all parameters have the same
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import permutations, product
 from math import perm, prod
 
 from .config import LoraSettings
 from .names import ends_of, owner_of
+from .patterns import selection
 
 MAX_READINGS = 10_000
 
@@ -32,10 +33,35 @@ class TargetParameters:
 
     def __init__(self, settings: LoraSettings) -> None:
         self._settings = settings
+        self._selected: Callable[[str], bool] | None = None
         self._entries: dict[str, dict[str, None]] = {}
         for entry in settings.parameters:
             module, _, name = entry.rpartition(".")
             self._entries.setdefault(module, {})[name] = None
+
+    def adapted(self, module: str) -> bool:
+        """Whether factors of this module that no other wraps are those of a parameter, and not of the module's weight.
+
+        A bare name, such as ``gate_up_proj``, leads to that parameter of whatever module has one: every module may. But
+        PEFT adapts no parameter of a module that ``target_modules`` selects.
+
+        Raises:
+            ValueError: names ``target_modules``: not an expression that is known here, or one that takes too long.
+        """
+        if any(end in self._entries for end in ends_of(module)):
+            return True
+        return "" in self._entries and not self._targeted(module)
+
+    def _targeted(self, module: str) -> bool:
+        targets = self._settings.targets
+        if not isinstance(targets, str):
+            return not targets.isdisjoint(ends_of(module))
+        try:
+            if self._selected is None:
+                self._selected = selection(targets)
+            return self._selected(module)
+        except ValueError as error:
+            raise ValueError(f"{self._settings.path}: target_modules {targets[:100]!r} {error}") from error
 
     def of(self, owner: str) -> list[str]:
         """Names of the parameters of a module that PEFT may have adapted: all entries that its name ends with."""
@@ -99,9 +125,11 @@ class TargetParameters:
 
 def wrappers(paths: Iterable[str], parameters: TargetParameters) -> dict[str, list[str]]:
     """Modules with adapted parameters -> the paths of their wrappers."""
+    paths = list(paths)
+    inner = {owner_of(path) for path in paths if path.endswith(".base_layer")}
     found: dict[str, list[str]] = {}
     for path in paths:
         owner = owner_of(path)
-        if path.endswith(".base_layer") or (owner == path and parameters.of(owner)):
+        if path.endswith(".base_layer") or (owner == path and (owner in inner or parameters.adapted(owner))):
             found.setdefault(owner, []).append(path)
     return found

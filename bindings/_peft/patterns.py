@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from re import _constants as c  # type: ignore[attr-defined]
 from threading import Lock
@@ -84,6 +85,26 @@ class PatternTable(Mapping[str, T]):
                 return self._names.match(module) | (set() if self._rest is None else self._rest.match(module))
         except ValueError as error:
             raise ValueError(f"{self._where}{module}: {error}") from error
+
+
+def selection(targets: str) -> Callable[[str], bool]:
+    """Whether PEFT's ``re.fullmatch`` with an expression of ``target_modules`` finds a module, in bounded time.
+
+    Raises:
+        ValueError: as ``PatternTable``, but of any length; from the function, too many steps.
+    """
+    if targets == "all-linear":
+        return lambda module: True
+    parts = targets.split("|")
+    names = {re.sub(r"\\(.)", r"\1", part) for part in parts}
+    if {re.escape(name) for name in names} == set(parts):  # as save_adapter writes them
+        return names.__contains__
+    automaton = Automaton(Budget())
+    try:
+        automaton.add(parse(rf"(?:{targets})\Z"), 0)
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+    return lambda module: bool(automaton.match(module))
 
 
 class _Names:

@@ -12,7 +12,7 @@ from fedgram import flora_na
 from fedgram.bindings._peft.names import LayerName
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
 from fedgram.flora_na import Adapter
-from fedgram_testing.peft_adapters import quietly
+from fedgram_testing.peft_adapters import edit_config, quietly
 from fedgram_testing.peft_kinds import KINDS, Kind, loaded, matrices, mixtral, tied_llama, trained, write_kind
 
 RANKS, ALPHAS, WEIGHTS = (3, 2, 4), (5, 3, 4), [1.0, 2.0, 5.0]
@@ -203,6 +203,27 @@ def test_a_tied_head_is_loaded_however_modules_are_selected(tmp_path, selection)
     assert "delta of lm_head" in expected
     save_adapter(load_adapter(tmp_path / "in"), tmp_path / "out")
     assert_same(loaded(kind, tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("targets", [r".*\.(q|v)_proj", r"model\.layers\.0\.self_attn\.q_proj|lin", "all-linear"])
+def test_a_bare_name_of_a_parameter_leads_to_no_module_that_is_selected(tmp_path, targets):
+    """It may be a parameter of any module; PEFT passes over factors of modules that the result does not select."""
+    options = KINDS["experts by bare names"].options | {"target_modules": ["q_proj"]}
+    write_kind(Kind(mixtral, options), tmp_path)
+    edit_config(tmp_path, target_modules=targets)
+    names = load_adapter(tmp_path).modules
+    assert "model.layers.0.self_attn.q_proj" in names
+    assert {name.partition(" [")[0] for name in names if "[expert" in name} == {
+        "model.layers.0.mlp.experts",
+        "model.layers.0.mlp.experts.base_layer",
+    }
+
+
+def test_an_expression_that_is_not_known_is_refused_where_bare_names_leave_doubt(tmp_path):
+    write_kind(KINDS["experts by bare names"], tmp_path)
+    edit_config(tmp_path, target_modules=r"(.)\1")
+    with pytest.raises(ValueError, match=r"adapter_config.json: target_modules '\(\.\).*' uses groupref"):
+        load_adapter(tmp_path)
 
 
 def test_embeddings_that_are_not_tied_count_twice(tmp_path):

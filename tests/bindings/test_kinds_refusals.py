@@ -78,7 +78,7 @@ def test_announced_tensors_must_be_there(copy, name, part, reason):
         ("tokens", {"trainable_token_indices": {"head": [1, 2]}}, "trained token rows (2, 8) do not fit"),
         ("tokens", {"trainable_token_indices": ["1"]}, "trainable_token_indices: expected lists of indices"),
         ("experts", {"target_parameters": ["mlp.experts.down_proj"]}, "2 adapted parameters, but target_parameters"),
-        ("experts", {"target_parameters": ["x.y"]}, "experts: 1 adapted parameters, but target_parameters names 0"),
+        ("experts", {"target_parameters": ["x.y"]}, "experts: 2 adapted parameters, but target_parameters names 0"),
         ("experts", {"r": 4}, "ranks and alphas [(4, 5.0)] by the patterns, none of which fits the shapes"),
         (
             "experts",

@@ -108,6 +108,15 @@ KINDS = {
             "rank_pattern": {"q_proj": 2},
         },
     ),
+    "experts by bare names": Kind(
+        mixtral,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["gate_up_proj", "down_proj"],
+            "rank_pattern": {"q_proj": 2},
+        },
+    ),
+    "experts by all-linear": Kind(mixtral, {"target_modules": "all-linear"}),
     "transposed experts": Kind(experts, {"target_modules": ["lin"], "target_parameters": ["moe.up"]}),
     "parameter": Kind(experts, {"target_modules": [], "target_parameters": ["moe.flat"]}),
     "attention": Kind(attention, {"target_modules": ["mha", "lin"]}),
