@@ -96,13 +96,16 @@ def _written_selection(config: Mapping[str, Any], modules: Collection[str]) -> d
     theirs: an expression of their own names then says which. The clients' expressions do not go into the output: PEFT
     runs them over the names of the base model wherever it is loaded, and a stranger's may take for ever. Tied heads
     are named too: PEFT ties nothing, and passes over their factors, unless one of the names is a head's that it knows.
+
+    Of models of experts, whose configurations have ``target_parameters`` (if empty), PEFT takes an expression for the
+    last parts of the names that match, in every layer; there the modules' whole names are listed.
     """
     names = sorted(modules)
     if not names:  # only parameters, such as those of experts
         return dict.fromkeys(SELECTION) | {"target_modules": []}
-    if not only_names(config):
+    if not only_names(config) and config.get("target_parameters") is None:
         return dict.fromkeys(SELECTION) | {"target_modules": "|".join(map(re.escape, names))}
-    if _all_targeted(config, names):
+    if only_names(config) and _all_targeted(config, names):
         return {}
     return dict.fromkeys(SELECTION) | {"target_modules": names}
 

@@ -27,9 +27,9 @@ def tied_llama() -> nn.Module:
     return seeded(lambda: LlamaForCausalLM(config))
 
 
-def mixtral() -> nn.Module:
-    """Three experts whose weights are (experts, out, in)."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+def mixtral(layers: int = 1) -> nn.Module:
+    """Three experts in each layer, whose weights are (experts, out, in)."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 12}
     config = MixtralConfig(
         vocab_size=20, num_key_value_heads=1, num_local_experts=3, max_position_embeddings=16, num_experts_per_tok=2,
         **sizes,
@@ -116,6 +116,7 @@ KINDS = {
             "rank_pattern": {"q_proj": 2},
         },
     ),
+    "experts of some layers": Kind(lambda: mixtral(2), {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "experts by all-linear": Kind(mixtral, {"target_modules": "all-linear"}),
     "transposed experts": Kind(experts, {"target_modules": ["lin"], "target_parameters": ["moe.up"]}),
     "parameter": Kind(experts, {"target_modules": [], "target_parameters": ["moe.flat"]}),
