@@ -218,9 +218,10 @@ def test_the_version_and_what_the_imports_made_is_not_collected():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-def test_a_version_that_cannot_be_written_is_one_line():
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["aggregate", "--help"], ["bench", "--help"]])
+def test_what_cannot_be_written_is_one_line(arguments):
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-P", "-m", "fedgram.bench.cli", "--version"]
+        command = [sys.executable, "-P", "-m", "fedgram.bench.cli", *arguments]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "fedgram: No space left on device\n")
 
