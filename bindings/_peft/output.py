@@ -97,17 +97,22 @@ def _written_selection(config: Mapping[str, Any], modules: Collection[str]) -> d
     runs them over the names of the base model wherever it is loaded, and a stranger's may take for ever. Tied heads
     are named too: PEFT ties nothing, and passes over their factors, unless one of the names is a head's that it knows.
 
-    Of models of experts, whose configurations have ``target_parameters`` (if empty), PEFT takes an expression for the
-    last parts of the names that match, in every layer; there the modules' whole names are listed.
+    Of models of experts PEFT takes an expression for the last parts of the names that match in every layer, and finds
+    none of those that transformers had before version 5, one linear map per expert: the whole names are listed.
     """
     names = sorted(modules)
     if not names:  # only parameters, such as those of experts
         return dict.fromkeys(SELECTION) | {"target_modules": []}
-    if not only_names(config) and config.get("target_parameters") is None:
+    if not only_names(config) and not _of_experts(config, names):
         return dict.fromkeys(SELECTION) | {"target_modules": "|".join(map(re.escape, names))}
     if only_names(config) and _all_targeted(config, names):
         return {}
     return dict.fromkeys(SELECTION) | {"target_modules": names}
+
+
+def _of_experts(config: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether a model is one of experts: PEFT states its ``target_parameters`` even if none are adapted."""
+    return config.get("target_parameters") is not None or any(re.search(r"\.experts\.\d+\.", name) for name in names)
 
 
 def _default_rank(layout: FileLayout) -> int:

@@ -12,7 +12,7 @@ from fedgram import flora_na
 from fedgram.bindings._peft.names import LayerName
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
 from fedgram.flora_na import Adapter
-from fedgram_testing.peft_adapters import edit_config, quietly
+from fedgram_testing.peft_adapters import PeftModel, edit_config, quietly
 from fedgram_testing.peft_kinds import KINDS, Kind, loaded, matrices, mixtral, tied_llama, trained, write_kind
 
 RANKS, ALPHAS, WEIGHTS = (3, 2, 4), (5, 3, 4), [1.0, 2.0, 5.0]
@@ -217,6 +217,23 @@ def test_a_bare_name_of_a_parameter_leads_to_no_module_that_is_selected(tmp_path
         "model.layers.0.mlp.experts",
         "model.layers.0.mlp.experts.base_layer",
     }
+
+
+def test_experts_of_transformers_4_are_loaded_however_modules_are_selected(tmp_path):
+    """One linear map per expert then: PEFT makes parameters of them where the selection ends in their names."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for expert in range(3):
+        for name, n, m in (("w1", 16, 12), ("w2", 12, 16), ("w3", 16, 12)):
+            stem = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}.lora_"
+            tensors |= {f"{stem}A.weight": torch.randn(2, n, generator=generator)}
+            tensors |= {f"{stem}B.weight": torch.randn(m, 2, generator=generator)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["w1", "w2", "w3"], "bias": "none"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"layers_to_transform": [0]}))
+    expected = trained(quietly(PeftModel.from_pretrained, mixtral(), tmp_path))
+    assert len(expected) == 2
+    save_adapter(load_adapter(tmp_path), tmp_path / "out")
+    assert_same(trained(quietly(PeftModel.from_pretrained, mixtral(), tmp_path / "out")), expected)
 
 
 def test_an_expression_that_is_not_known_is_refused_where_bare_names_leave_doubt(tmp_path):
