@@ -175,22 +175,38 @@ def _tied_heads(file: TensorSource, keys: AdapterKeys, settings: LoraSettings) -
     Raises:
         ValueError: a head of these shapes has factors or a scaling of its own although ``ensure_weight_tying`` is set.
     """
+    alike: dict[tuple[tuple[int, ...], ...], list[str]] = {}
+    for path in sorted(keys.embeddings):
+        A, B = _shapes(file, keys, path)
+        alike.setdefault((B[::-1], A[::-1]), []).append(path)
+    heads: dict[str, list[str]] = {}
+    for path in sorted(keys.factors.keys() - keys.embeddings):
+        embeddings = alike.get(_shapes(file, keys, path), [])
+        if embeddings:
+            heads[path] = embeddings
+    if sum(map(len, heads.values())) > MAX_TIED:
+        embedding = next(iter(heads.values()))[0]
+        raise ValueError(f"{file.path}: {embedding}: {len(heads)} layers look tied to it (ensure_weight_tying)")
     found: dict[str, tuple[str, ...]] = {}
-    linear: dict[tuple[tuple[int, ...], ...], list[str]] = {}
-    for path in keys.factors.keys() - keys.embeddings:
-        linear.setdefault(_shapes(file, keys, path), []).append(path)
-    for embedding in keys.embeddings:
-        A, B = _shapes(file, keys, embedding)
-        heads = sorted(linear.get((B[::-1], A[::-1]), ()))
-        if len(heads) * len(keys.embeddings) > MAX_TIED:
-            raise ValueError(f"{file.path}: {embedding}: {len(heads)} layers look tied to it (ensure_weight_tying)")
-        for path in heads:
-            same = _transposed(file, keys.factors[path], keys.factors[embedding])
-            if not same or _scalings(settings, path, A[0]) != _scalings(settings, embedding, A[0]):
-                raise ValueError(f"{file.path}: {path}: differs from {embedding} although ensure_weight_tying is set")
-        if heads:
-            found[embedding] = tuple(heads)
+    for path, embeddings in heads.items():
+        embedding = _twin(file, keys, settings, path, embeddings)
+        found[embedding] = (*found.get(embedding, ()), path)
     return found
+
+
+def _twin(file: TensorSource, keys: AdapterKeys, settings: LoraSettings, head: str, embeddings: list[str]) -> str:
+    """Of the embeddings of its shapes the one that a head is tied to: T5 has three, and ties the head to one.
+
+    Raises:
+        ValueError: it has factors or a scaling of its own.
+    """
+    rank = _shapes(file, keys, head)[0][0]
+    for embedding in embeddings:
+        if not _transposed(file, keys.factors[head], keys.factors[embedding]):
+            continue
+        if _scalings(settings, head, rank) == _scalings(settings, embedding, rank):
+            return embedding
+    raise ValueError(f"{file.path}: {head}: differs from {embeddings[0]} although ensure_weight_tying is set")
 
 
 def _shapes(file: TensorSource, keys: AdapterKeys, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -12,7 +12,14 @@ from .peft_adapters import PeftLoraLayer, bert, gpt2, llama, load_with_peft, mlp
 with __import__("warnings").catch_warnings():
     __import__("warnings").simplefilter("ignore")
     from peft.tuners.lora.layer import Conv1D, Embedding, ParamWrapper
-    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
 
 def seeded(make):
@@ -25,6 +32,12 @@ def tied_llama() -> nn.Module:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
     config = LlamaConfig(vocab_size=20, max_position_embeddings=16, tie_word_embeddings=True, **sizes)
     return seeded(lambda: LlamaForCausalLM(config))
+
+
+def t5() -> nn.Module:
+    """Three embeddings and a head, all of one weight."""
+    sizes = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
+    return seeded(lambda: T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes)))
 
 
 def mixtral(layers: int = 1) -> nn.Module:
@@ -133,6 +146,7 @@ KINDS = {
     "tied embedding": Kind(
         tied_llama, {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True}
     ),
+    "a head tied to one of three": Kind(t5, {"target_modules": ["lm_head", "q"], "ensure_weight_tying": True}),
     "tied saved module": Kind(
         tied_llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}
     ),
