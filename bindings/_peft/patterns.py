@@ -9,7 +9,7 @@ from re import _constants as c  # type: ignore[attr-defined]
 from threading import Lock
 from typing import Any, TypeVar
 
-from .automaton import Automaton, Budget, parse
+from .automaton import MAX_STATES, Automaton, Budget, parse
 
 T = TypeVar("T")
 MAX_LENGTH = 1000
@@ -91,7 +91,8 @@ def selection(targets: str) -> Callable[[str], bool]:
     """Whether PEFT's ``re.fullmatch`` with an expression of ``target_modules`` finds a module, in bounded time.
 
     Raises:
-        ValueError: as ``PatternTable``, but of any length; from the function, too many steps.
+        ValueError: as ``PatternTable``, but longer than 20,000 characters, unless it is names with bars between them;
+            from the function, too many steps.
     """
     if targets == "all-linear":
         return lambda module: True
@@ -99,6 +100,8 @@ def selection(targets: str) -> Callable[[str], bool]:
     names = {re.sub(r"\\(.)", r"\1", part) for part in parts}
     if {re.escape(name) for name in names} == set(parts):  # as save_adapter writes them
         return names.__contains__
+    if len(targets) > MAX_STATES:
+        raise ValueError(f"is longer than {MAX_STATES} characters")
     automaton = Automaton(Budget())
     try:
         automaton.add(parse(rf"(?:{targets})\Z"), 0)
