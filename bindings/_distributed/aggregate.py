@@ -165,7 +165,8 @@ def _check(clients: str, result: str, options: Mapping[str, Any]) -> None:
     if result not in RESULTS:
         raise ValueError(f"result: expected one of {', '.join(RESULTS)}, got {result!r}")
     for name in WHOLE:
-        if options.get(name) not in (None, False):
+        value = options.get(name)
+        if value is not None and (value or name != "shared"):  # a min_cosine of 0 is a bound
             raise ValueError(
                 f"{name}: needs all modules in one place, and ranks share them out: aggregate in one process"
             )

@@ -214,6 +214,7 @@ REFUSED = {
     "some weights": "weights: given on some ranks and not on others",
     "shared": "shared: needs all modules in one place",
     "clip": "clip: needs all modules in one place",
+    "cosine": "min_cosine: needs all modules in one place",
     "result": "result: expected one of root, all, sharded, got 'nowhere'",
     "module": "layers.2.proj: site 4 has no such module",
     "gradient": "task 0, '[0]' is not finite",

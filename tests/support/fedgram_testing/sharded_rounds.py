@@ -209,6 +209,7 @@ def refusals(rank, mine, local, whole, clients):
         ),
         "shared": lambda: aggregate_sharded(clients, method="flora-na", shared=True, group=group),
         "clip": lambda: aggregate_sharded(clients, clip="2x", group=group),
+        "cosine": lambda: aggregate_sharded(clients, min_cosine=0.0, group=group),
         "result": lambda: aggregate_sharded(clients, result="nowhere", group=group),
         "module": lambda: aggregate_sharded(without(clients, "layers.2.proj", 4), **whole),
         "gradient": lambda: match_sharded([[torch.full((3,), torch.inf if rank == 1 else 1.0)]], group=group),
