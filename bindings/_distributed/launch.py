@@ -93,6 +93,7 @@ def _join(rank: int, count: int, wait: timedelta) -> dist.Store:
     timer = threading.Timer(limit, _end, [f"{apart}no answer for {limit:g} s"])
     timer.daemon = True
     timer.start()
+    own: dist.Store | None = None
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=wait))
         own = dist.TCPStore(address, port, is_master=False, timeout=wait)
@@ -101,12 +102,21 @@ def _join(rank: int, count: int, wait: timedelta) -> dist.Store:
         )
     except (RuntimeError, ValueError) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if _is_to_tell(own, f"{name}/apart", rank):
             fail(apart + text[0])
         raise SystemExit(1) from None
     finally:
         timer.cancel()
     return dist.PrefixStore(f"{name}/watch", own)
+
+
+def _is_to_tell(store: dist.Store | None, key: str, rank: int) -> bool:
+    """Whether this rank tells why the ranks did not meet: the first one that asks, since any may be the one that is
+    missing; without a store that answers, the first rank of every host."""
+    if store is not None:
+        with contextlib.suppress(RuntimeError):
+            return store.compare_set(key, "", str(rank)).decode() == str(rank)
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _end(message: str) -> None:

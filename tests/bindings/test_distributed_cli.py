@@ -210,6 +210,18 @@ def test_a_store_that_never_answers_is_given_up_while_joining(first):
     assert spoken(ended) == ([line] if first else [])
 
 
+@pytest.mark.parametrize("missing", [0, 2])
+def test_any_rank_may_be_the_one_that_the_others_miss_while_joining(missing):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's
+    meeting = {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "MARK": MARK}
+    join = "import datetime, os; from fedgram.bindings._distributed.launch import _join"
+    command = [sys.executable, "-P", "-c", f"{join}; _join(int(os.environ['RANK']), 3, datetime.timedelta(seconds=4))"]
+    ended = finish([start(command, env) for k, env in enumerate(rank_environments(3, **meeting)) if k != missing])
+    assert [code for code, *_ in ended] == [1, 1]
+    [line] = spoken(ended)
+    assert line.startswith(f"fedgram: the 3 ranks did not meet at 127.0.0.1:{store.port}: ")
+
+
 @pytest.mark.parametrize(
     ("name", "command"),
     [
