@@ -117,11 +117,13 @@ def aggregate_state_dicts(
             that the clients share; where theirs differ it must be given.
         method, rank, shared, missing, clip, min_cosine, backend: as in ``flora_na.aggregate``. A ``rank`` other than
             the clients' gives factors of that rank: receivers need a configuration with it, and ``scalings``.
-        anchor: the previous round's ``state_dict``; see ``flora_na.aggregate``. Its scaling is the output's.
+        anchor: the previous round's ``state_dict``; see ``flora_na.aggregate``. Its scaling is the output's. Where it
+            is of a wider dtype than the clients', the factors come back in that.
         align_to: an earlier ``state_dict`` to rotate the result towards (als and svd only).
         residual: also return what the pair leaves out (rank R + r, float32 or wider).
         names: the clients' labels in errors and in the report.
-        dtypes: name -> dtype that the entry is to be returned in; by default the one that the clients' promote to.
+        dtypes: name -> dtype that the entry is to be returned in; by default the one that the clients' (and, of
+            factors, the anchor's) promote to.
 
     Returns:
         The global state dict, with its report, whose rho is that of the state dict as it is returned. bfloat16 comes

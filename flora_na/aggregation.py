@@ -63,8 +63,9 @@ def aggregate(
             depends on the clients' products only; that of ``fedavg`` on their gauge too (rescaling ``c B, A / c`` or
             rotating the factors), that of ``flora-na`` on rotations, and on rescaling where the averages that it starts
             from then lead to another local optimum.
-        rank: of the result; None is, per module, the largest rank among clients and anchor; ``"auto:0.99"`` the
-            smallest rank whose best pair keeps that share of ``||dW||^2``, which may be above or below the clients'.
+        rank: of the result; None is, per module, the largest rank among clients and anchor (without the zeros that an
+            anchor is padded with); ``"auto:0.99"`` the smallest rank whose best pair keeps that share of ``||dW||^2``,
+            which may be above or below the clients'.
         shared: ``flora-na`` with one pair of coefficients for all modules, as the authors' code has it.
         anchor: last round's global adapter; see ``estimate``. What it has and no client has is not in the result.
         align_to: an earlier global adapter to rotate the result towards (als and svd only).
@@ -80,8 +81,8 @@ def aggregate(
         names: the clients' labels in errors and reports; equal ones are numbered: ``a``, ``a (2)``.
 
     Returns:
-        The adapter (every layer with scaling 1, in the dtype that all clients' dtypes promote to: float32 for float16
-        with bfloat16), the residual or None, and the report.
+        The adapter (every layer with scaling 1, in the dtype that all clients' dtypes, and the anchor's, promote to:
+        float32 for float16 with bfloat16), the residual or None, and the report.
 
     Raises:
         ValueError: see ``estimate``; the message names the module and the client.

@@ -32,6 +32,16 @@ def test_it_is_aggregate_under_the_clients_own_names(method, spelling):
     torch.testing.assert_close(result.state_dict["base_model.model.head.weight"], head.float())
 
 
+def test_factors_come_back_in_an_anchors_wider_dtype_and_without_its_padding():
+    [anchor], clients = states(1), states(2, dtype=torch.bfloat16)
+    result = aggregate_state_dicts(clients, anchor=anchor, method="flora-na").state_dict
+    assert {t.dtype for name, t in result.items() if "lora_" in name} == {torch.float32}
+    assert result["base_model.model.head.weight"].dtype == torch.bfloat16
+    padded = {n: t if "lora_" not in n else torch.cat([t, 0 * t], int("lora_B" in n)) for n, t in anchor.items()}
+    again = aggregate_state_dicts(clients, anchor=padded, method="flora-na").state_dict
+    assert all(torch.equal(again[name], tensor) for name, tensor in result.items())
+
+
 def test_one_client_comes_back_as_itself_in_bfloat16():
     [client] = states(1, dtype=torch.bfloat16)
     result = aggregate_state_dicts([client], lora_alpha=24, method="fedavg")
