@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, UntypedStorage
+
+LARGE_PAGE = 2 << 20
+LARGE = 32 << 20
+"""Bytes from which on an allocator fetches new memory from the system for every tensor."""
+_LARGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 def address(t: Tensor) -> int:
@@ -33,6 +40,18 @@ def check_memory(tensors: Iterable[Tensor], name: Callable[[int], str] | None = 
                 f"{what} has no memory of its own: freed (a sharded parameter's, say), or made of others; "
                 "pass a plain tensor (of a DTensor, its full_tensor())"
             )
+
+
+def ask_for_large_pages(tensors: Iterable[Tensor]) -> None:
+    """Of the system, for new tensors of a CPU: first uses of 4 kB each take as long as what is computed.
+
+    It is a wish: systems without large pages, or that give them anyway, go on as they would.
+    """
+    for t in tensors:
+        if _LARGE_PAGES is not None and t.nbytes >= LARGE:
+            first = -(-t.data_ptr() // LARGE_PAGE) * LARGE_PAGE
+            nbytes = (t.data_ptr() + t.nbytes - first) // LARGE_PAGE * LARGE_PAGE
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), _LARGE_PAGES)
 
 
 def span(t: Tensor) -> tuple[int, int]:

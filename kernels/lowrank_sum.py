@@ -12,7 +12,7 @@ from . import _native_factors
 from ._dispatch import resolve
 from ._factor_inputs import check_factors, flat, mixed_types
 from ._floats import FLOATS
-from ._memory import check_memory, meets, overlaps_itself, span
+from ._memory import ask_for_large_pages, check_memory, meets, overlaps_itself, span
 from ._plan import PlanCache, check_runnable, launching_on, place, survey
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ def lowrank_sum(
         return out
     kind = resolve(backend, flat(B, A, [coefficients], [t for t in (W, out) if t is not None]), native=True)
     check_sum(W, B, A, coefficients, out)
-    out = new_output(W, B, A) if out is None else out
+    if out is None:
+        out = new_output(W, B, A)
+        if kind == "native":
+            ask_for_large_pages([out])
     if kind == "triton" and not (backend == "auto" and cublas_wins(B)):
         done = _on_triton(W, B, A, coefficients, beta, out, backend)
         if done is not None:

@@ -269,7 +269,7 @@ JOBS(combine, combination) {
     EACH CALL(combine, double, jobs + i, work);
 }
 
-int64_t fedgram_sum_work(void) { return (SUM_ROWS + 1) * SUM_COLUMNS + (SUM_ROWS + SUM_COLUMNS) * RUN; }
+int64_t fedgram_sum_work(void) { return SUM_ROWS * SUM_COLUMNS + (SUM_ROWS + SUM_COLUMNS) * RUN; }
 int64_t fedgram_sum_rows(void) { return SUM_ROWS; }
 int64_t fedgram_sum_columns(void) { return SUM_COLUMNS; }
 

@@ -21,28 +21,49 @@ static void FN(pack_ranks)(T *E, const struct member *m, int64_t count, const do
     }
 }
 
+/* The tile of W is asked for, to be there when its sums begin. */
+static void FN(ask_tile)(const struct sum *s, int64_t rows, int64_t columns) {
+    static const int64_t sizes[] = {8, 4, 2, 2};
+    const struct member *W = s->W;
+    int64_t size = sizes[W->type];
+    if (s->beta == 0 || W->along != 1) return;
+    for (int64_t i = 0; i < rows; i++) {
+        const char *line = (const char *)W->address + ((s->row + i) * W->across + s->column) * size;
+        for (int64_t at = 0; at < columns * size; at += LINE) __builtin_prefetch(line + at, 0, 2);
+    }
+}
+
+/* Sums begin with beta W. */
+static void FN(begin_sums)(const struct sum *s, int64_t rows, int64_t columns, double *total) {
+    const struct member *W = s->W;
+    if (s->beta == 0 || rows < SUM_ROWS || columns < SUM_COLUMNS)
+        memset(total, 0, SUM_ROWS * SUM_COLUMNS * sizeof(double));
+    if (s->beta == 0) return;
+    for (int64_t i = 0; i < rows; i++) {
+        double *y = total + i * SUM_COLUMNS;
+        WIDE_FN(widen)(y, (const void *)W->address, (int)W->type, (s->row + i) * W->across + s->column * W->along,
+                       W->along, columns);
+        if (s->beta != 1)
+            for (int64_t j = 0; j < columns; j++) y[j] *= s->beta;
+    }
+}
+
 static void FN(lowrank_sum)(const struct sum *s, double *work) {
-    double *total = work, *row = total + SUM_ROWS * SUM_COLUMNS;
-    T *B = (T *)(row + SUM_COLUMNS), *A = B + SUM_ROWS * RUN;
+    double *total = work;
+    T *B = (T *)(total + SUM_ROWS * SUM_COLUMNS), *A = B + SUM_ROWS * RUN;
     int64_t rows = least(SUM_ROWS, s->rows - s->row), columns = least(SUM_COLUMNS, s->columns - s->column);
-    memset(total, 0, SUM_ROWS * SUM_COLUMNS * sizeof(double));
-    for (int64_t k = 0; k < s->R; k += RUN) {
+    FN(ask_tile)(s, rows, columns);
+    for (int64_t k = 0; k < s->R || k == 0; k += RUN) {
         int64_t n = least(RUN, s->R - k);
         FN(pack_ranks)(B, s->B, s->count, s->c, k, n, s->row, rows);
         FN(pack_ranks)(A, s->A, s->count, 0, k, n, s->column, columns);
+        if (k == 0) FN(begin_sums)(s, rows, columns, total);
         FN(multiply)(B, rows, A, columns, n, 0, total, SUM_COLUMNS);
     }
-    const struct member *W = s->W, *to = s->to;
-    for (int64_t i = 0; i < rows; i++) {
-        double *y = total + i * SUM_COLUMNS;
-        if (s->beta != 0) {
-            WIDE_FN(widen)(row, (const void *)W->address, (int)W->type, (s->row + i) * W->across + s->column * W->along,
-                           W->along, columns);
-            for (int64_t j = 0; j < columns; j++) y[j] += s->beta * row[j];
-        }
+    const struct member *to = s->to;
+    for (int64_t i = 0; i < rows; i++)
         WIDE_FN(narrow)((void *)to->address, (int)to->type, (s->row + i) * to->across + s->column * to->along, to->along,
-                        columns, y);
-    }
+                        columns, total + i * SUM_COLUMNS);
 }
 
 #undef WIDTH

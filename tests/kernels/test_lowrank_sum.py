@@ -1,9 +1,10 @@
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fedgram.kernels import lowrank_sum, native_calls
+from fedgram.kernels import _memory, lowrank_sum, native_calls
 from fedgram_testing.factor_ops import ALL_BACKENDS, LAYOUTS, TYPES, draw, garbage, lay
 
 __all__ = ["garbage"]
@@ -245,3 +246,29 @@ def test_a_coefficient_that_is_a_view_which_negates_its_memory(backend):
     view = torch.complex(torch.zeros_like(c), -c).conj().imag
     assert view.is_neg()
     assert torch.equal(lowrank_sum(W, B, A, view, backend=backend), lowrank_sum(W, B, A, c, backend=backend))
+
+
+def test_large_results_ask_for_large_pages_within_themselves(monkeypatch):
+    asked = []
+    libc = SimpleNamespace(madvise=lambda *args: asked.append([getattr(a, "value", a) for a in args]))
+    monkeypatch.setattr(_memory.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(_memory, "_LARGE_PAGES", 14)
+    for nbytes, page in ((1 << 25, 1 << 21), ((1 << 25) - 1, 1 << 21), ((1 << 25) + 3 * 4096 + 5, 4096)):
+        asked.clear()
+        monkeypatch.setattr(_memory, "LARGE_PAGE", page)
+        t = torch.empty(nbytes, dtype=torch.uint8)
+        _memory.ask_for_large_pages([torch.empty(3), t])
+        if nbytes < _memory.LARGE:
+            assert not asked
+            continue
+        [(first, length, advice)] = asked
+        assert first % page == length % page == 0
+        assert t.data_ptr() <= first < t.data_ptr() + page
+        assert t.data_ptr() + nbytes - page < first + length <= t.data_ptr() + nbytes
+        assert advice == 14
+
+
+def test_a_new_result_on_large_pages_is_the_one_that_is_written_into_another():
+    B, A = [torch.randn(4096, 3)], [torch.randn(3, 2048)]
+    W, c = torch.randn(4096, 2048), torch.tensor([0.5], dtype=torch.float64)
+    assert torch.equal(lowrank_sum(W, B, A, c), lowrank_sum(W, B, A, c, out=torch.empty_like(W)))
