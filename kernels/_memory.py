@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 from torch import Tensor, UntypedStorage
 
 LARGE_PAGE = 2 << 20
@@ -34,12 +35,23 @@ def check_memory(tensors: Iterable[Tensor], name: Callable[[int], str] | None = 
         name: of the tensor of that number, for the message.
     """
     for i, t in enumerate(tensors):
-        if t.numel() and not t.data_ptr() and not t.is_meta:  # those lie on another device, which is told elsewhere
-            what = f"{'' if name is None else name(i) + ': '}a {type(t).__name__} of shape {tuple(t.shape)}"
-            raise ValueError(
-                f"{what} has no memory of its own: freed (a sharded parameter's, say), or made of others; "
-                "pass a plain tensor (of a DTensor, its full_tensor())"
-            )
+        _check(t, i, name)
+
+
+def check_addresses(tensors: Sequence[Tensor], addresses: np.ndarray, name: Callable[[int], str] | None = None) -> None:
+    """``check_memory`` of tensors whose addresses are known: looks at those at zero, which may be empty ones."""
+    if not addresses.all():
+        for i in np.flatnonzero(addresses == 0):
+            _check(tensors[i], int(i), name)
+
+
+def _check(t: Tensor, i: int, name: Callable[[int], str] | None) -> None:
+    if t.numel() and not t.data_ptr() and not t.is_meta:  # those lie on another device, which is told elsewhere
+        what = f"{'' if name is None else name(i) + ': '}a {type(t).__name__} of shape {tuple(t.shape)}"
+        raise ValueError(
+            f"{what} has no memory of its own: freed (a sharded parameter's, say), or made of others; "
+            "pass a plain tensor (of a DTensor, its full_tensor())"
+        )
 
 
 def ask_for_large_pages(tensors: Iterable[Tensor]) -> None:

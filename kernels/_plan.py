@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import interpreting, resolve
-from ._memory import check_memory
+from ._memory import check_addresses
 
 WIDEST = 16  # bytes of the widest load of a GPU thread
 T = TypeVar("T")
@@ -75,8 +75,7 @@ def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
         ValueError: as ``check_memory``.
     """
     pointers = unchecked_addresses(tensors)
-    if not pointers.all():
-        check_memory(tensors)
+    check_addresses(tensors, pointers)
     return pointers
 
 

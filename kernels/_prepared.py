@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._factor_inputs import Factors, check_factors, flat
 from ._floats import FLOATS
-from ._memory import check_memory
+from ._memory import check_addresses
 from ._plan import Layout, survey, unchecked_addresses
 from ._stacks import Stacks
 
@@ -42,6 +42,8 @@ class PreparedSide(Sequence[Sequence[Tensor]]):
         self.columns = [tuple([t.shape[1] for t in clients]) for clients in self._modules]
         self.tensors = [t for clients in self._modules for t in clients]
         layout, self.pointers = survey(self.tensors)
+        # their memory is asked about where it is used: fake tensors, say, have none and only give shapes
+        self._nowhere = [int(i) for i in np.flatnonzero(self.pointers == 0) if self.tensors[i].numel()]
         self.layout = Layout(layout, tuple(self.clients))
         self.device = self.tensors[0].device if self.tensors else torch.device("cpu")
         first: dict[int, int] = {}
@@ -84,13 +86,21 @@ class PreparedSide(Sequence[Sequence[Tensor]]):
             return
         moved = np.flatnonzero(unchecked_addresses(self._owned) != self.pointers[self._owners])
         if len(moved):
-            index = int(self._owners[moved[0]])
-            module = next(l for l, end in enumerate(accumulate(self.clients)) if index < end)
-            client = index - sum(self.clients[:module])
             raise ValueError(
-                f"{self.name}[{module}][{client}]: its memory was moved or freed since the factors were prepared "
-                "(a storage was resized); prepare them again"
+                f"{self._label(int(self._owners[moved[0]]))}: its memory was moved or freed since the factors were "
+                "prepared (a storage was resized); prepare them again"
             )
+
+    def check_memory(self) -> None:
+        """Raise ValueError where a factor had no memory when it was prepared."""
+        if self._nowhere:
+            tensors = [self.tensors[i] for i in self._nowhere]
+            check_addresses(tensors, self.pointers[self._nowhere], lambda i: self._label(self._nowhere[i]))
+
+    def _label(self, index: int) -> str:
+        """The tensor of that number as the caller knows it."""
+        module = next(l for l, end in enumerate(accumulate(self.clients)) if index < end)
+        return f"{self.name}[{module}][{index - sum(self.clients[:module])}]"
 
 
 class PreparedFactors:
@@ -167,19 +177,19 @@ def inventory(*sides: Factors | Sequence[Tensor] | None) -> tuple[Layout, np.nda
     for side in sides:
         if isinstance(side, PreparedSide):
             side.check()
+            side.check_memory()
             layouts.append(side.layout)
             pointers.append(side.pointers)
         elif side is None:
             layouts.append(None)
         else:
-            layout, where = survey(flat(side))
+            tensors = flat(side)
+            layout, where = survey(tensors)
+            check_addresses(tensors, where)
             clients = [len(item) for item in side if not isinstance(item, Tensor)]
             layouts.append(Layout(layout, tuple(clients) if clients else len(side)))
             pointers.append(where)
-    together = np.concatenate(pointers) if pointers else np.zeros(0, np.int64)
-    if not together.all():
-        check_memory(flat(*sides))
-    return Layout(*layouts), together
+    return Layout(*layouts), np.concatenate(pointers) if pointers else np.zeros(0, np.int64)
 
 
 class FactorSlab:

@@ -206,3 +206,11 @@ def test_a_client_of_a_slab_is_one_stretch():
 def test_bad_slabs_and_factors_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_empty_factors_are_not_looked_at_on_every_call(monkeypatch):
+    """They have no address, as those have none whose memory is gone."""
+    B, A = [[torch.empty(20, 0), torch.rand(20, 2)]], [[torch.empty(0, 9), torch.rand(2, 9)]]
+    f = kernels.prepare(B, A)
+    monkeypatch.setattr("fedgram.kernels._memory._check", lambda *_: pytest.fail("looked at"))
+    assert _prepared.inventory(f.B, f.A)[1].tolist() == [0, B[0][1].data_ptr(), 0, A[0][1].data_ptr()]
