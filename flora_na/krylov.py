@@ -33,16 +33,17 @@ def solve_krylov(group: Group, rank: int) -> Pair:
     wide = min(rank + OVERSAMPLING, group.total_rank)
     space = _Space(group)
     Y = starting_rows(group, solve_fedavg(group), wide)
-    energy, before, status, blocks = energies(group), None, "max-sweeps", 0
+    energy, before, status, blocks, dry = energies(group), None, "max-sweeps", 0, False
     for blocks in range(1, MAX_BLOCKS + 1):
         Y = space.extend(Y)
+        dry = not Y.shape[-1]
         captured = torch.linalg.eigvalsh(space.H)[:, -rank:].sum(-1)
         left = (energy - captured).clamp_min(1e-13 * energy)
         if before is not None and bool((captured - before <= TOLERANCE * left).all()):
             status = "converged"
             break
         before = captured
-        if space.size >= group.total_rank or not Y.shape[-1]:
+        if space.size >= group.total_rank or dry:
             status = "converged"
             break
     vectors = torch.linalg.eigh(space.H).eigenvectors[:, :, -min(wide, space.size) :]
@@ -51,7 +52,8 @@ def solve_krylov(group: Group, rank: int) -> Pair:
     pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(space.P @ vectors, space.V @ vectors, status))
     pair = Pair(fit_rank(pair.P, rank), fit_rank(pair.Q, rank), status, blocks)
     lost = captured - (pair.P * group.apply("B", pair.P)).sum(-2).square().sum(-1)  # of a balanced pair
-    if bool((lost.abs() > AMISS * (energy - captured).abs() + 1e-12 * energy).any()):
+    # directions of small singular values may have been left out as dependent ones: sweeps find them
+    if dry or bool((lost.abs() > AMISS * (energy - captured).abs() + 1e-12 * energy).any()):
         return AlternatingLeastSquares().solve(group, pair, rank)
     return pair
 
