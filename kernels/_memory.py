@@ -41,8 +41,8 @@ def check_memory(tensors: Iterable[Tensor], name: Callable[[int], str] | None = 
 def check_addresses(tensors: Sequence[Tensor], addresses: np.ndarray, name: Callable[[int], str] | None = None) -> None:
     """``check_memory`` of tensors whose addresses are known: looks at those at zero, which may be empty ones."""
     if not addresses.all():
-        for i in np.flatnonzero(addresses == 0):
-            _check(tensors[i], int(i), name)
+        for i in np.flatnonzero(addresses == 0).tolist():
+            _check(tensors[i], i, name)
 
 
 def _check(t: Tensor, i: int, name: Callable[[int], str] | None) -> None:
