@@ -68,7 +68,8 @@ def aggregate(
             which may be above or below the clients'.
         shared: ``flora-na`` with one pair of coefficients for all modules, as the authors' code has it.
         anchor: last round's global adapter; see ``estimate``. What it has and no client has is not in the result.
-        align_to: an earlier global adapter to rotate the result towards (als and svd only).
+        align_to: an earlier global adapter to rotate the result towards (als and svd only); every module of the result
+            has its rank at least, unless ``rank`` is a number: so a round of clients of lower ranks can be rotated too.
         missing: a module that a client lacks is an ``error``; or the others' weights are scaled to sum 1
             (``renormalize``); or its update counts as ``zero``. ``cohort.MISSING`` defines the targets, and what
             becomes of full tensors.

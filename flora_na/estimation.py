@@ -14,7 +14,7 @@ from .gauge import align
 from .group import Group
 from .grouping import make_groups
 from .methods import check_method, doubtful_apart, solve_each, with_averages
-from .rank_choice import Rank, split_by_rank
+from .rank_choice import LARGEST_RANK, Rank, at_least, split_by_rank
 from .stack import concatenate, residual_factors
 from .target import Target, check_counts, make_target, scaling_numbers
 from .weights import Weights, normalise_weights
@@ -98,7 +98,8 @@ def estimate(
             padded with zero columns.
         anchor: last round's global factors ``(B_g, A_g)``: ``flora-na`` then estimates
             ``A_g + sum q_u (A_u - A_g)``, and likewise B; for ``als`` and ``svd`` they are only more to combine from.
-        align_to: factors of an earlier round; the result is rotated to come nearest to them (als and svd only).
+        align_to: factors of an earlier round; the result is rotated to come nearest to them (als and svd only), and has
+            their rank at least, unless ``rank`` is a number.
         backend: ``auto``, ``triton``, ``native`` or ``torch``, for the operations on the factors.
 
     Returns:
@@ -150,6 +151,8 @@ def estimate_targets(
     averaged = method == "fedavg" and rank is None  # the coefficients are known before the Grams
     measured = averaged and any(shows(target.dtype) for target in targets)
     groups, ranks = split_by_rank(make_groups(targets, backend, averaged=averaged, measured=measured), rank)
+    if align_to is not None and not isinstance(rank, int):
+        groups, ranks = at_least(groups, ranks, [_rank_of(pair) for pair in align_to])
     if method != "stack" and not shared:
         groups, ranks = doubtful_apart(groups, method, ranks)
     pairs: list[AnyPair]
@@ -166,6 +169,11 @@ def estimate_targets(
     for (group, ids), pair, pieces, error in zip(groups, pairs, factors, errors, strict=True):
         results.update(zip(ids, _estimates(group, pair, pieces, error), strict=True))
     return [results[i] for i in range(len(targets))]
+
+
+def _rank_of(pair: tuple[Tensor, Tensor] | None) -> int:
+    """Of earlier factors, which are checked when the result is rotated towards them."""
+    return 0 if pair is None or pair[0].ndim != 2 else min(pair[0].shape[1], LARGEST_RANK)
 
 
 def _pairs(groups: list[Group], method: str, ranks: list[int | None], shared: bool) -> list[AnyPair]:

@@ -58,10 +58,29 @@ def split_by_rank(
     """Groups (each with its modules' positions) of one output rank each, and these ranks; None as it is."""
     if not isinstance(rank, str):
         return list(groups), [rank] * len(groups)
+    return _split(groups, [module_ranks(group, rank) for group, _ in groups])
+
+
+def at_least(
+    groups: Sequence[tuple[Group, list[int]]], ranks: Sequence[int | None], least: Sequence[int]
+) -> tuple[list[tuple[Group, list[int]]], list[int | None]]:
+    """The same groups, split so that every module's rank is at least that of its position in ``least``."""
+    chosen = [
+        [group.rank if rank is None else rank] * len(ids) for (group, ids), rank in zip(groups, ranks, strict=True)
+    ]
+    wanted = [
+        [max(r, least[i]) for r, i in zip(own, ids, strict=True)] for own, (_, ids) in zip(chosen, groups, strict=True)
+    ]
+    return (list(groups), list(ranks)) if wanted == chosen else _split(groups, wanted)
+
+
+def _split(
+    groups: Sequence[tuple[Group, list[int]]], wanted: Sequence[list[int]]
+) -> tuple[list[tuple[Group, list[int]]], list[int | None]]:
+    """Groups whose modules have one rank each, and these ranks."""
     parts: list[tuple[Group, list[int]]] = []
     ranks: list[int | None] = []
-    for group, ids in groups:
-        chosen = module_ranks(group, rank)
+    for (group, ids), chosen in zip(groups, wanted, strict=True):
         for own in sorted(set(chosen)):
             at = [i for i, r in enumerate(chosen) if r == own]
             parts.append((group if len(at) == len(ids) else group.subset(at), [ids[i] for i in at]))

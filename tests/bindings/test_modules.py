@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,18 @@ def test_the_previous_round_aligns_the_next(method):
     for name, layer in plain.modules.items():  # another gauge, the same update
         torch.testing.assert_close(second.modules[name].delta(), layer.delta(), rtol=1e-4, atol=1e-5)
     assert not same(second, plain)
+
+
+def test_a_round_of_lower_ranks_is_aligned_and_keeps_the_rank():
+    aggregator = LoraAggregator("svd", align_previous=True)
+    first = aggregator(clients(0), WEIGHTS)
+    lower = [
+        replace(c, modules={n: replace(x, A=x.A[:1], B=x.B[:, :1]) for n, x in c.modules.items()}) for c in clients(1)
+    ]
+    second = aggregator(lower, WEIGHTS)
+    assert same(second, flora_na.aggregate(lower, WEIGHTS, method="svd", align_to=first).adapter)
+    assert [x.rank for x in second.modules.values()] == [x.rank for x in first.modules.values()]
+    assert aggregator.report.rho == pytest.approx(aggregator.report.rho_optimal, rel=1e-3, abs=1e-6)
 
 
 def test_a_checkpoint_takes_up_where_it_was():

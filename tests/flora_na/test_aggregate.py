@@ -124,6 +124,27 @@ def test_align_to_keeps_the_product_and_stays_near():
         assert torch.allclose(again.adapter.modules[name].B, turned[name].B, atol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["als", "svd"])
+@pytest.mark.parametrize("rank", [None, "auto:0.01"])
+def test_align_to_a_higher_rank_gives_a_result_of_that_rank(method, rank):
+    """A round of clients of lower ranks: as if the rank had been asked for, where the earlier one is higher."""
+    adapters, name = cohort(), next(iter(SHAPES))
+    earlier = dict(flora_na.aggregate(adapters, method="svd", rank=1).adapter.modules)
+    earlier[name] = flora_na.aggregate(adapters, method="svd", rank=9).adapter.modules[name]
+    result = flora_na.aggregate(adapters, method=method, rank=rank, align_to=earlier)
+    asked = flora_na.aggregate(adapters, method=method, rank=9, align_to=earlier).adapter.modules[name]
+    assert result.adapter.modules[name].rank == 9
+    torch.testing.assert_close(result.adapter.modules[name].delta(), asked.delta(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.adapter.modules[name].B, asked.B, rtol=1e-3, atol=1e-4)
+    plain = flora_na.aggregate(adapters, method=method, rank=rank).adapter.modules
+    assert [x.rank for n, x in result.adapter.modules.items() if n != name] == [
+        x.rank for n, x in plain.items() if n != name
+    ]
+    assert result.report.rho <= result.report.rho_optimal * (1 + 1e-3)
+    with pytest.raises(ValueError, match="rank 9 is above the result's rank 8"):
+        flora_na.aggregate(adapters, method=method, rank=8, align_to=earlier)
+
+
 def test_anchor_must_have_every_module():
     adapters = cohort()
     with pytest.raises(ValueError, match=r"anchor: has no module layer.0.value"):

@@ -233,7 +233,7 @@ GOOD = clients([3, 3], 6, 7)
         (lambda B, A: dict(B=B, A=A, align_to=(B[0].to_sparse(), A[0])), "lora_B is torch.sparse_coo on cpu: expected"),
         (lambda B, A: dict(B=B, A=A, align_to=(B[0], A[0].to("meta"))), "lora_A is torch.strided on meta: expected"),
         (lambda B, A: dict(B=B, A=A, anchor=(None, None)), "anchor: expected a pair of tensors"),
-        (lambda B, A: dict(B=B, A=A, align_to=(torch.zeros(6, 9), torch.zeros(9, 7))), "above the result's rank 3"),
+        (lambda B, A: dict(B=B, A=A, rank=1, align_to=(B[1], A[1])), "is above the result's rank 1"),
         (lambda B, A: dict(B=B, A=A, anchor=(B[0][:3], A[0])), "the anchor has B"),
         (lambda B, A: dict(B=B, A=A, backend="cuda"), "expected one of auto, triton, native, torch"),
     ],
