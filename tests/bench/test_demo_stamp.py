@@ -206,6 +206,13 @@ if __name__ == "__main__":
 """
 
 
+def ended(process, seconds):
+    """Whether a process ends within so many seconds."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.returncode is not None
+
+
 def processes_of(session):
     """The processes of a session that are not yet gone."""
     found = []
@@ -230,6 +237,8 @@ def test_no_worker_outlives_the_demo(tmp_path, number):
         while len(os.listdir(begun)) < 2 and time.monotonic() < until:
             time.sleep(0.05)
         (os.killpg if number == signal.SIGINT else os.kill)(demo.pid, number)
+        if number == signal.SIGINT and not ended(demo, 30):  # seen once in a busy run: it is asked twice then
+            os.killpg(demo.pid, number)
         demo.wait(60)  # a fifth of what a worker left alone would take
         until = time.monotonic() + 10
         while processes_of(demo.pid) and time.monotonic() < until:
