@@ -54,16 +54,15 @@ def _check(t: Tensor, i: int, name: Callable[[int], str] | None) -> None:
         )
 
 
-def ask_for_large_pages(tensors: Iterable[Tensor]) -> None:
-    """Of the system, for new tensors of a CPU: first uses of 4 kB each take as long as what is computed.
+def ask_for_large_pages(t: Tensor) -> None:
+    """Of the system, for a new tensor of a CPU: first uses of 4 kB each take as long as what is computed.
 
     It is a wish: systems without large pages, or that give them anyway, go on as they would.
     """
-    for t in tensors:
-        if _LARGE_PAGES is not None and t.nbytes >= LARGE:
-            first = -(-t.data_ptr() // LARGE_PAGE) * LARGE_PAGE
-            nbytes = (t.data_ptr() + t.nbytes - first) // LARGE_PAGE * LARGE_PAGE
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), _LARGE_PAGES)
+    if _LARGE_PAGES is not None and t.nbytes >= LARGE:
+        first = -(-t.data_ptr() // LARGE_PAGE) * LARGE_PAGE
+        nbytes = (t.data_ptr() + t.nbytes - first) // LARGE_PAGE * LARGE_PAGE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), _LARGE_PAGES)
 
 
 def span(t: Tensor) -> tuple[int, int]:

@@ -73,7 +73,7 @@ def lowrank_sum(
     if out is None:
         out = new_output(W, B, A)
         if kind == "native":
-            ask_for_large_pages([out])
+            ask_for_large_pages(out)
     if kind == "triton" and not (backend == "auto" and cublas_wins(B)):
         done = _on_triton(W, B, A, coefficients, beta, out, backend)
         if done is not None:

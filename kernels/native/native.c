@@ -12,6 +12,7 @@
 #endif
 
 enum { F64, F32, BF16, F16 };
+static const int64_t bytes_of[] = {8, 4, 2, 2};
 /* Columns of a block of gradients at most; rows lie PAD numbers further apart, so that they do not share cache sets. */
 enum { BLOCK = 512, PAD = 16 };
 /* Columns of a sum of gradients that is kept in a near cache while they are added up: long runs are read faster. */
@@ -145,9 +146,8 @@ struct coming {
 };
 
 static inline struct coming coming(const struct table *t, int64_t *p, int64_t K, int64_t first, int64_t n, int64_t steps) {
-    static const int64_t sizes[] = {8, 4, 2, 2};
     while (first >= t->start[*p + 1]) ++*p;
-    int64_t size = sizes[t->type[*p]], lines = least(n, t->start[*p + 1] - first) * size / LINE + 1;
+    int64_t size = bytes_of[t->type[*p]], lines = least(n, t->start[*p + 1] - first) * size / LINE + 1;
     const int64_t *row = t->address + *p * K;
     return (struct coming){row, row + K, (first - t->start[*p]) * size, lines, 0, (K * lines + steps - 1) / steps};
 }

@@ -23,9 +23,8 @@ static void FN(pack_ranks)(T *E, const struct member *m, int64_t count, const do
 
 /* The tile of W is asked for, to be there when its sums begin. */
 static void FN(ask_tile)(const struct sum *s, int64_t rows, int64_t columns) {
-    static const int64_t sizes[] = {8, 4, 2, 2};
     const struct member *W = s->W;
-    int64_t size = sizes[W->type];
+    int64_t size = bytes_of[W->type];
     if (s->beta == 0 || W->along != 1) return;
     for (int64_t i = 0; i < rows; i++) {
         const char *line = (const char *)W->address + ((s->row + i) * W->across + s->column) * size;

@@ -257,7 +257,8 @@ def test_large_results_ask_for_large_pages_within_themselves(monkeypatch):
         asked.clear()
         monkeypatch.setattr(_memory, "LARGE_PAGE", page)
         t = torch.empty(nbytes, dtype=torch.uint8)
-        _memory.ask_for_large_pages([torch.empty(3), t])
+        _memory.ask_for_large_pages(torch.empty(3))
+        _memory.ask_for_large_pages(t)
         if nbytes < _memory.LARGE:
             assert not asked
             continue
