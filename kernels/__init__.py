@@ -13,7 +13,7 @@ program, and the place of every address. What they share:
 - on rows of classes: ``subset_select`` with ``_subset_swaps``.
 
 On a CPU the compiled loops run: ``native/`` in C, called by ``native_calls`` from ``_native_factors``, which takes
-factors as ``_stacks`` describes them, and ``_native_gradients``.
+factors as ``_stacks`` describes them, ``_native_sums`` and ``_native_gradients``.
 """
 
 from ._described import Described, described

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ._memory import address
 from ._stacks import ADDRESS, TYPE, WIDTH, Stacks
-from .native_calls import LOOPS, RANGES, TYPES, at, bits, constant, equal_ranges, part_numbers, run_jobs, table, tile
+from .native_calls import LOOPS, RANGES, at, constant, equal_ranges, part_numbers, run_jobs, table, tile
 
 CACHE_BYTES = 3 << 17  # of one block of factors: most of a small L2 cache
 JOB_WORK = 1 << 20  # work (vector operations) below which a range of rows is not worth a job of its own
@@ -222,30 +221,3 @@ def _mix(sides: Sequence[tuple[Stacks, list[int], Sequence[Tensor], Stacks]]) ->
             bound, work = bound + 16, work + numbers * clients // 4
     if jobs:
         run_jobs(LOOPS.entries["grad_combine"], table(jobs), len(jobs), constant("mix_work"), work)
-
-
-def lowrank_sum(
-    W: Tensor | None, B: Sequence[Tensor], A: Sequence[Tensor], c: Tensor, beta: float, out: Tensor, *, wide: bool
-) -> None:
-    """Write ``beta W + sum_u c_u B_u A_u`` to ``out``.
-
-    In float64 products where ``wide``, else in float32 ones over 64 ranks at a time.
-    """
-
-    def described(tensors: Sequence[Tensor], along: int) -> array:
-        across = 1 - along
-        return table([(address(t), t.shape[along], TYPES[t.dtype], t.stride(along), t.stride(across)) for t in tensors])
-
-    if not out.numel():
-        return
-    left, right = described(B, 1), described(A, 0)
-    ends = described([out if W is None or beta == 0 else W, out], 1)
-    coefficients = c.detach().resolve_neg().contiguous()
-    (m, n), R = out.shape, sum(b.shape[1] for b in B)
-    corners = list(product(range(0, m, constant("sum_rows")), range(0, n, constant("sum_columns"))))
-    where = ends.buffer_info()[0], ends.buffer_info()[0] + 8 * WIDTH
-    begin = left.buffer_info()[0], right.buffer_info()[0], len(B), R, address(coefficients)
-    scale = bits(0.0 if W is None else beta)
-    jobs = table([(*begin, *where, m, n, *corner, scale) for corner in corners])
-    work = m * n * (R // 8 + 1)
-    run_jobs(LOOPS.entries["lowrank_sum"], jobs, len(corners), constant("sum_work"), work, wide=wide)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import _native_factors
+from . import _native_sums
 from ._dispatch import resolve
 from ._factor_inputs import check_factors, flat, mixed_types
 from ._floats import FLOATS
@@ -49,7 +49,9 @@ def lowrank_sum(
             factors. float32 and float16 stay on Triton, whose tf32x3 products are faster than cuBLAS's float32.
 
     The sum is kept in float64 where a factor or the output is float64, on the torch path also for float32 outputs;
-    else in float32, on the compiled CPU loops over 64 ranks at a time, and float64 beyond. On a GPU the coefficients
+    else in float32, on the compiled CPU loops over 64 ranks at a time, and float64 beyond. Where a processor has a
+    matrix unit (Intel's AMX) the loops split every factor into as many bfloat16 numbers as hold all its bits, so that
+    nothing is lost but products of 2^-24, and keep sums in float32 over 128 ranks at a time. On a GPU the coefficients
     are applied to finished products, never to stored numbers, and clients of several types are left to the torch path.
 
     Returns:
@@ -80,7 +82,7 @@ def lowrank_sum(
             return done
     if kind == "native":
         double = torch.float64 in {t.dtype for t in (*B, *A, out)}
-        _native_factors.lowrank_sum(W, B, A, coefficients, beta, out, wide=double)
+        _native_sums.lowrank_sum(W, B, A, coefficients, beta, out, wide=double)
         torch.autograd.graph.increment_version(out)  # as every write of torch does: autograd must see it
         return out
     return lowrank_sum_torch(W, B, A, coefficients, beta=beta, out=out)

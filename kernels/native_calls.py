@@ -4,7 +4,7 @@ The extension is optional: built with the package where there is a C compiler, a
 where ``FEDGRAM_NATIVE=0``. Work is cut into jobs that depend on the shapes only, and their parts are added in order,
 so that results have the same bits for every number of threads. The threads are the extension's own
 (``native/spread.h``): those of Python would wait for its lock, twice for every piece of work. What the loops do with
-gradients and with factors is called from ``_native_gradients`` and ``_native_factors``.
+gradients and with factors is called from ``_native_gradients``, ``_native_factors`` and ``_native_sums``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 13  # of native.c
+ABI = 14  # of native.c
 # Work (vector operations, about a nanosecond each) below which another thread costs more than it saves: starting one
 # takes 40 us, and it may have to share its core with threads of torch that still spin; within ``spread_over_jobs`` not.
 THREADED_WORK = 1 << 21
@@ -42,11 +42,14 @@ _SIGNATURES = {
     "fedgram_products": "ii pip p",
     "fedgram_combine": "ii pip p",
     "fedgram_lowrank_sum": "ii pip p",
+    "fedgram_panels": "ii pip p",
+    "fedgram_tiles": "ii pip p",
     "fedgram_collect": "ii pip p",
 }
 _COUNTS = {
     "fedgram_abi": "",
     "fedgram_level": "",
+    "fedgram_has_tiles": "",
     "fedgram_block": "",
     "fedgram_mix_work": "",
     "fedgram_pad": "",
@@ -58,6 +61,7 @@ _COUNTS = {
     "fedgram_sum_work": "",
     "fedgram_sum_rows": "",
     "fedgram_sum_columns": "",
+    "fedgram_panel_numbers": "ii",
 }
 
 
@@ -131,6 +135,12 @@ def level() -> int:
 
 
 @functools.cache
+def has_tiles() -> bool:
+    """Whether there is a matrix unit (AMX) that the system lets this process use."""
+    return bool(library().fedgram_has_tiles())
+
+
+@functools.cache
 def constant(name: str, *arguments: int) -> int:
     """A number that the loops were compiled with, such as ``block``, or that follows from ``arguments``."""
     return int(getattr(library(), f"fedgram_{name}")(*arguments))
@@ -170,18 +180,18 @@ def table(rows: Iterable[Iterable[int]]) -> array:
 _own = threading.local()
 
 
-def scratch(numbers: int) -> tuple[np.ndarray, int]:
+def scratch(numbers: int, name: str = "scratch") -> tuple[np.ndarray, int]:
     """At least so many uninitialised float64 numbers from the start of a cache line on, and the address of the first.
 
-    They are this thread's own until it asks again.
+    They are this thread's own until it asks again for those of that name.
     """
     numbers += LINE
-    kept = getattr(_own, "scratch", None)
+    kept = getattr(_own, name, None)
     if kept is None or len(kept[0]) < numbers:
         memory = np.empty(numbers)
         kept = memory, _padded_to_line(at(memory))
         if numbers <= KEPT_SCRATCH:
-            _own.scratch = kept
+            setattr(_own, name, kept)
     return kept
 
 

@@ -185,6 +185,13 @@ typedef uint16_t short4 __attribute__((vector_size(8), aligned(2), may_alias));
 #undef BYTES
 #undef REGISTERS
 #pragma GCC pop_options
+#if defined(__linux__) && __GNUC__ >= 12
+#define TILES 1
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,f16c,amx-tile,amx-bf16,prefer-vector-width=512")
+#include "tiles.h"
+#pragma GCC pop_options
+#endif
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define ISA avx2
@@ -227,7 +234,7 @@ int64_t fedgram_level(void) {
 #endif
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 13; }
+int64_t fedgram_abi(void) { return 14; }
 /* Rows of the Gram matrix of K gradients, and numbers of scratch space that it takes. */
 int64_t fedgram_gram_rows(int64_t K) { return gram_rows(K); }
 int64_t fedgram_gram_work(int64_t K) {
@@ -279,6 +286,26 @@ JOBS(lowrank_sum, sum) {
         else CALL(lowrank_sum, float, jobs + i, work);
     }
 }
+
+/* The same on a matrix unit, where there is one that this process may use. */
+#ifdef TILES
+int64_t fedgram_has_tiles(void) { return fedgram_level() >= 2 && ask_for_tiles(); }
+int64_t fedgram_panel_numbers(int64_t R, int64_t terms) { return panel_numbers(R, terms); }
+JOBS(panels, panels) {
+    (void)level, (void)wide;
+    EACH split_panels(jobs + i, (float *)work);
+}
+JOBS(tiles, tiles) {
+    (void)level, (void)wide;
+    multiply_all(jobs, count, next, work);
+}
+#else
+struct nothing;
+int64_t fedgram_has_tiles(void) { return 0; }
+int64_t fedgram_panel_numbers(int64_t R, int64_t terms) { (void)R, (void)terms; return 0; }
+JOBS(panels, nothing) { (void)level, (void)wide, (void)jobs, (void)count, (void)next, (void)work; }
+JOBS(tiles, nothing) { (void)level, (void)wide, (void)jobs, (void)count, (void)next, (void)work; }
+#endif
 
 JOBS(collect, whole) {
     (void)wide, (void)work;
