@@ -22,6 +22,8 @@ HELD = 0.9
 """A direction made to be of length 1 that is shorter than this when its products are taken again is rounding."""
 AMISS = 1e-2
 """A pair that captures less than its space promised by this part of the squared error is given to sweeps."""
+LOST = 10 * DEPENDENT**2
+"""So is one whose squared error is below this part of ``||dW||^2``: what was left out as dependent counts there."""
 
 
 def solve_krylov(group: Group, rank: int) -> Pair:
@@ -33,17 +35,16 @@ def solve_krylov(group: Group, rank: int) -> Pair:
     wide = min(rank + OVERSAMPLING, group.total_rank)
     space = _Space(group)
     Y = starting_rows(group, solve_fedavg(group), wide)
-    energy, before, status, blocks, dry = energies(group), None, "max-sweeps", 0, False
+    energy, before, status, blocks = energies(group), None, "max-sweeps", 0
     for blocks in range(1, MAX_BLOCKS + 1):
         Y = space.extend(Y)
-        dry = not Y.shape[-1]
         captured = torch.linalg.eigvalsh(space.H)[:, -rank:].sum(-1)
         left = (energy - captured).clamp_min(1e-13 * energy)
         if before is not None and bool((captured - before <= TOLERANCE * left).all()):
             status = "converged"
             break
         before = captured
-        if space.size >= group.total_rank or dry:
+        if space.size >= group.total_rank or not Y.shape[-1]:
             status = "converged"
             break
     vectors = torch.linalg.eigh(space.H).eigenvectors[:, :, -min(wide, space.size) :]
@@ -51,11 +52,31 @@ def solve_krylov(group: Group, rank: int) -> Pair:
     # the block, which orthonormalises again, takes the error that this leaves to rounding
     pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(space.P @ vectors, space.V @ vectors, status))
     pair = Pair(fit_rank(pair.P, rank), fit_rank(pair.Q, rank), status, blocks)
-    lost = captured - (pair.P * group.apply("B", pair.P)).sum(-2).square().sum(-1)  # of a balanced pair
-    # directions of small singular values may have been left out as dependent ones: sweeps find them
-    if dry or bool((lost.abs() > AMISS * (energy - captured).abs() + 1e-12 * energy).any()):
-        return AlternatingLeastSquares().solve(group, pair, rank)
-    return pair
+    left, lost = energy - captured, captured - _kept(group, pair)
+    doubtful = (left < LOST * energy) | (lost.abs() > AMISS * left.abs() + 1e-12 * energy)
+    return _swept(group, pair, doubtful.nonzero().flatten().tolist())
+
+
+def _kept(group: Group, pair: Pair) -> Tensor:
+    """(L,) what a balanced pair captures of ``||dW||^2``."""
+    return (pair.P * group.apply("B", pair.P)).sum(-2).square().sum(-1)
+
+
+def _swept(group: Group, pair: Pair, ids: list[int]) -> Pair:
+    """The pair, with that of sweeps from it in the modules ``ids`` where these find more.
+
+    Only there: sweeps start from rows tilted a little, and end within their tolerance of what they had.
+    """
+    if not ids:
+        return pair
+    part, start = group.subset(ids), Pair(pair.P[ids], pair.Q[ids], pair.status)
+    found = AlternatingLeastSquares().solve(part, start)
+    more = (_kept(part, found) > _kept(part, start)).tolist()
+    P, Q, ended = pair.P.clone(), pair.Q.clone(), [(pair.status, pair.sweeps)] * len(pair.P)
+    for at, (i, better) in enumerate(zip(ids, more, strict=True)):
+        if better:
+            P[i], Q[i], ended[i] = found.P[at], found.Q[at], (found.status, found.sweeps)
+    return Pair(P, Q, pair.status, pair.sweeps, ended=tuple(ended))
 
 
 class _Space:

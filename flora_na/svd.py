@@ -187,7 +187,7 @@ def settle(group: Group, pair: Pair) -> Pair:
     captured = (P * group.apply("B", P)).sum(-2).square().sum(-1)  # of a balanced pair, B^T B = A A^T
     for i in blurred(group, energies(group) - captured).nonzero().flatten().tolist():
         P[i], Q[i] = _from_triangles(group, i, rank)
-    return Pair(P, Q, pair.status, pair.sweeps)
+    return Pair(P, Q, pair.status, pair.sweeps, ended=pair.ended)
 
 
 def blurred(group: Group, error: Tensor, mass: Tensor | float = 0.0) -> Tensor:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedgram import flora_na
+from fedgram.flora_na import LoraLayer, svd
 from fedgram.flora_na import group as group_module
-from fedgram.flora_na import svd
 from fedgram.flora_na.als import starting_rows
 from fedgram.flora_na.energies import energies
 from fedgram.flora_na.fedavg import solve_fedavg
@@ -71,6 +71,34 @@ def test_small_singular_values_beside_large_ones(rank, seed):
     assert 1e-6 < true < 1e-3
     assert e.rho == pytest.approx(true, rel=1e-3)
     assert e.rho_optimal == pytest.approx(true, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_small_singular_values_in_a_module_beside_others(seed):
+    """Whether a space has nothing to add is seen of all modules together: the others may have."""
+    g = torch.Generator().manual_seed(seed)
+    (B, A), other = near_a_common_start(seed), torch.randn(CLIENTS, 4, 420, generator=g, dtype=torch.float64)
+    clients = [
+        {"near": LoraLayer(A=a, B=b), "apart": LoraLayer(A=x[:, :220], B=x[:, 220:].T)}
+        for b, a, x in zip(B, A, other, strict=True)
+    ]
+    true = optimum(B, A, 8)
+    report = flora_na.aggregate(clients, method="svd", rank=8).report.modules["near"]
+    assert report.rho == pytest.approx(true, rel=1e-3)
+    assert report.rho_optimal == pytest.approx(true, rel=1e-3)
+
+
+@pytest.mark.parametrize("rows", [8, 40])
+def test_a_space_of_all_rows_that_there_are_has_the_optimum(rows):
+    """Of clients with one A, say: sweeps from there would end within their tolerance of it."""
+    g = torch.Generator().manual_seed(0)
+    basis = torch.randn(rows, 220, generator=g, dtype=torch.float64)
+    A = [torch.randn(8, rows, generator=g, dtype=torch.float64) @ basis for _ in range(CLIENTS)]
+    A = [basis] * CLIENTS if rows == 8 else A
+    B = [torch.randn(200, 8, generator=g, dtype=torch.float64) for _ in range(CLIENTS)]
+    e, true = flora_na.estimate(B, A, method="svd", rank=4), optimum(B, A, 4)
+    assert e.rho == pytest.approx(true, rel=1e-12)
+    assert e.rho_optimal == pytest.approx(true, rel=1e-12)
 
 
 @pytest.mark.parametrize(("rank", "bound"), [(8, 1.06), (16, 1.14)])
