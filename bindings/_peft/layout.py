@@ -69,6 +69,7 @@ class FileLayout:
         parameter_rank: the rank of all parameters of ``target_parameters``, or None.
         parameters: the modules that they belong to.
         paths: paths of all layers, tied heads included.
+        tied: whether there are tied heads.
         specs: name -> dtype and shape of every tensor.
 
     Raises:
@@ -85,6 +86,7 @@ class FileLayout:
         self._factors: dict[str, _Factor] = {}
         self._rank: dict[str, int] = {}
         self._names = {name: LayerName.parse(name) for name in shapes}
+        self.tied = any(name.tied for name in self._names.values())
         groups: dict[str, list[str]] = {}
         for name, parsed in self._names.items():
             groups.setdefault(parsed.path, []).append(name)

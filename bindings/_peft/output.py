@@ -26,6 +26,8 @@ DEFAULTS: dict[str, Any] = {
     "lora_dropout": 0.0,
     "modules_to_save": None,
 }
+KNOWN_TO_PEFT = frozenset({"embed_tokens", "lm_head"})
+"""Names of embeddings and heads by which PEFT finds that something is to be tied."""
 
 
 def output_config(
@@ -55,7 +57,7 @@ def output_config(
     out |= _saved_extras(out, full, layout.paths, frozen)
     _check_apart(out["modules_to_save"] or [], layout.ranks)
     refuse_other_kinds(out, Path("config"), handled=IN_FILES | {"use_dora"})
-    return out | _written_selection(out, layout.ranks)
+    return out | _written_selection(out, layout)
 
 
 def config_text(config: Mapping[str, Any]) -> str:
@@ -88,22 +90,25 @@ def _check_apart(saved: Iterable[str], modules: Iterable[str]) -> None:
                 raise ValueError(f"{module}: has low-rank factors, and is saved whole (modules_to_save {entry!r})")
 
 
-def _written_selection(config: Mapping[str, Any], modules: Collection[str]) -> dict[str, Any]:
+def _written_selection(config: Mapping[str, Any], layout: FileLayout) -> dict[str, Any]:
     """The selection that leads PEFT to the modules, where that of the configuration is not to be kept.
 
     A list of names that leads to all of them is kept, and one of the modules' own names takes the place of one that
     does not. Where the clients' selection does more, their modules may be fewer than those whose names end like
     theirs: an expression of their own names then says which. The clients' expressions do not go into the output: PEFT
     runs them over the names of the base model wherever it is loaded, and a stranger's may take for ever. Tied heads
-    are named too: PEFT ties nothing, and passes over their factors, unless one of the names is a head's that it knows.
+    are named too: PEFT ties nothing, and passes over their factors, unless one of the names is a head's that it knows,
+    or an embedding's; an expression must match such a name by itself, not only where it ends a longer one.
 
     Of models of experts PEFT takes an expression for the last parts of the names that match in every layer, and finds
     none of those that transformers had before version 5, one linear map per expert: the whole names are listed.
     """
-    names = sorted(modules)
+    names = sorted(layout.ranks)
     if not names:  # only parameters, such as those of experts
         return dict.fromkeys(SELECTION) | {"target_modules": []}
     if not only_names(config) and not _of_experts(config, names):
+        if layout.tied and KNOWN_TO_PEFT.isdisjoint(names):
+            names.append("embed_tokens")
         return dict.fromkeys(SELECTION) | {"target_modules": "|".join(map(re.escape, names))}
     if only_names(config) and _all_targeted(config, names):
         return {}

@@ -13,7 +13,7 @@ from fedgram.bindings._peft.names import LayerName
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
 from fedgram.flora_na import Adapter
 from fedgram_testing.peft_adapters import PeftModel, edit_config, quietly
-from fedgram_testing.peft_kinds import KINDS, Kind, loaded, matrices, mixtral, tied_llama, trained, write_kind
+from fedgram_testing.peft_kinds import KINDS, Kind, loaded, matrices, mixtral, tied_llama, trained, whisper, write_kind
 
 RANKS, ALPHAS, WEIGHTS = (3, 2, 4), (5, 3, 4), [1.0, 2.0, 5.0]
 
@@ -203,6 +203,16 @@ def test_a_tied_head_is_loaded_however_modules_are_selected(tmp_path, selection)
     assert "delta of lm_head" in expected
     save_adapter(load_adapter(tmp_path / "in"), tmp_path / "out")
     assert_same(loaded(kind, tmp_path / "out"), expected)
+
+
+def test_a_head_that_peft_does_not_know_by_name_stays_tied(tmp_path):
+    """PEFT ties where the expression matches ``embed_tokens`` or ``lm_head`` alone; else both are trained apart."""
+    kind = Kind(whisper, {"ensure_weight_tying": True, "target_modules": r"(.*\.)?(embed_tokens|proj_out|q_proj)"})
+    expected = trained(write_kind(kind, tmp_path / "in"))
+    save_adapter(load_adapter(tmp_path / "in"), tmp_path / "out")
+    assert_same(loaded(kind, tmp_path / "out"), expected)
+    model = quietly(PeftModel.from_pretrained, whisper(), tmp_path / "out", is_trainable=True)
+    assert model.peft_config["default"].target_modules_to_tie == {"proj_out"}
 
 
 @pytest.mark.parametrize("targets", [r".*\.(q|v)_proj", r"model\.layers\.0\.self_attn\.q_proj|lin", "all-linear"])

@@ -19,7 +19,12 @@ with __import__("warnings").catch_warnings():
         MixtralForCausalLM,
         T5Config,
         T5ForConditionalGeneration,
+        WhisperConfig,
+        WhisperForConditionalGeneration,
     )
+
+
+WHISPER = {"layers": 1, "ffn_dim": 12, "attention_heads": 2}
 
 
 def seeded(make):
@@ -38,6 +43,14 @@ def t5() -> nn.Module:
     """Three embeddings and a head, all of one weight."""
     sizes = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
     return seeded(lambda: T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes)))
+
+
+def whisper() -> nn.Module:
+    """A decoder whose embedding is tied to a head that is called proj_out."""
+    sides = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in WHISPER.items()}
+    tokens = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    lengths = {"max_source_positions": 16, "max_target_positions": 16, "num_mel_bins": 6}
+    return seeded(lambda: WhisperForConditionalGeneration(WhisperConfig(d_model=8, **sides, **tokens, **lengths)))
 
 
 def mixtral(layers: int = 1) -> nn.Module:
