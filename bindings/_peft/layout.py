@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -35,6 +36,11 @@ def check_rank(layer: object, rank: int, m: int, n: int) -> None:
         raise ValueError(f"{layer}: rank {rank} of a {m} x {n} matrix: at most {most} is read and written")
 
 
+def is_linear_expert(module: str) -> bool:
+    """Whether a module is a linear map of one expert, as transformers had them before version 5."""
+    return re.search(r"\.experts\.\d+\.", module) is not None
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """What must be known of a layer before it is written: ``dtype`` as the file names it, (m, n), and the rank."""
@@ -59,7 +65,8 @@ class FileLayout:
 
     PEFT knows one rank per adapted module, and none per parameter of ``target_parameters`` that its own checks would
     not complain of. So layers that share one are padded with zeros to its largest: the experts and all parameters
-    with each other, the two maps of an attention module with each other.
+    with each other, the two maps of an attention module with each other. So are experts that are a linear map each, as
+    transformers had them before version 5: of these PEFT makes parameters, and can stack but equal ranks.
 
     Args:
         shapes: the layers by name (see ``names``).
@@ -67,6 +74,7 @@ class FileLayout:
     Attributes:
         ranks: module, as PEFT selects it -> rank; tied heads too (parameters of ``target_parameters`` left out).
         parameter_rank: the rank of all parameters of ``target_parameters``, or None.
+        expert_rank: the rank of all experts that are linear maps, or None.
         parameters: the modules that they belong to.
         paths: paths of all layers, tied heads included.
         tied: whether there are tied heads.
@@ -92,6 +100,9 @@ class FileLayout:
             groups.setdefault(parsed.path, []).append(name)
         for name, parsed in self._names.items():
             self._take_rank(parsed, max(shapes[name].rank, 1))
+        experts = {module: rank for module, rank in self.ranks.items() if is_linear_expert(module)}
+        self.expert_rank = max(experts.values(), default=None)
+        self.ranks |= dict.fromkeys(experts, self.expert_rank or 1)
         for path, names in groups.items():
             self._add(path, names, shapes)
 

@@ -12,7 +12,7 @@ from typing import Any
 from .config import IN_FILES, LoraSettings, refuse_other_kinds, saved_by
 from .extras import EMBEDDINGS, is_frozen
 from .keys import LORA_BIAS, MAGNITUDE, TOKENS
-from .layout import FileLayout
+from .layout import FileLayout, is_linear_expert
 from .merging import SELECTION, only_names
 from .names import ends_of
 from .parameters import TargetParameters
@@ -117,13 +117,14 @@ def _written_selection(config: Mapping[str, Any], layout: FileLayout) -> dict[st
 
 def _of_experts(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether a model is one of experts: PEFT states its ``target_parameters`` even if none are adapted."""
-    return config.get("target_parameters") is not None or any(re.search(r"\.experts\.\d+\.", name) for name in names)
+    return config.get("target_parameters") is not None or any(map(is_linear_expert, names))
 
 
 def _default_rank(layout: FileLayout) -> int:
-    """That of the parameters, for which PEFT takes no patterns without a warning; else the commonest."""
-    if layout.parameter_rank is not None:
-        return layout.parameter_rank
+    """That of the parameters or experts, for which PEFT takes no patterns without a warning; else the commonest."""
+    shared = layout.parameter_rank or layout.expert_rank
+    if shared is not None:
+        return shared
     counts = Counter(layout.ranks.values())
     return max(counts, key=lambda rank: (counts[rank], rank))
 

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import pad
 
 from fedgram import flora_na
 from fedgram.bindings._peft.names import LayerName
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
-from fedgram.flora_na import Adapter
+from fedgram.flora_na import Adapter, LoraLayer
 from fedgram_testing.peft_adapters import PeftModel, edit_config, quietly
 from fedgram_testing.peft_kinds import KINDS, Kind, loaded, matrices, mixtral, tied_llama, trained, whisper, write_kind
 
@@ -229,7 +230,8 @@ def test_a_bare_name_of_a_parameter_leads_to_no_module_that_is_selected(tmp_path
     }
 
 
-def test_experts_of_transformers_4_are_loaded_however_modules_are_selected(tmp_path):
+@pytest.fixture
+def experts_of_transformers_4(tmp_path):
     """One linear map per expert then: PEFT makes parameters of them where the selection ends in their names."""
     generator, tensors = torch.Generator().manual_seed(0), {}
     for expert in range(3):
@@ -237,12 +239,28 @@ def test_experts_of_transformers_4_are_loaded_however_modules_are_selected(tmp_p
             stem = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}.lora_"
             tensors |= {f"{stem}A.weight": torch.randn(2, n, generator=generator)}
             tensors |= {f"{stem}B.weight": torch.randn(m, 2, generator=generator)}
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["w1", "w2", "w3"], "bias": "none"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"layers_to_transform": [0]}))
-    expected = trained(quietly(PeftModel.from_pretrained, mixtral(), tmp_path))
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config | {"layers_to_transform": [0]}))
+    expected = trained(quietly(PeftModel.from_pretrained, mixtral(), tmp_path / "in"))
     assert len(expected) == 2
-    save_adapter(load_adapter(tmp_path), tmp_path / "out")
+    return tmp_path / "in", expected
+
+
+def test_experts_of_transformers_4_are_loaded_however_modules_are_selected(experts_of_transformers_4, tmp_path):
+    folder, expected = experts_of_transformers_4
+    save_adapter(load_adapter(folder), tmp_path / "out")
+    assert_same(trained(quietly(PeftModel.from_pretrained, mixtral(), tmp_path / "out")), expected)
+
+
+def test_experts_of_transformers_4_share_a_rank(experts_of_transformers_4, tmp_path):
+    """PEFT stacks them; with ``rank="auto:..."`` each may come with a rank of its own."""
+    folder, expected = experts_of_transformers_4
+    adapter = load_adapter(folder)
+    name, layer = next(iter(adapter.modules.items()))
+    wider = LoraLayer(pad(layer.A, (0, 0, 0, 1)), pad(layer.B, (0, 1)), layer.scaling)
+    save_adapter(Adapter({**adapter.modules, name: wider}, config=adapter.config), tmp_path / "out")
     assert_same(trained(quietly(PeftModel.from_pretrained, mixtral(), tmp_path / "out")), expected)
 
 
