@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._frameworks.flower_base import Combined, GramStrategy, number
+from ._frameworks.flower_base import Combined, GramStrategy, logger, number
 from ._frameworks.flower_replies import Reply
-from ._frameworks.options import AGGREGATION, MATCHING, check_aggregation, check_matching, matching, passed
+from ._frameworks.options import AGGREGATION, MATCHING, check_aggregation, check_matching, matching, passed, unaligned
 from ._frameworks.records import lora_record, to_arrays, to_state_dict
 from ._plain.scalings import check_scaling_options
 from .plain import aggregate_state_dicts, match_state_dicts
@@ -51,7 +51,8 @@ class FloraNA(GramStrategy):
         output_scaling: what the receivers multiply by; needed where the clients' scalings differ.
         anchor_previous: estimate the clients' steps from the global factors that they started from (``anchor``).
         align_previous: rotate the result towards those (``align_to``, als and svd only), so that the clients'
-            optimizer state stays meaningful.
+            optimizer state stays meaningful. A module that was not sent out is left as it is, and the report lists it
+            (``unaligned``); to ``anchor_previous`` it is an error.
         backend: ``auto``, ``triton``, ``native`` or ``torch``.
         reply_order: ``content`` gives the same bits whenever the same was sent, from whichever nodes; ``node`` orders
             by node id.
@@ -112,6 +113,10 @@ class FloraNA(GramStrategy):
         )
         self.residual = result.residual
         report = result.report.to_dict()
+        report["unaligned"] = unaligned(self, previous, report["modules"])
+        if report["unaligned"]:
+            names = ", ".join(report["unaligned"])
+            logger.info("aggregate_train: not aligned, since the clients were not sent any: %s", names)
         rhos = {name.replace("_", "-"): number(report[name]) for name in ("rho", "rho_fedavg", "rho_optimal")}
         return Combined(result.state_dict, rhos, report)
 

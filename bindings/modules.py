@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from fedgram import flora_na
 from fedgram.flora_na import Adapter, AdapterLike, LoraLayer, Report
+from fedgram.flora_na.cohort import Cohort, make_cohort
 from fedgram.stamp import Dual
 from fedgram.stamp.spatial import copied
 
@@ -21,8 +23,10 @@ from ._frameworks.options import (
     passed,
     plain_config,
     shown,
+    unaligned,
 )
 from ._peft.merging import merge_configs
+from ._plain.earlier import with_new_modules
 from ._plain.keys import completed
 from ._plain.scalings import check_scaling_options
 from .plain import aggregate_state_dicts, match_state_dicts
@@ -53,6 +57,7 @@ class _RoundAggregator(nn.Module):
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
         check_aggregation(self)
         self.report: Report | None = None
+        self.unaligned: list[str] = []
 
     def extra_repr(self) -> str:
         """The options, as ``print`` shows them."""
@@ -70,10 +75,11 @@ class LoraAggregator(_RoundAggregator):
         residual: also keep what the pair leaves out, in ``.residual``.
         anchor_previous: estimate the step from the last round's result (``anchor``), from the second round on.
         align_previous: rotate the result to the last round's (``align_to``, als and svd only), from the second round
-            on, so that the clients' optimizer state stays meaningful.
+            on, so that the clients' optimizer state stays meaningful. A module that is new in a round is left as it is.
 
     Attributes:
         report: of the last round, or None.
+        unaligned: modules of the last round that ``align_previous`` found nothing earlier of.
         residual: Adapter of the last round's residual, or None.
         previous: the last round's result, or None; set it to start from a given global adapter.
 
@@ -101,10 +107,16 @@ class LoraAggregator(_RoundAggregator):
             The global adapter, every layer with scaling 1; kept as ``previous``, so not to be changed in place.
 
         Raises:
-            ValueError: as ``flora_na.aggregate``; the state is then as before.
+            ValueError: as ``flora_na.aggregate``, or a module that is new to ``anchor_previous``; the state is then as
+                before.
         """
         options = passed(self, self.previous)
+        for argument in ("anchor", "align_to"):
+            if (earlier := options[argument]) is not None:
+                cohort = make_cohort(adapters, weights, names=names, missing=self.missing)
+                options[argument] = with_new_modules(earlier, cohort.modules, partial(_first_layer, cohort), argument)
         result = flora_na.aggregate(adapters, weights, residual=self.keeps_residual, names=names, **options)
+        self.unaligned = unaligned(self, self.previous, result.adapter.modules)
         self.previous = result.adapter if self.previous is None else _carried(self.previous, result.adapter)
         self.report, self.residual = result.report, result.residual
         return self.previous
@@ -122,7 +134,7 @@ class LoraAggregator(_RoundAggregator):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up from a checkpoint. Older ones lack the roles of the extras: they count as averaged."""
-        self.report, self.residual, self.previous = None, None, None
+        self.report, self.residual, self.previous, self.unaligned = None, None, None, []
         if state["layers"] is not None:
             layers = {name: LoraLayer(A=A, B=B, scaling=s) for name, (A, B, s) in state["layers"].items()}
             self.previous = Adapter(layers, state["extras"], state["config"], state.get("roles", {}))
@@ -140,10 +152,11 @@ class StateDictAggregator(_RoundAggregator):
         output_scaling: as in ``plain.aggregate_state_dicts``.
         anchor_previous: estimate the step from the last round's result (``anchor``), from the second round on.
         align_previous: rotate the result to the last round's (``align_to``, als and svd only), from the second round
-            on, so that the clients' optimizer state stays meaningful.
+            on, so that the clients' optimizer state stays meaningful. A module that is new in a round is left as it is.
 
     Attributes:
         report: of the last round, or None.
+        unaligned: modules of the last round that ``align_previous`` found nothing earlier of.
         residual: state dict of the last round's residual, or None.
         scalings: of the last round's result, module -> number.
         previous: the last round's state dict, or None; set it to start from a given global adapter.
@@ -189,7 +202,8 @@ class StateDictAggregator(_RoundAggregator):
             The global state dict, of the tensors kept in ``previous``: copy them before they are changed in place.
 
         Raises:
-            ValueError: as ``plain.aggregate_state_dicts``; the state is then as before.
+            ValueError: as ``plain.aggregate_state_dicts``, or a module that is new to ``anchor_previous``; the state is
+                then as before.
         """
         result = aggregate_state_dicts(
             state_dicts,
@@ -200,6 +214,7 @@ class StateDictAggregator(_RoundAggregator):
             **passed(self, self.previous),
             **scaling,
         )
+        self.unaligned = unaligned(self, self.previous, result.report.modules)
         self.report, self.residual = result.report, result.residual
         self.scalings = self.scalings | result.scalings
         self.previous = completed(self.previous or {}, result.state_dict)
@@ -211,7 +226,7 @@ class StateDictAggregator(_RoundAggregator):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up from a checkpoint."""
-        self.report, self.residual = None, None
+        self.report, self.residual, self.unaligned = None, None, []
         self.previous, self.scalings = state["previous"], state["scalings"]
 
 
@@ -288,6 +303,10 @@ class StateDictMatcher(nn.Module):
     def extra_repr(self) -> str:
         """The options, as ``print`` shows them."""
         return shown(self, MATCHING)
+
+
+def _first_layer(cohort: Cohort, module: str) -> LoraLayer:
+    return cohort.layer(cohort.present(module)[0], module)
 
 
 def _carried(previous: Adapter, adapter: Adapter) -> Adapter:

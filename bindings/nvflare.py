@@ -28,7 +28,7 @@ except ImportError as error:
         f"fedgram.bindings.nvflare needs NVIDIA FLARE 2.9 or newer ({error}): pip install 'fedgram[nvflare]'"
     ) from error
 
-from ._frameworks.options import check_aggregation, check_matching, matching, passed, plain_config
+from ._frameworks.options import check_aggregation, check_matching, matching, passed, plain_config, unaligned
 from ._plain.scalings import check_scaling_options
 from .plain import aggregate_state_dicts, match_state_dicts
 
@@ -94,7 +94,8 @@ class FloraNAAggregator(_RoundAggregator):
             ``lora_alpha`` here stands for those that do not.
         anchor_previous: estimate the step from the global adapter that the clients started from (``anchor``).
         align_previous: rotate the result to that adapter (``align_to``, als and svd only), so that clients' optimizer
-            state stays meaningful.
+            state stays meaningful. A module that it lacks is left as it is, and the report lists it (``unaligned``); to
+            ``anchor_previous`` it is an error.
         weighted_by: key of the client's weight in its model's meta; where no client has it, all count equally. None
             counts all equally.
         report: write ``fedgram_round_<n>.json`` (rho of every module, and the yardsticks) into the server's app folder.
@@ -150,6 +151,9 @@ class FloraNAAggregator(_RoundAggregator):
             **passed(self, previous),
         )
         evidence = result.report.to_dict()
+        evidence["unaligned"] = unaligned(self, previous, evidence["modules"])
+        if evidence["unaligned"]:
+            self.info(f"not aligned, since the global model has none: {', '.join(evidence['unaligned'])}")
         summary = {key: evidence[key] for key in ("method", "rho", "rho_fedavg", "rho_optimal")}
         return result.state_dict, evidence, summary
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from fedgram.flora_na.methods import check_method
 from fedgram.flora_na.screening import check_screening
 from fedgram.kernels import BACKENDS
 
+from .._plain.earlier import GlobalState
+from .._plain.keys import factor_modules
 from .._plain.scalings import config_fields
 
 ALIGNED = ("als", "svd")
@@ -40,10 +42,19 @@ def check_aggregation(holder: Any) -> None:
 
 def passed(holder: Any, previous: Any) -> dict[str, Any]:
     """The options that ``holder`` has of a round's aggregation; ``previous`` is the global adapter before it."""
+    previous = GlobalState(previous) if isinstance(previous, Mapping) else previous
     return {name: getattr(holder, name) for name in PASSED} | {
         "anchor": previous if holder.anchor_previous else None,
         "align_to": previous if holder.align_previous else None,
     }
+
+
+def unaligned(holder: Any, previous: Any, modules: Iterable[str]) -> list[str]:
+    """Of a round's modules those that ``align_previous`` found nothing earlier of in ``previous``, if it was to."""
+    if not holder.align_previous or previous is None:
+        return []
+    known = factor_modules(previous) if isinstance(previous, Mapping) else previous.modules
+    return [module for module in modules if module not in known]
 
 
 def shown(holder: Any, names: Sequence[str]) -> str:

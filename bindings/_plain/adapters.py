@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedgram.flora_na import Adapter, LoraLayer, Report
 
+from .earlier import GlobalState, with_new_modules
 from .keys import FactorKey, StateKeys, matrices, same_layer, sort_state
 from .scalings import Numbers, ScalingRule, Settings, output_scaling_of, require_equal_ranks
 
@@ -46,13 +47,19 @@ class StateDictClients:
         return self.scalings[module] / self.units[module]
 
     def earlier(self, state: Mapping[str, Tensor], argument: str) -> Adapter:
-        """An earlier result as an adapter: its scaling is the output's."""
+        """An earlier result as an adapter: its scaling is the output's. A ``GlobalState`` may lack new modules."""
         keys = sort_state(state, argument)
         for module, pair in keys.factors.items():
             if module in self.layout:
                 same_layer(pair, argument, self.layout[module], "the clients")
         scalings = {module: self.relative(module) if module in self.units else 1.0 for module in keys.factors}
-        return _adapter(state, keys, scalings, argument)
+        earlier = _adapter(state, keys, scalings, argument)
+        if not isinstance(state, GlobalState):
+            return earlier
+        return with_new_modules(earlier, self.layout, self._first_layer, argument)
+
+    def _first_layer(self, module: str) -> LoraLayer:
+        return next(adapter.modules[module] for adapter in self.adapters if module in adapter.modules)
 
     def clip(self, clip: float | str | None) -> float | str | None:
         """A bound on norms of updates, in the unit that all modules then have; multiples of the median need none."""

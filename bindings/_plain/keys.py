@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -89,6 +89,11 @@ def entry_name(key: str) -> str:
     """What an entry is, however it is spelled: a module's factor, or a tensor beside the factors."""
     found = FACTOR.fullmatch(key)
     return module_name(key) if found is None else f"{module_name(found['module'])}.lora_{found['side'].upper()}"
+
+
+def factor_modules(state: Iterable[str]) -> set[str]:
+    """The modules of which a state dict has factors."""
+    return {module_name(found["module"]) for key in state if (found := FACTOR.fullmatch(key)) is not None}
 
 
 def completed(start: Mapping[str, T], state: Mapping[str, T]) -> dict[str, T]:

@@ -130,6 +130,60 @@ def test_a_round_of_lower_ranks_is_aligned_and_keeps_the_rank():
     assert aggregator.report.rho == pytest.approx(aggregator.report.rho_optimal, rel=1e-3, abs=1e-6)
 
 
+def sent_as(adapters: list[Adapter], kind: type) -> list:
+    """The clients' updates as an aggregator of this kind takes them."""
+    if kind is LoraAggregator:
+        return adapters
+    return [
+        {f"{n}.lora_{s}.weight": getattr(x, s) for n, x in a.modules.items() for s in "AB"} | dict(a.extras)
+        for a in adapters
+    ]
+
+
+@pytest.mark.parametrize("method", ["als", "svd"])
+@pytest.mark.parametrize("kind", [LoraAggregator, StateDictAggregator])
+def test_a_module_that_is_new_in_a_round_is_not_aligned_and_told_of(kind, method):
+    def part(modules, seed):
+        return [Adapter({n: c.modules[n] for n in modules}, c.extras) for c in clients(seed)]
+
+    aggregator, plain, known = kind(method, align_previous=True), kind(method), kind(method, align_previous=True)
+    for one in (aggregator, known):
+        one(sent_as(part("q", 0), kind), WEIGHTS)
+        assert one.unaligned == []
+    both = aggregator(sent_as(part("qv", 1), kind), WEIGHTS)
+    assert aggregator.unaligned == ["v"]
+    for module, expected in (("q", known(sent_as(part("q", 1), kind), WEIGHTS)),
+                             ("v", plain(sent_as(part("v", 1), kind), WEIGHTS))):  # fmt: skip
+        pairs = [
+            state.modules[module] if kind is LoraAggregator else LoraLayer(
+                A=state[f"{module}.lora_A.weight"], B=state[f"{module}.lora_B.weight"])
+            for state in (both, expected)
+        ]  # fmt: skip
+        torch.testing.assert_close(pairs[0].A, pairs[1].A, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pairs[0].B, pairs[1].B, rtol=1e-4, atol=1e-5)
+    aggregator(sent_as(part("vq", 2), kind), WEIGHTS)  # now there is an earlier one
+    assert aggregator.unaligned == []
+    aggregator(sent_as(part("q", 3), kind), WEIGHTS)
+    assert aggregator.unaligned == []
+
+
+@pytest.mark.parametrize("kind", [LoraAggregator, StateDictAggregator])
+def test_a_module_that_is_new_has_no_start_of_its_step(kind):
+    aggregator = kind("flora-na", anchor_previous=True)
+    aggregator(sent_as([Adapter({"q": c.modules["q"]}) for c in clients(0)], kind))
+    with pytest.raises(ValueError, match=r"^anchor_previous: v: the global adapter before this round has no such"):
+        aggregator(sent_as(clients(1), kind))
+
+
+def test_of_a_client_of_weight_zero_no_module_is_new():
+    aggregator = StateDictAggregator("svd", align_previous=True)
+    sent = sent_as(clients(0), StateDictAggregator)
+    aggregator(sent, WEIGHTS)
+    odd = {"z.lora_A.weight": torch.ones(2, 3, dtype=torch.int32), "z.lora_B.weight": torch.ones(4, 2)}
+    aggregator([*sent, sent[0] | odd], [*WEIGHTS, 0.0])
+    assert aggregator.unaligned == []
+
+
 def test_a_checkpoint_takes_up_where_it_was():
     aggregator = LoraAggregator("als", align_previous=True)
     aggregator(clients(0), WEIGHTS)

@@ -159,6 +159,24 @@ def test_a_first_round_that_starts_from_zero_can_be_aligned_and_anchored():
         assert metrics["fedgram-rho"] <= metrics["fedgram-rho-fedavg"]
 
 
+def test_a_module_that_was_not_sent_out_is_not_aligned_and_told_of(caplog):
+    start, states = adapter(99), [adapter(k) for k in range(3)]
+    part = {name: tensor for name, tensor in start.items() if "encoder.1" not in name}
+    strategy = FloraNA(align_previous=True)
+    with caplog.at_level("INFO", logger="flwr"):
+        turned = to_state_dict(answer(strategy, states, start=part)[0])
+    assert strategy.reports[1]["unaligned"] == ["encoder.1.value"]
+    assert "not aligned, since the clients were not sent any: encoder.1.value" in caplog.text
+    whole = FloraNA(align_previous=True)
+    for module, expected in (("0.query", answer(whole, states, start=start)), ("1.value", answer(FloraNA(), states))):
+        for side in "AB":
+            name = f"{PREFIX}encoder.{module}.lora_{side}.weight"
+            torch.testing.assert_close(turned[name], to_state_dict(expected[0])[name], rtol=1e-4, atol=1e-5)
+    assert whole.reports[1]["unaligned"] == []
+    with pytest.raises(ValueError, match=r"^anchor_previous: encoder\.1\.value: the global adapter before this round"):
+        answer(FloraNA(method="flora-na", anchor_previous=True), states, start=part)
+
+
 @pytest.mark.parametrize("pack", [True, False])
 def test_bfloat16_clients(pack):
     states = [adapter(k, dtype=torch.bfloat16) for k in range(3)]

@@ -104,6 +104,23 @@ def test_the_global_model_anchors_and_aligns():
     assert not same(aligned.params, aggregate_state_dicts(states, method="svd").state_dict)
 
 
+def test_a_module_that_the_global_model_lacks_is_not_aligned_and_told_of(tmp_path):
+    [start, *states] = adapters(4)
+    more = [state | {name.replace(".q.", ".v."): t for name, t in state.items()} for state in states]
+    result = aggregated(FloraNAAggregator("svd", align_previous=True), models(more), start=start, folder=tmp_path)
+    assert json.loads((tmp_path / "fedgram_round_0.json").read_text())["unaligned"] == ["v"]
+    expected = {
+        "q": aggregate_state_dicts(states, method="svd", align_to=start).state_dict,
+        "v": aggregate_state_dicts(states, method="svd").state_dict,
+    }
+    for module, state in expected.items():
+        for name, tensor in state.items():
+            found = result.params[name.replace(".q.", f".{module}.")]
+            torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^anchor_previous: v: the global adapter before this round has no such"):
+        aggregated(FloraNAAggregator("flora-na", anchor_previous=True), models(more), start=start)
+
+
 @pytest.mark.parametrize("make", [FloraNAAggregator, StampAggregator])
 def test_of_a_client_of_weight_zero_nothing_is_looked_at(make, tmp_path):
     states = adapters()
