@@ -198,7 +198,7 @@ class Stamp(GramStrategy):
         labels = [clients[k].label for k in result.clients]
         figures = {"gap": float(dual.relative_gap), "objective": float(dual.objective)}
         report: dict[str, Any] = {
-            "c": self.c,
+            "c": float(self.c),
             **figures,
             "status": dual.status,
             "weights": dict(zip(labels, dual.weights.tolist(), strict=True)),

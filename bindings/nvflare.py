@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 try:
     from nvflare.apis.fl_context import FLContext
     from nvflare.app_common.abstract.fl_model import FLModel
@@ -28,7 +26,17 @@ except ImportError as error:
         f"fedgram.bindings.nvflare needs NVIDIA FLARE 2.9 or newer ({error}): pip install 'fedgram[nvflare]'"
     ) from error
 
-from ._frameworks.options import check_aggregation, check_matching, matching, passed, plain_config, unaligned
+from ._frameworks.options import (
+    AGGREGATION,
+    MATCHING,
+    check_aggregation,
+    check_matching,
+    matching,
+    passed,
+    plain_config,
+    plain_value,
+    unaligned,
+)
 from ._plain.scalings import check_scaling_options
 from .plain import aggregate_state_dicts, match_state_dicts
 
@@ -74,6 +82,12 @@ class _RoundAggregator(ModelAggregator):
     def reset_stats(self) -> None:
         """Forget what has been accepted; called before every round."""
         self._collected = Collected()
+
+    def _make_plain(self, *options: str) -> None:
+        """FLARE rebuilds the object on the server from attributes that are called as the arguments are, by way of JSON,
+        which has no numbers of numpy and torch."""
+        for option in options:
+            setattr(self, option, plain_value(getattr(self, option)))
 
     def _combined(self, current: Round) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
         """The new state, the evidence in full, and its summary in numbers and words."""
@@ -127,15 +141,13 @@ class FloraNAAggregator(_RoundAggregator):
     ) -> None:
         super().__init__(weighted_by, report)
         check_scaling_options(lora_alpha=lora_alpha, scalings=scalings, output_scaling=output_scaling, config=config)
-        # FLARE rebuilds the object on the server from attributes that are called as the arguments are, by way of JSON.
         self.method, self.rank, self.shared, self.missing, self.backend = method, rank, shared, missing, backend
-        self.lora_alpha, self.scalings, self.output_scaling = (
-            x.item() if isinstance(x, np.generic) else x for x in (lora_alpha, scalings, output_scaling)
-        )
+        self.lora_alpha, self.scalings, self.output_scaling = lora_alpha, scalings, output_scaling
         self.config = None if config is None else plain_config(config)
-        self.clip, self.min_cosine = clip.item() if isinstance(clip, np.generic) else clip, min_cosine
+        self.clip, self.min_cosine = clip, min_cosine
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
         check_aggregation(self)
+        self._make_plain(*AGGREGATION, "lora_alpha", "scalings", "output_scaling", "report")
 
     def _combined(self, current: Round) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
         previous = current.earlier() if self.anchor_previous or self.align_previous else None
@@ -202,7 +214,8 @@ class StampAggregator(_RoundAggregator):
         super().__init__(weighted_by, report)
         self.c, self.lr, self.rescale, self.precise, self.backend = c, lr, rescale, precise, backend
         check_matching(self)
-        self.c, self.lr = float(c), float(lr)  # by way of JSON, as above, which has no numbers of numpy and torch
+        self.c, self.lr = float(c), float(lr)
+        self._make_plain(*MATCHING, "report")
 
     def _combined(self, current: Round) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
         result = match_state_dicts(

@@ -140,6 +140,7 @@ def screen(
     shares = torch.where(kept, weights, 0.0)
     shares = weights if bool(kept.all()) else shares / shares.sum()
     lost = float(weights[~kept].sum())
+    clip = clip if clip is None or isinstance(clip, str | int | float) else float(clip)  # numpy's, which JSON has not
     return Screening(clip, bound, min_cosine, names, norms, factors, angles, shares, lost)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedgram import stamp
@@ -24,6 +25,7 @@ PASSED = ("method", "rank", "shared", "missing", "clip", "min_cosine", "backend"
 AGGREGATION = (*PASSED, "anchor_previous", "align_previous")
 MATCHING = ("c", "lr", "rescale", "precise", "backend")
 """Options of ``stamp.SpatialMatcher``."""
+PLAIN: dict[type, Callable[[Any], Any]] = {np.bool_: bool, np.integer: int, np.floating: float}
 
 
 def check_aggregation(holder: Any) -> None:
@@ -77,6 +79,17 @@ def matching(holder: Any) -> dict[str, Any]:
     return {name: getattr(holder, name) for name in MATCHING}
 
 
+def plain_value(value: Any) -> Any:
+    """Numpy's numbers and bools, and arrays and tensors of one, as Python's, which JSON has; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {name: plain_value(one) for name, one in value.items()}
+    if isinstance(value, torch.Tensor) and value.ndim == 0:
+        return value.item()
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    return next((plain(value) for kind, plain in PLAIN.items() if isinstance(value, kind)), value)
+
+
 def plain_config(config: Any) -> dict[str, Any]:
     """LoRA settings in what JSON has: sets of names in order, everything else that it has no form for as its text.
 
@@ -87,9 +100,14 @@ def plain_config(config: Any) -> dict[str, Any]:
         ValueError: it is neither.
     """
     try:
-        return json.loads(json.dumps(config_fields(config, "config"), default=str))
+        return json.loads(json.dumps(config_fields(config, "config"), default=_plain_or_text))
     except TypeError as error:
         raise ValueError(f"config: {error}") from None
+
+
+def _plain_or_text(value: Any) -> Any:
+    plain = plain_value(value)
+    return str(value) if plain is value else plain
 
 
 def _check_choice(option: str, value: str, choices: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,6 +156,12 @@ def test_off_by_default_and_of_no_effect_where_nobody_is_concerned():
     for name, layer in plain.adapter.modules.items():
         assert torch.equal(layer.B, wide.adapter.modules[name].B)
     assert wide.report.screening.clipped == wide.report.screening.dropped == []
+
+
+@pytest.mark.parametrize("clip", [np.float32(2), np.array(2.0), np.int64(2)])
+def test_a_bound_of_numpy_is_a_number_in_the_report(clip):
+    report = flora_na.aggregate(adapters(), clip=clip).report.to_dict()
+    assert json.loads(json.dumps(report))["screening"]["clip"] == 2.0
 
 
 def test_clients_of_weight_zero_are_not_judged():

@@ -1,7 +1,9 @@
 """The strategies on real Flower messages, against the library, against Flower's FedAvg and against dense sums."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -157,6 +159,14 @@ def test_a_first_round_that_starts_from_zero_can_be_aligned_and_anchored():
     for option in ({"align_previous": True}, {"anchor_previous": True}):
         _, metrics = answer(FloraNA(**option), [adapter(k) for k in range(3)], start=start)
         assert metrics["fedgram-rho"] <= metrics["fedgram-rho-fedavg"]
+
+
+@pytest.mark.parametrize(
+    "strategy", [FloraNA(clip=np.float32(2), min_cosine=np.float64(-1)), Stamp(c=np.float32(0.5), lr=np.float32(1))]
+)
+def test_reports_of_numpy_options_are_ready_for_json(strategy):
+    answer(strategy, [adapter(k) for k in range(3)])
+    assert json.loads(json.dumps(strategy.reports[1]))
 
 
 def test_a_module_that_was_not_sent_out_is_not_aligned_and_told_of(caplog):

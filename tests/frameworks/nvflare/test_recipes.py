@@ -78,6 +78,27 @@ def test_a_job_names_the_aggregator_and_the_server_builds_it_again(config, tmp_p
     ("recipe", "aggregator", "expected"),
     [
         (FloraNARecipe, FloraNAAggregator(clip=np.float32(2)), {"clip": 2.0}),
+        (
+            FloraNARecipe,
+            FloraNAAggregator(clip=np.array(2.0), align_previous=np.bool_(True), report=np.bool_(False)),
+            {"clip": 2.0, "align_previous": True, "report": False},
+        ),
+        (
+            FloraNARecipe,
+            FloraNAAggregator(
+                "flora-na",
+                shared=np.array(True),
+                output_scaling={"q": np.float32(2)},
+                config={"r": 4, "lora_alpha": 8, "use_dora": np.bool_(False)},
+            ),
+            {
+                "method": "flora-na",
+                "shared": True,
+                "output_scaling": {"q": 2.0},
+                "config": {"r": 4, "lora_alpha": 8, "use_dora": False},
+            },
+        ),
+        (StampRecipe, StampAggregator(precise=np.bool_(False)), {"precise": False}),
         (StampRecipe, StampAggregator(c=np.float32(0.5), lr=torch.tensor(2)), {"c": 0.5, "lr": 2.0}),
     ],
 )
