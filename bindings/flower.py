@@ -98,6 +98,7 @@ class FloraNA(GramStrategy):
         self.output_scaling, self.keeps_residual = output_scaling, residual
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
         check_aggregation(self)
+        self._last_scalings: dict[str, float] = {}
         self.residual: dict[str, Any] | None = None
 
     def _combine(self, clients: Sequence[Reply]) -> Combined:
@@ -108,10 +109,10 @@ class FloraNA(GramStrategy):
             residual=self.keeps_residual,
             output_scaling=self.output_scaling,
             names=[client.label for client in clients],
-            **passed(self, previous),
+            **passed(self, previous, self._last_scalings),
             **self._scaling(clients),
         )
-        self.residual = result.residual
+        self.residual, self._last_scalings = result.residual, self._last_scalings | result.scalings
         report = result.report.to_dict()
         report["unaligned"] = unaligned(self, previous, report["modules"])
         if report["unaligned"]:

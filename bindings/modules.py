@@ -211,7 +211,7 @@ class StateDictAggregator(_RoundAggregator):
             output_scaling=self.output_scaling,
             residual=self.keeps_residual,
             names=names,
-            **passed(self, self.previous),
+            **passed(self, self.previous, self.scalings),
             **scaling,
         )
         self.unaligned = unaligned(self, self.previous, result.report.modules)

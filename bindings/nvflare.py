@@ -147,6 +147,7 @@ class FloraNAAggregator(_RoundAggregator):
         self.clip, self.min_cosine = clip, min_cosine
         self.anchor_previous, self.align_previous = anchor_previous, align_previous
         check_aggregation(self)
+        self._last_scalings: dict[str, float] = {}
         self._make_plain(*AGGREGATION, "lora_alpha", "scalings", "output_scaling", "report")
 
     def _combined(self, current: Round) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
@@ -160,8 +161,9 @@ class FloraNAAggregator(_RoundAggregator):
             output_scaling=self.output_scaling,
             names=current.names,
             dtypes=current.dtypes(),
-            **passed(self, previous),
+            **passed(self, previous, self._last_scalings),
         )
+        self._last_scalings |= result.scalings
         evidence = result.report.to_dict()
         evidence["unaligned"] = unaligned(self, previous, evidence["modules"])
         if evidence["unaligned"]:

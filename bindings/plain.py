@@ -114,7 +114,8 @@ def aggregate_state_dicts(
         config: a ``peft.LoraConfig`` or the mapping in ``adapter_config.json``; one for all or one per client.
             rsLoRA and the rank and alpha patterns are heeded; kinds whose update is not ``B @ A`` are refused.
         output_scaling: what the receivers will multiply by, one number or module -> number. By default the scaling
-            that the clients share; where theirs differ it must be given.
+            that the clients share; where theirs differ it must be given, and where ``anchor`` or ``align_to`` has a
+            higher rank than they, at which ``lora_alpha`` or ``config`` would make it another.
         method, rank, shared, missing, clip, min_cosine, backend: as in ``flora_na.aggregate``. A ``rank`` other than
             the clients' gives factors of that rank: receivers need a configuration with it, and ``scalings``.
         anchor: the previous round's ``state_dict``; see ``flora_na.aggregate``. Its scaling is the output's. Where it
@@ -150,8 +151,8 @@ def aggregate_state_dicts(
         method=method,
         rank=rank,
         shared=shared,
-        anchor=None if anchor is None else clients.earlier(anchor, "anchor"),
-        align_to=None if align_to is None else clients.earlier(align_to, "align_to"),
+        anchor=None if anchor is None else clients.earlier(anchor, "anchor", rank),
+        align_to=None if align_to is None else clients.earlier(align_to, "align_to", rank),
         backend=backend,
     )
     dtypes = {} if dtypes is None else dtypes

@@ -42,9 +42,12 @@ def check_aggregation(holder: Any) -> None:
         raise ValueError(f"align_previous: only {' and '.join(ALIGNED)} can be aligned, not {holder.method!r}")
 
 
-def passed(holder: Any, previous: Any) -> dict[str, Any]:
-    """The options that ``holder`` has of a round's aggregation; ``previous`` is the global adapter before it."""
-    previous = GlobalState(previous) if isinstance(previous, Mapping) else previous
+def passed(holder: Any, previous: Any, scalings: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """The options that ``holder`` has of a round's aggregation.
+
+    ``previous`` is the global adapter before it; ``scalings`` are those of earlier results, of a state dict.
+    """
+    previous = GlobalState(previous, scalings or {}) if isinstance(previous, Mapping) else previous
     return {name: getattr(holder, name) for name in PASSED} | {
         "anchor": previous if holder.anchor_previous else None,
         "align_to": previous if holder.align_previous else None,

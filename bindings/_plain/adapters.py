@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedgram.flora_na import Adapter, LoraLayer, Report
 
-from .earlier import GlobalState, with_new_modules
+from .earlier import OPTIONS, GlobalState, with_new_modules
 from .keys import FactorKey, StateKeys, matrices, same_layer, sort_state
 from .scalings import Numbers, ScalingRule, Settings, output_scaling_of, require_equal_ranks
 
@@ -34,6 +34,8 @@ class StateDictClients:
         units: module -> what the figures of a report are to be multiplied by.
         layout: module -> names and shapes under which the result is written.
         extras: of every other tensor its name -> that under which it is written.
+        given: whether the output's scalings were given, and not taken from the clients.
+        rule: how the clients' were told.
     """
 
     adapters: list[Adapter]
@@ -41,22 +43,45 @@ class StateDictClients:
     units: dict[str, float]
     layout: Layout
     extras: Mapping[str, str]
+    given: bool
+    rule: ScalingRule
 
     def relative(self, module: str) -> float:
         """The output's scaling in the module's unit."""
         return self.scalings[module] / self.units[module]
 
-    def earlier(self, state: Mapping[str, Tensor], argument: str) -> Adapter:
-        """An earlier result as an adapter: its scaling is the output's. A ``GlobalState`` may lack new modules."""
+    def earlier(self, state: Mapping[str, Tensor], argument: str, rank: int | str | None) -> Adapter:
+        """An earlier result as an adapter: its scaling is the output's. A ``GlobalState`` may lack new modules.
+
+        ``rank``: of the result, as it was asked for.
+        """
         keys = sort_state(state, argument)
         for module, pair in keys.factors.items():
             if module in self.layout:
                 same_layer(pair, argument, self.layout[module], "the clients")
         scalings = {module: self.relative(module) if module in self.units else 1.0 for module in keys.factors}
         earlier = _adapter(state, keys, scalings, argument)
-        if not isinstance(state, GlobalState):
-            return earlier
-        return with_new_modules(earlier, self.layout, self._first_layer, argument)
+        begun = isinstance(state, GlobalState)
+        if not (self.given or isinstance(rank, int)):
+            self._check_ranks(earlier, state.scalings if begun else {}, OPTIONS[argument] if begun else argument)
+        return with_new_modules(earlier, self.layout, self._first_layer, argument) if begun else earlier
+
+    def _check_ranks(self, earlier: Adapter, told: Mapping[str, float], option: str) -> None:
+        """Refuse an earlier rank above all clients', which the result will have, where the scaling may then be another.
+
+        ``told``: module -> the scaling that the earlier result was for, as far as that is known.
+        """
+        for module, scaling in self.scalings.items():
+            if module not in earlier.modules:
+                continue
+            own = max(a.modules[module].rank for a in self.adapters if module in a.modules)
+            rank = earlier.modules[module].trimmed().rank
+            if rank > own and not self.rule.holds_at_any_rank(scaling, told.get(module)):
+                known = f"the clients' is {scaling:g}" if self.rule.known else "give lora_alpha, scalings or config"
+                raise ValueError(
+                    f"{module}: {option}: the earlier factors have rank {rank}, the clients' {own} at most, and "
+                    f"at another the scaling may be another ({known}): say in output_scaling by what the receivers will"
+                )
 
     def _first_layer(self, module: str) -> LoraLayer:
         return next(adapter.modules[module] for adapter in self.adapters if module in adapter.modules)
@@ -119,7 +144,7 @@ def read_states(
     for state, keys, scaling, label in zip(states, found, own, labels, strict=True):
         adapters.append(_adapter(state, keys, {m: s / units[m] for m, s in scaling.items()}, label))
     extras = {name: key for keys in reversed(found) for name, key in keys.extras.items()}  # as the first has it
-    return StateDictClients(adapters, common, units, layout, extras)
+    return StateDictClients(adapters, common, units, layout, extras, output_scaling is not None, rule)
 
 
 def _layout(found: Sequence[StateKeys], labels: Sequence[str]) -> dict[str, dict[str, FactorKey]]:

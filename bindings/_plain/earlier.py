@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -11,9 +11,20 @@ from fedgram.flora_na import Adapter, LoraLayer
 
 from .._peft.lazy_tensors import LazyMapping
 
+OPTIONS = {"anchor": "anchor_previous", "align_to": "align_previous"}
+"""What those call it that aggregate round after round."""
+
 
 class GlobalState(dict[str, Tensor]):
-    """The global state dict before a round, of which nobody said that it has every module (as of an ``align_to``)."""
+    """The global state dict before a round, of which nobody said that it has every module (as of an ``align_to``).
+
+    Attributes:
+        scalings: module -> what the receivers multiply by, as far as an earlier round has told.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], scalings: Mapping[str, float]) -> None:
+        super().__init__(state)
+        self.scalings = scalings
 
 
 def with_new_modules(
@@ -33,7 +44,7 @@ def with_new_modules(
     new = [module for module in modules if module not in earlier.modules]
     if new and argument == "anchor":
         raise ValueError(
-            f"anchor_previous: {new[0]}: the global adapter before this round has no such module, so that there is "
+            f"{OPTIONS[argument]}: {new[0]}: the global adapter before this round has no such module, so that there is "
             "nothing to estimate its step from: start from an adapter that has it, or aggregate without anchor_previous"
         )
     if not new:

@@ -54,6 +54,13 @@ class ScalingRule:
         """Whether the scalings were told in any way."""
         return not (self.alphas is None and self.numbers is None and self.settings is None)
 
+    def holds_at_any_rank(self, scaling: float, before: float | None) -> bool:
+        """Whether receivers of another rank than the clients' have the clients' scaling, too: it was told as a number,
+        or it is what an earlier round had (``before``, None where that is not known)."""
+        if before is None or not self.known:
+            return self.numbers is not None
+        return before == scaling
+
     def scaling(self, client: int, module: str, rank: int) -> float:
         """Of the layer of one client (by its position)."""
         if self.numbers is not None:

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 
 from fedgram import flora_na
+from fedgram.bindings.modules import StateDictAggregator
 from fedgram.bindings.plain import aggregate_state_dicts
 from fedgram.flora_na import LoraLayer
 from fedgram_testing.lora_states import SHAPES, SPELLINGS, WEIGHTS, layers, states, target
@@ -31,6 +32,51 @@ def test_unequal_scalings_come_out_at_the_scaling_of_the_receivers(how):
         # a few times ||W|| in all for clients that agree as these do.
         assert float((layer.scaling * layer.B.double() @ layer.A.double() - W).norm()) < 1e-6 * float(W.norm())
         assert result.report.modules[name].norm == pytest.approx(float(W.norm()), rel=1e-5)
+
+
+TOLD = {
+    "lora_alpha": (16.0, 16.0),
+    "config": ({"r": 8, "lora_alpha": 16}, {"r": 4, "lora_alpha": 16}),
+    "scalings": (2.0, 4.0),
+    None: (None, None),
+}
+
+
+@pytest.mark.parametrize(("option", "method"), [("align_previous", "svd"), ("anchor_previous", "als")])
+@pytest.mark.parametrize("how", list(TOLD))
+def test_a_round_of_lower_ranks_is_not_scaled_for_them_without_a_word(how, option, method):
+    """Clients of rank 8, then some of rank 4: the result has rank 8 again, and its receivers scale by 16 / 8."""
+    first, second = ({} if how is None else {how: told} for told in TOLD[how])
+    low = states(rank=4, seed=2)
+    aggregator = StateDictAggregator(method, **{option: True})
+    before = aggregator(states(rank=8, seed=1), WEIGHTS, **first)
+    with pytest.raises(
+        ValueError, match=rf"^layer\.q: {option}: .* rank 8, the clients' 4 at most.* in output_scaling"
+    ):
+        aggregator(low, WEIGHTS, **second)
+    assert aggregator.previous == before
+    if how is not None:
+        aggregator.output_scaling = 2.0
+        state = aggregator(low, WEIGHTS, **second)
+        for name in SHAPES:
+            W, layer = target(low, name, [4.0] * 3, WEIGHTS, SPELLINGS[0]), layers(state, SPELLINGS[0])[name]
+            assert layer.rank == 8
+            error = float((2.0 * layer.B.double() @ layer.A.double() - W).norm())
+            assert error <= (aggregator.report.modules[name].rho + 1e-5) * float(W.norm())
+
+
+def test_a_round_of_lower_ranks_and_the_same_scaling_needs_no_word():
+    aggregator, low = StateDictAggregator("svd", align_previous=True), states(rank=4, seed=2)
+    aggregator(states(rank=8, seed=1), WEIGHTS, config={"r": 8, "lora_alpha": 16})
+    state = aggregator(low, WEIGHTS, config={"r": 4, "lora_alpha": 8})
+    assert aggregator.scalings == dict.fromkeys(SHAPES, 2.0)
+    assert {layer.rank for layer in layers(state, SPELLINGS[0]).values()} == {8}
+    start = states(rank=8, seed=1)[0]
+    for argument in ("anchor", "align_to"):  # of which nothing is known
+        aggregate_state_dicts(low, scalings=2.0, **{argument: start})
+        with pytest.raises(ValueError, match=f"^layer.q: {argument}: the earlier factors have rank 8, the clients' 4"):
+            aggregate_state_dicts(low, config={"r": 4, "lora_alpha": 8}, **{argument: start})
+    aggregate_state_dicts(low, config={"r": 4, "lora_alpha": 8}, rank=4, anchor=start)  # the result is of their rank
 
 
 def test_rslora_and_patterns_of_a_config_are_heeded():

@@ -161,6 +161,20 @@ def test_a_first_round_that_starts_from_zero_can_be_aligned_and_anchored():
         assert metrics["fedgram-rho"] <= metrics["fedgram-rho-fedavg"]
 
 
+def test_a_round_of_lower_ranks_is_not_scaled_for_them_without_a_word():
+    """What was sent out has rank 8: a node of that rank would multiply by half of what the others do."""
+    start, low = adapter(99, rank=8), [adapter(k) for k in range(3)]
+    with pytest.raises(ValueError, match=r"encoder\.0\.query: align_previous: .* rank 8, .* in output_scaling"):
+        answer(FloraNA(lora_alpha=16, align_previous=True), low, start=start)
+    for told in ({"lora_alpha": 16, "output_scaling": 2.0}, {"scalings": 2.0}):
+        back = to_state_dict(answer(FloraNA(method="svd", align_previous=True, **told), low, start=start)[0])
+        own = 4.0 if "lora_alpha" in told else 2.0
+        for name in MODULES:
+            W = sum(c * update(s, name, own) for c, s in zip(COUNTS, low, strict=True)) / sum(COUNTS)
+            best = float(torch.linalg.svdvals(W)[8:].norm())
+            assert float((update(back, name, 2.0) - W).norm()) <= best + 1e-5 * float(W.norm())
+
+
 @pytest.mark.parametrize(
     "strategy", [FloraNA(clip=np.float32(2), min_cosine=np.float64(-1)), Stamp(c=np.float32(0.5), lr=np.float32(1))]
 )
