@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -115,10 +117,24 @@ def everyone_has_all(
     """Every rank was given all clients."""
     with ranks.together():
         clients = _clients(dict(enumerate(adapters)), _facts(adapters, weights, names), everywhere=True)
-    told = ranks.gather((agreed, clients.weights, clients.names, clients.modules, clients.extras))
+    told = ranks.gather((agreed, clients.weights, clients.names, clients.modules, clients.extras, _settings(adapters)))
     check_options([mine[0] for mine in told])
     check_alike([mine[1:] for mine in told], "adapters, weights or names")
     return clients
+
+
+def _settings(adapters: Sequence[Adapter]) -> list[int | None]:
+    """What tells the adapters' configurations from another rank's (a stale copy's other alpha); None of one that does
+    not come from a file."""
+    found: list[int | None] = []
+    for adapter in adapters:
+        try:
+            text = json.dumps(None if adapter.config is None else dict(adapter.config), sort_keys=True)
+        except TypeError:  # what it holds need not have the same text in another process
+            found.append(None)
+        else:
+            found.append(zlib.crc32(text.encode()))
+    return found
 
 
 def everyone_has_own(

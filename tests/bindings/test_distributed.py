@@ -211,6 +211,7 @@ REFUSED = {
     "watch of gradients": "watch: over 9 ranks, and the group has",
     "no weights": "weights: expected real numbers, got ['many',",
     "weights": "rank 1 was called with other adapters, weights or names than rank 0",
+    "settings": "rank 1 was called with other adapters, weights or names than rank 0",
     "some weights": "weights: given on some ranks and not on others",
     "shared": "shared: needs all modules in one place",
     "clip": "clip: needs all modules in one place",

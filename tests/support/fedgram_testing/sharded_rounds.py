@@ -204,6 +204,9 @@ def refusals(rank, mine, local, whole, clients):
         "watch of gradients": lambda: match_sharded([[torch.ones(3)]], watch=SimpleNamespace(count=9), group=group),
         "no weights": lambda: aggregate_sharded(clients, ["many"] * 5, group=group),
         "weights": lambda: aggregate_sharded(clients, [9.0, *WEIGHTS[1:]] if rank else WEIGHTS, group=group),
+        "settings": lambda: aggregate_sharded(
+            [replace(c, config={"r": 4, "lora_alpha": 8 + rank}) for c in clients], group=group
+        ),
         "some weights": lambda: aggregate_sharded(
             mine, [1.0] * len(mine) if rank else None, clients="own", group=group
         ),
