@@ -15,7 +15,7 @@ SLOTS, ROWS = 8, 64  # tile of the search for the best swap: larger ones spill o
 WARPS, STAGES = 8, 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m", "most"])  # known multiples of 16 (rows of a class, often) spill everywhere
 def descend_kernel(
     p_gram,  # float64 (classes, n, n)
     p_diagonal,  # float64 (classes, n)

@@ -40,6 +40,13 @@ def test_every_kernel_compiles_without_a_fault(compiled):
     assert {"factor_gram", "factor_combine", "lowrank_sum", "grad_gram", "grad_combine", "ghost_gram"} <= kernels
 
 
+def test_every_launch_of_the_descent_is_the_one_that_the_gate_compiles():
+    """Of classes of 16, 32, .. rows it spilled on every target, and the gate cannot see it: there ``n`` is a number."""
+    kernel = "from fedgram.kernels._subset_select_triton import descend_kernel as kernel"
+    done = run_python("-c", f"{kernel}; print([p.name for p in kernel.params if p.do_not_specialize])")
+    assert done.stdout == "['n', 'm', 'most']\n", done.stderr
+
+
 @pytest.mark.parametrize(("failures", "result"), [(0, "machine code"), (1, "machine code"), (2, None)])
 def test_what_the_compiler_fails_at_is_compiled_once_more(monkeypatch, capsys, failures, result):
     errors = iter([RuntimeError("PassManager::run failed")] * failures)
