@@ -66,8 +66,10 @@ def ask_for_large_pages(t: Tensor) -> None:
 
 
 def span(t: Tensor) -> tuple[int, int]:
-    """First byte and the byte after the last of ``t``, which has elements."""
+    """First byte and the byte after the last of ``t``, which has elements; none of one without memory (fake)."""
     first = t.data_ptr()
+    if not first:
+        return 0, 0
     if t.is_contiguous():
         return first, first + t.nbytes
     extent = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1

@@ -1,5 +1,7 @@
 """Tensors whose address leads nowhere: fake ones give shapes, those made of others are refused by name."""
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,6 +51,18 @@ def test_fake_tensors_give_shapes(name):
     with mode:
         found = torch.utils._pytree.tree_leaves(operations(*fake)[name]())
     assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("where", ["fake", "meta"])
+def test_outputs_without_memory_overlap_nothing(where):
+    mode = FakeTensorMode()
+    move = mode.from_tensor if where == "fake" else (lambda t: t.to("meta"))
+    B, A, _, _, p, G = torch.utils._pytree.tree_map_only(torch.Tensor, move, arguments())
+    with mode if where == "fake" else contextlib.nullcontext():
+        W, out = torch.empty_like(B[0][0] @ A[0][0]), [torch.empty_like(t) for t in G[0]]
+        assert kernels.lowrank_sum(W, B[0], A[0], p, out=torch.empty_like(W)).shape == W.shape
+        assert [t.shape for t in kernels.grad_combine(G, p, out=out)] == [t.shape for t in out]
 
 
 @pytest.mark.parametrize("name", ORDERED)
