@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ghost_gram_triton as kernels
+from ._memory import check_memory
 from ._plan import WIDEST, PlanCache, check_runnable, place, to_device
 from ._triton_common import float32_precision, generation, interpret_flag, options, precision
 from .ghost_gram import RowBlock, row_blocks
@@ -65,6 +66,7 @@ def ghost_gram_triton(
     inputs: Tensor, output_grads: Tensor, offsets: tuple[int, ...], bias: bool, precise: bool
 ) -> Tensor:
     """``ghost_gram``."""
+    check_memory((inputs, output_grads), ("inputs", "output_grads").__getitem__)
     tile, others = kernels.CHOICE
     plan = PLANS.get((place(inputs.device), offsets, tile), lambda: GhostPlan(offsets, inputs.device, tile))
     out = torch.zeros((plan.K, plan.K), dtype=torch.float64, device=inputs.device)

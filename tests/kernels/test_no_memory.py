@@ -140,6 +140,15 @@ def test_a_matrix_beside_the_factors_without_memory_is_refused():
         kernels.lowrank_sum(freed(torch.rand(20, 9)), B[0], A[0], torch.rand(2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", ["inputs", "output_grads"])
+@pytest.mark.parametrize("kind", ["freed", "functional"])
+def test_rows_without_memory_are_refused_by_the_kernel(kind, name):
+    rows = {"inputs": torch.rand(12, 6), "output_grads": torch.rand(12, 4)}
+    rows[name] = WITHOUT_MEMORY[kind](rows[name])
+    with pytest.raises(ValueError, match=f"^{name}: a .*{NO_MEMORY}"):
+        kernels.ghost_gram(**rows, offsets=[0, 5, 12], backend="triton")
+
+
 def test_empty_tensors_need_no_memory():
     B, A = [[torch.empty(20, 0), torch.rand(20, 2)]], [[torch.empty(0, 9), torch.rand(2, 9)]]
     assert torch.equal(kernels.factor_gram(B, A)[0][0], B[0][1].double().T @ B[0][1].double())
