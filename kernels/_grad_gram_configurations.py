@@ -58,6 +58,8 @@ def configuration(
         warps = 2 if wide and tile == 32 and not spare else warps
         if generation == "sm80" and wide and tile == 32 and spare and dtype == torch.float64:
             registers = 255  # as above
+        if generation == "sm100" and tile == 64 and inline and not spare and dtype == torch.float64:  # (Triton 3.6)
+            warps, block = 8, block if wide else 32
     stages = 3
     if doubles and dtype.itemsize == 2 and generation == "sm100":  # no tensor cores for them: registers are short
         warps, stages = max(warps, 2 if tile <= 32 else 8), 1
@@ -110,6 +112,8 @@ def shipped() -> dict[str, tuple[torch.dtype, str, int, bool, tuple[bool, bool],
         "fp32 tile 64 precise": (fp32, "fp64", 64, True, one, False),
         "fp32 tiles of 64 precise": (fp32, "fp64", 64, True, tiled, False),
         "bf16 tiles of 64 off precise": (bf16, "fp64", 64, True, off, False),
+        "fp64 tile 64": (fp64, "fp64", 64, True, one, False),
+        "fp64 tile 64 scalar loads": (fp64, "fp64", 64, False, one, False),
         "fp64 tile 32": (fp64, "fp64", 32, True, one, True),
         "fp64 tiles of 64 off": (fp64, "fp64", 64, True, off, False),
     }
