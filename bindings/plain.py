@@ -120,7 +120,8 @@ def aggregate_state_dicts(
             the clients' gives factors of that rank: receivers need a configuration with it, and ``scalings``.
         anchor: the previous round's ``state_dict``; see ``flora_na.aggregate``. Its scaling is the output's. Where it
             is of a wider dtype than the clients', the factors come back in that.
-        align_to: an earlier ``state_dict`` to rotate the result towards (als and svd only).
+        align_to: an earlier ``state_dict`` to rotate the result towards (als and svd only). Its rank is that of the
+            result where it is above the clients', unless ``rank`` is a number.
         residual: also return what the pair leaves out (rank R + r, float32 or wider).
         names: the clients' labels in errors and in the report.
         dtypes: name -> dtype that the entry is to be returned in; by default the one that the clients' (and, of

@@ -61,10 +61,27 @@ class StateDictClients:
                 same_layer(pair, argument, self.layout[module], "the clients")
         scalings = {module: self.relative(module) if module in self.units else 1.0 for module in keys.factors}
         earlier = _adapter(state, keys, scalings, argument)
-        begun = isinstance(state, GlobalState)
-        if not (self.given or isinstance(rank, int)):
-            self._check_ranks(earlier, state.scalings if begun else {}, OPTIONS[argument] if begun else argument)
-        return with_new_modules(earlier, self.layout, self._first_layer, argument) if begun else earlier
+        told, option = (state.scalings, OPTIONS[argument]) if isinstance(state, GlobalState) else ({}, argument)
+        if not self.given:
+            if not isinstance(rank, int):
+                self._check_ranks(earlier, told, option)
+            if argument == "anchor":
+                self._check_scalings(told, option)
+        if not isinstance(state, GlobalState):
+            return earlier
+        return with_new_modules(earlier, self.layout, self._first_layer, argument)
+
+    def _check_scalings(self, told: Mapping[str, float], option: str) -> None:
+        """Refuse an anchor that was made for another scaling than the clients': it is read by theirs.
+
+        ``told``: module -> the scaling that the earlier result was for, as far as that is known.
+        """
+        for module, scaling in self.scalings.items():
+            if told.get(module, scaling) != scaling:
+                raise ValueError(
+                    f"{module}: {option}: the earlier result was for a scaling of {told[module]:g}, the clients' is now "
+                    f"{scaling:g}: say in output_scaling by what the receivers multiply, in every round"
+                )
 
     def _check_ranks(self, earlier: Adapter, told: Mapping[str, float], option: str) -> None:
         """Refuse an earlier rank above all clients', which the result will have, where the scaling may then be another.

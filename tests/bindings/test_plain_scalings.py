@@ -1,6 +1,7 @@
 """State dicts whose clients, modules or receivers have scalings of their own; what is sent, and the rho that it has."""
 
 from collections import UserDict, UserList
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,23 @@ def test_a_round_of_lower_ranks_and_the_same_scaling_needs_no_word():
         with pytest.raises(ValueError, match=f"^layer.q: {argument}: the earlier factors have rank 8, the clients' 4"):
             aggregate_state_dicts(low, config={"r": 4, "lora_alpha": 8}, **{argument: start})
     aggregate_state_dicts(low, config={"r": 4, "lora_alpha": 8}, rank=4, anchor=start)  # the result is of their rank
+
+
+@pytest.mark.parametrize("method", ["fedavg", "flora-na", "als"])
+def test_an_anchor_made_for_another_scaling_is_not_read_by_the_clients(method):
+    """Clients of rank 4, then of rank 8: by their alpha the last result, made for 16 / 4, would count half."""
+    aggregator, clients = StateDictAggregator(method, anchor_previous=True), states(rank=8, seed=2)
+    before = aggregator(states(rank=4, seed=1), WEIGHTS, lora_alpha=16)
+    with pytest.raises(ValueError, match=r"^layer\.q: anchor_previous: .* scaling of 4, the clients' is now 2: say in"):
+        aggregator(clients, WEIGHTS, lora_alpha=16)
+    assert aggregator.previous == before
+    aggregator.output_scaling = 4.0
+    state = aggregator(clients, WEIGHTS, lora_alpha=16)
+    start = {name: replace(layer, scaling=4.0) for name, layer in layers(before, SPELLINGS[0]).items()}
+    own = [{n: replace(x, scaling=2.0) for n, x in layers(c, SPELLINGS[0]).items()} for c in clients]
+    expected = flora_na.aggregate(own, WEIGHTS, method=method, anchor=start).adapter.modules
+    for name, layer in layers(state, SPELLINGS[0]).items():
+        assert torch.allclose(4.0 * layer.B @ layer.A, expected[name].delta(), rtol=1e-4, atol=1e-5)
 
 
 def test_rslora_and_patterns_of_a_config_are_heeded():
