@@ -18,6 +18,8 @@ LEAST_HELD = 1 << 24
 """Bytes that may be held in any case: small portions need not wait for each other."""
 SPARE = 1 << 23
 """Bytes that may be held beyond ``HELD``, at most a portion's: the second is then ready when the first is done."""
+READY = 2
+"""Portions that may be ready at a time: more of small modules are mostly what every tensor takes beside its numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,7 @@ class ReadAhead:
         # bytes: all that the thread has read, and all that it was given back; portions: those taken, not yet given back
         self._read_bytes = self._given_back = self._taken = 0
         self._layer = self._largest = 0
+        self._spare = SPARE
         self._wanted, self._closed = False, False
         self._thread = threading.Thread(target=self._run, name="fedgram-read-ahead", daemon=True)
 
@@ -121,6 +124,8 @@ class ReadAhead:
             del portion
 
     def _portion(self, modules: Sequence[_Module]) -> Portion:
+        if len(modules) == 1 and self._cohort.exceeds_a_side(modules[0].name):
+            self._spare = 0  # its decomposition takes as much and more
         layers: list[dict[str, LoraLayer]] = [{} for _ in self._cohort.adapters]
         for module in modules:
             for mine, layer in zip(layers, module.layers, strict=True):
@@ -151,10 +156,10 @@ class ReadAhead:
                 raise _StoppedError
 
     def _must_wait(self) -> bool:
-        return not self._starving and self._held + self._layer > self._limit()
+        return not self._starving and (len(self._ready) >= READY or self._held + self._layer > self._limit())
 
     def _limit(self) -> float:
-        return max(LEAST_HELD, HELD * self._largest + min(self._largest, SPARE))
+        return max(LEAST_HELD, HELD * self._largest + min(self._largest, self._spare))
 
     def _count(self, nbytes: int) -> int:
         """Count a layer as held."""

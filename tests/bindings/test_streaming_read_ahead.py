@@ -78,6 +78,29 @@ def test_small_portions_do_not_wait_for_each_other(monkeypatch, begun):
     assert seen == [(3, 3)]  # one is worked on, two are ready
 
 
+def test_no_more_than_two_are_ready_however_small_they_are(monkeypatch, begun):
+    monkeypatch.setattr(_read_ahead, "LEAST_HELD", 1 << 30)
+    clients, seen = begun
+    parts = iter_aggregate(clients, method="fedavg")
+    for _ in range(3):
+        next(parts)
+    parts.close()
+    assert seen == [(3, 3), (4, 4), (5, 5)]
+
+
+def test_no_memory_is_spared_where_ranks_exceed_a_side(monkeypatch, begun):
+    """There the decomposition takes it."""
+    monkeypatch.setattr(_read_ahead, "SPARE", 100 * LAYER_BYTES)
+    clients, seen = begun
+    for client in clients:
+        client.sizes = lambda name: (7, 8, 4)
+    parts = iter_aggregate(clients, method="fedavg")
+    for _ in range(3):
+        next(parts)
+    parts.close()
+    assert seen == [(2, 1), (3, 2), (4, 3)]
+
+
 def test_what_is_held_is_bounded_whatever_the_sizes(monkeypatch):
     sizes = {"small": 1, "large": 40, "small again": 1, "large again": 40, "last": 2}
 
