@@ -155,9 +155,10 @@ def _general_optimum(group: Group, rank: int) -> Pair:
         Q = Q * inverse_or_zero(Q.abs().amax((-2, -1), keepdim=True))
     pair = AlternatingLeastSquares(max_sweeps=1).solve(group, Pair(Q, Q, ""), V.shape[-1])
     P, Q = fit_rank(pair.P, rank), fit_rank(pair.Q, rank)
-    tail = s.squares[:, rank:].sum(-1)
+    best, tail = s.squares[:, :rank].sum(-1), s.squares[:, rank:].sum(-1)
+    del s  # what follows may be another decomposition
     captured = (P * group.apply("B", P)).sum(-2).square().sum(-1)  # of a balanced pair
-    short = s.squares[:, :rank].sum(-1) - captured > EXCESS * tail + 4 * rounding(group) * group.mass**2
+    short = best - captured > EXCESS * tail + 4 * rounding(group) * group.mass**2
     again = (unresolved(group, tail) | short).nonzero().flatten().tolist()
     for i in again:
         P[i], Q[i] = _from_triangles(group, i, rank)

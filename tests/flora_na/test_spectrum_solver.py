@@ -1,5 +1,7 @@
 """The compiled spectrum against dense singular values, and what it leaves to the general path."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -258,3 +260,25 @@ def test_the_optimum_and_its_yardstick_take_one_spectrum(monkeypatch):
     found = flora_na.estimate(list(t.B), list(t.A), t.weights, method="svd")
     assert found.rho_optimal == pytest.approx(found.rho, rel=1e-9)
     assert len(calls) == 1
+
+
+def test_the_spectrum_is_not_kept_while_triangles_are_taken(monkeypatch):
+    """Where ranks exceed a side: its vectors and roots are as large as what the triangles take."""
+    g = torch.Generator().manual_seed(0)
+    B, A = [torch.randn(4, 8, generator=g) for _ in range(3)], [torch.randn(8, 30, generator=g) for _ in range(3)]
+    made, alive, triangles = [], [], svd._triangles
+
+    def spectrum(group):
+        made.append(weakref.ref(found := of(group)))
+        return found
+
+    def watched(group, i):
+        alive.extend(ref() is not None for ref in made)
+        return triangles(group, i)
+
+    of = svd.spectrum
+    monkeypatch.setattr(svd, "spectrum", spectrum)
+    monkeypatch.setattr(svd, "_triangles", watched)
+    flora_na.estimate(B, A, method="svd")
+    assert alive
+    assert not any(alive)
