@@ -41,7 +41,7 @@ def is_linear_expert(module: str) -> bool:
     return re.search(r"\.experts\.\d+\.", module) is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerShape:
     """What must be known of a layer before it is written: ``dtype`` as the file names it, (m, n), and the rank."""
 
@@ -51,7 +51,7 @@ class LayerShape:
     rank: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Factor:
     """One tensor of the file: the layers it holds (all experts, else one), the side, whether it is transposed."""
 

@@ -116,13 +116,15 @@ def spec_of(tensor: Tensor, key: str) -> TensorSpec:
 
 def header_of(specs: Mapping[str, TensorSpec], order: Sequence[str], room: int | None = None) -> bytes | None:
     """The header of a file that holds these tensors in this order; of ``room`` bytes, or None where that is too few."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    encode = json.JSONEncoder(separators=(",", ":")).encode
+    entries = ['"__metadata__":{"format":"pt"}']  # as text: objects of ten thousands of tensors take megabytes
     offset = 0
     for key in order:
         spec = specs[key]
         offsets = [offset, offset := offset + spec.nbytes]
-        header[key] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
+        entry = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": offsets}
+        entries.append(f"{encode(key)}:{encode(entry)}")
+    text = f"{{{','.join(entries)}}}".encode()
     length = len(text) + -len(text) % 8 if room is None else room - 8
     return length.to_bytes(8, "little") + text.ljust(length) if len(text) <= length else None
 

@@ -1,9 +1,11 @@
 """Results that lie in the journal as the output has them become the output by a second name; others are written."""
 
 import errno
+import json
 import os
 import stat
 import threading
+import tracemalloc
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from fedgram.bindings import peft
 from fedgram.bindings._streaming import journal, results
 from fedgram.bindings.files import linked_file, write_behind
 from fedgram.bindings.files.linked_file import PAGE, header_room, link_tensors
-from fedgram.bindings.files.tensor_file import TensorFile
+from fedgram.bindings.files.tensor_file import TensorFile, header_of
 from fedgram.bindings.files.tensor_header import MAX_HEADER, TensorSpec
 from fedgram.bindings.peft import load_adapter, load_adapters, merge_configs, save_adapter
 from fedgram.bindings.streaming import aggregate_directories
@@ -221,3 +223,16 @@ def test_the_room_is_in_pages_and_bounded():
     assert header_room(["m" * 1000] * 100) > 100_000
     assert header_room(["m" * 1000] * (MAX_HEADER // 1000)) == 0
     assert len('"base_model.model..lora_A.weight":{"dtype":"BF16","shape":[16384,128],') <= linked_file.ENTRY
+
+
+def test_a_header_of_many_tensors_takes_little_more_than_its_text():
+    specs = {f"base_model.model.layers.{i}.q.lora_A.weight": TensorSpec("F32", (4, 32)) for i in range(2000)}
+    tracemalloc.start()
+    header = header_of(specs, list(specs))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * len(header)
+    entries = json.loads(header[8:])
+    assert entries["base_model.model.layers.1.q.lora_A.weight"] == {
+        "dtype": "F32", "shape": [4, 32], "data_offsets": [512, 1024]
+    }  # fmt: skip
