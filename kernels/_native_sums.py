@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._memory import address
+from ._memory import LARGE, address
 from ._stacks import WIDTH
 from .native_calls import LOOPS, TYPES, bits, constant, has_tiles, run_jobs, scratch, table
 
@@ -18,7 +18,8 @@ PANEL, GROUP = 32, 8  # rows of B, or columns of A, that are packed together; pa
 JOB_PANELS = 8  # of rows of a job, beside a group of columns
 TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numbers that hold one of a type
 SIDE_BYTES = 8 << 20  # that the panels of one side take at most, unless a group is larger
-TILED_RANK, TILED_WORK = 16, 1 << 22  # total rank, and products, from which on the matrix unit pays
+TILED_RANK = {2: 16, 4: 96}  # by bytes of the output's numbers: total rank from which on the matrix unit pays
+TILED_WORK = 1 << 22  # likewise, products
 
 
 class _Sum(NamedTuple):
@@ -32,6 +33,7 @@ class _Sum(NamedTuple):
     rows: int
     columns: int
     beta: int  # its bits
+    stream: bool
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -42,7 +44,7 @@ class _Sum(NamedTuple):
     def tile(self, row: int, column: int) -> tuple[int, ...]:
         """``struct sum``: the tile of W at (row, column)."""
         W = self.ends.buffer_info()[0]
-        return (*self.factors, W, W + 8 * WIDTH, self.rows, self.columns, row, column, self.beta)
+        return (*self.factors, W, W + 8 * WIDTH, self.rows, self.columns, row, column, self.beta, self.stream)
 
 
 def lowrank_sum(
@@ -50,18 +52,24 @@ def lowrank_sum(
 ) -> None:
     """Write ``beta W + sum_u c_u B_u A_u`` to ``out``.
 
-    In float64 products where ``wide``, else in float32 ones over 64 ranks at a time, or 128 on the matrix unit.
+    In float64 products where ``wide``, else in float32 ones over 64 ranks at a time, or 512 on the matrix unit.
     """
     if not out.numel():
         return
     ends = _described([out if W is None or beta == 0 else W, out], 1)
     coefficients, R = c.detach().resolve_neg().contiguous(), sum(b.shape[1] for b in B)
     scale = bits(0.0 if W is None else beta)
-    s = _Sum(_described(B, 1), _described(A, 0), ends, coefficients, R, out.shape[0], out.shape[1], scale)
-    if not wide and R >= TILED_RANK and out.numel() * R >= TILED_WORK and has_tiles():
+    stream = out is not W and out.numel() * out.element_size() >= LARGE
+    s = _Sum(_described(B, 1), _described(A, 0), ends, coefficients, R, *out.shape, scale, stream)
+    if not wide and _unit_pays(out, R) and has_tiles():
         _on_matrix_unit(s, max(TERMS[a.dtype] for a in A))
     else:
         _in_vectors(s, wide=wide)
+
+
+def _unit_pays(out: Tensor, R: int) -> bool:
+    least = TILED_RANK[out.element_size()]
+    return least <= R and out.numel() * R >= TILED_WORK
 
 
 def _described(tensors: Sequence[Tensor], along: int) -> array:
@@ -139,6 +147,6 @@ def _multiply(s: _Sum, rows: range, columns: range, left: _Kept, right: _Kept, t
         (*s.tile(row * PANEL, column * PANEL), min(rows.stop, row + JOB_PANELS) * PANEL, *sides)
         for row, column in product(*starts)
     ]
-    numbers = max(constant("sum_work"), 3 * PANEL * PANEL * GROUP // 2)
+    numbers = max(constant("sum_work"), 3 * PANEL * (PANEL * GROUP + 16) // 2)
     work = len(rows) * len(columns) * PANEL * PANEL * (s.R // 32 + 1)
     run_jobs(LOOPS.entries["tiles"], table(jobs), len(jobs), numbers, work)

@@ -51,7 +51,7 @@ def lowrank_sum(
     The sum is kept in float64 where a factor or the output is float64, on the torch path also for float32 outputs;
     else in float32, on the compiled CPU loops over 64 ranks at a time, and float64 beyond. Where a processor has a
     matrix unit (Intel's AMX) the loops split every factor into as many bfloat16 numbers as hold all its bits, so that
-    nothing is lost but products of 2^-24, and keep sums in float32 over 128 ranks at a time. On a GPU the coefficients
+    nothing is lost but products of 2^-24, and keep sums in float32 over 512 ranks at a time. On a GPU the coefficients
     are applied to finished products, never to stored numbers, and clients of several types are left to the torch path.
 
     Returns:

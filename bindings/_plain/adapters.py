@@ -79,8 +79,8 @@ class StateDictClients:
         for module, scaling in self.scalings.items():
             if told.get(module, scaling) != scaling:
                 raise ValueError(
-                    f"{module}: {option}: the earlier result was for a scaling of {told[module]:g}, the clients' is now "
-                    f"{scaling:g}: say in output_scaling by what the receivers multiply, in every round"
+                    f"{module}: {option}: the earlier result was for a scaling of {told[module]:g}, the clients' is "
+                    f"now {scaling:g}: say in output_scaling by what the receivers multiply, in every round"
                 )
 
     def _check_ranks(self, earlier: Adapter, told: Mapping[str, float], option: str) -> None:

@@ -72,7 +72,8 @@ struct mixture {
     int64_t first, last;
 };
 
-/* The tile at (row, column) of beta W + sum_u c_u B_u A_u (rows x columns); `along` runs over columns of W and `to`. */
+/* The tile at (row, column) of beta W + sum_u c_u B_u A_u (rows x columns); `along` runs over columns of W and `to`, which
+ * `stream` says is too large to be of use in a cache. */
 struct sum {
     const struct member *B, *A;
     int64_t count, R;
@@ -80,6 +81,7 @@ struct sum {
     const struct member *W, *to;
     int64_t rows, columns, row, column;
     double beta;
+    int64_t stream;
 };
 /* Its size, and the stacked ranks that are multiplied in one go: within them sums have the products' type. */
 enum { SUM_ROWS = 96, SUM_COLUMNS = 256, RUN = 64 };
@@ -166,6 +168,13 @@ typedef uint32_t bits4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint16_t short4 __attribute__((vector_size(8), aligned(2), may_alias));
 
 #include "parts.h"
+
+/* What was stored past the caches is there for other threads. */
+static inline void stream_ends(void) {
+#ifdef __x86_64__
+    __asm__ volatile("sfence" ::: "memory");
+#endif
+}
 
 #define JOIN_(a, b, c) a##_##b##_##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
@@ -285,6 +294,7 @@ JOBS(lowrank_sum, sum) {
         if (wide) CALL(lowrank_sum, double, jobs + i, work);
         else CALL(lowrank_sum, float, jobs + i, work);
     }
+    stream_ends();
 }
 
 /* The same on a matrix unit, where there is one that this process may use. */

@@ -47,6 +47,23 @@ static void FN(begin_sums)(const struct sum *s, int64_t rows, int64_t columns, d
     }
 }
 
+/* A row of the tile, rounded. With `stream`, past the caches, which would first read what is written over. */
+static void FN(put_row)(const struct sum *s, int64_t row, int64_t columns, const T *y) {
+    const struct member *to = s->to;
+    int64_t at = row * to->across + s->column * to->along;
+#if BYTES >= 32
+    int64_t bytes = columns * bytes_of[to->type];
+    char *place = (char *)to->address + at * bytes_of[to->type];
+    if (s->stream && to->along == 1 && (uintptr_t)place % LINE == 0 && bytes % LINE == 0) {
+        char lines[SUM_COLUMNS * 8] __attribute__((aligned(LINE)));
+        FN(narrow)(lines, (int)to->type, 0, 1, columns, y);
+        for (int64_t i = 0; i < bytes; i += 32) _mm256_stream_si256((void *)(place + i), *(const __m256i *)(lines + i));
+        return;
+    }
+#endif
+    FN(narrow)((void *)to->address, (int)to->type, at, to->along, columns, y);
+}
+
 static void FN(lowrank_sum)(const struct sum *s, double *work) {
     double *total = work;
     T *B = (T *)(total + SUM_ROWS * SUM_COLUMNS), *A = B + SUM_ROWS * RUN;
@@ -59,10 +76,7 @@ static void FN(lowrank_sum)(const struct sum *s, double *work) {
         if (k == 0) FN(begin_sums)(s, rows, columns, total);
         FN(multiply)(B, rows, A, columns, n, 0, total, SUM_COLUMNS);
     }
-    const struct member *to = s->to;
-    for (int64_t i = 0; i < rows; i++)
-        WIDE_FN(narrow)((void *)to->address, (int)to->type, (s->row + i) * to->across + s->column * to->along, to->along,
-                        columns, total + i * SUM_COLUMNS);
+    for (int64_t i = 0; i < rows; i++) WIDE_FN(put_row)(s, s->row + i, columns, total + i * SUM_COLUMNS);
 }
 
 #undef WIDTH

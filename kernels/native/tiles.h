@@ -5,9 +5,11 @@
 #include <unistd.h>
 #include <sys/syscall.h>
 
-/* PANEL rows of B, or columns of A, are two tiles of 16, DEEP ranks of them; TILE_COLUMNS of W are worked on at a time, and
- * sums stay in float over TILE_RUN depths. */
-enum { PANEL = 32, DEEP = 32, TILE = 512, TERMS = 3, TILE_COLUMNS = 256, TILE_RUN = 4 };
+/* PANEL rows of B, or columns of A, are two tiles of 16, DEEP ranks of them. TILE_COLUMNS of W are worked on at a time,
+ * NEAR_RUN depths, whose panel of B the first cache holds; sums stay in float over TILE_RUN. */
+enum { PANEL = 32, DEEP = 32, TILE = 512, TERMS = 3, TILE_COLUMNS = 256, NEAR_RUN = 4, TILE_RUN = 16 };
+/* Rows of sums lie further apart than there are columns, so that they do not share sets of the cache. */
+enum { SUMS_APART = TILE_COLUMNS + 16 };
 
 /* The smallest number but zero (less one) and the largest one of a panel, by magnitude, as the bits of a float. */
 struct extent { uint32_t least, most; };
@@ -133,19 +135,48 @@ static struct extent join(const struct extent *e, int64_t count) {
     return both;
 }
 
-/* PANEL x PANEL sums over depths [from, to), of all products of terms but the smallest, small ones first. Rows lie
- * TILE_COLUMNS apart. */
+/* Rows of W that are asked for line by line while tiles are multiplied: all at once they would be waited for. */
+struct wanted { const char *row; int64_t step, lines, line, rows, share; };
+
+static inline struct wanted wanted(const struct sum *s, int64_t rows, int64_t columns, int64_t steps) {
+    const struct member *W = s->W;
+    int64_t size = bytes_of[W->type], lines = columns * size / LINE + 1;
+    if (s->beta == 0 || W->along != 1) rows = 0;
+    return (struct wanted){(const char *)W->address + (s->row * W->across + s->column) * size, W->across * size, lines, 0,
+                           rows, (rows * lines + steps - 1) / steps};
+}
+
+static inline void want(struct wanted *w) {
+    for (int64_t i = 0; i < w->share && w->rows; i++) {
+        __builtin_prefetch(w->row + w->line * LINE);
+        if (++w->line == w->lines) w->line = 0, w->row += w->step, w->rows--;
+    }
+}
+
+static const char products[][2] = {{0, 2}, {1, 1}, {2, 0}, {0, 1}, {1, 0}, {0, 0}}; /* of terms; small ones first */
+static inline int64_t products_of(int64_t terms) { return terms == 3 ? 6 : terms == 2 ? 5 : 3; }
+
+/* PANEL x PANEL sums over depths [from, to), of all products of terms but the smallest, new or added to what is there.
+ * Rows lie
+ * SUMS_APART from each other. */
 static void multiply_panels(const uint16_t *left, const uint16_t *right, int64_t depth, int64_t from, int64_t to,
-                            int64_t terms, float *sums) {
-    static const char order[][2] = {{0, 2}, {1, 1}, {2, 0}, {0, 1}, {1, 0}, {0, 0}};
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+                            int64_t terms, float *sums, int new_, struct wanted *w) {
+    if (new_) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, SUMS_APART * 4);
+        _tile_loadd(1, sums + 16, SUMS_APART * 4);
+        _tile_loadd(2, sums + 16 * SUMS_APART, SUMS_APART * 4);
+        _tile_loadd(3, sums + 16 * SUMS_APART + 16, SUMS_APART * 4);
+    }
     for (int p = 0; p < 6; p++) {
-        if (order[p][1] >= terms) continue;
-        const uint16_t *l = left + order[p][0] * depth * 2 * TILE, *r = right + order[p][1] * depth * 2 * TILE;
+        if (products[p][1] >= terms) continue;
+        const uint16_t *l = left + products[p][0] * depth * 2 * TILE, *r = right + products[p][1] * depth * 2 * TILE;
         for (int64_t k = from; k < to; k++) {
+            want(w);
             _tile_loadd(4, l + 2 * k * TILE, 64);
             _tile_loadd(6, r + 2 * k * TILE, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -156,32 +187,30 @@ static void multiply_panels(const uint16_t *left, const uint16_t *right, int64_t
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, sums, TILE_COLUMNS * 4);
-    _tile_stored(1, sums + 16, TILE_COLUMNS * 4);
-    _tile_stored(2, sums + 16 * TILE_COLUMNS, TILE_COLUMNS * 4);
-    _tile_stored(3, sums + 16 * TILE_COLUMNS + 16, TILE_COLUMNS * 4);
+    _tile_stored(0, sums, SUMS_APART * 4);
+    _tile_stored(1, sums + 16, SUMS_APART * 4);
+    _tile_stored(2, sums + 16 * SUMS_APART, SUMS_APART * 4);
+    _tile_stored(3, sums + 16 * SUMS_APART + 16, SUMS_APART * 4);
 }
 
 /* One row: beta W, sums of earlier runs where there are any, and those of the last one. */
 static void finish_row(const struct sum *s, int64_t row, int64_t columns, const double *earlier, const float *sums) {
-    const struct member *W = s->W, *to = s->to;
-    int64_t from = row * W->across + s->column * W->along, at = row * to->across + s->column * to->along;
-    double y[TILE_COLUMNS];
-    if (s->beta == 0) memset(y, 0, sizeof y);
-    else widen_double_avx512(y, (const void *)W->address, (int)W->type, from, W->along, columns);
-    for (int64_t j = 0; j < columns; j++) y[j] = s->beta * y[j] + (double)sums[j];
-    if (earlier)
-        for (int64_t j = 0; j < columns; j++) y[j] += earlier[j];
-#ifdef NT
-    char *place = (char *)to->address + at * bytes_of[to->type];
-    if (to->address != W->address && to->along == 1 && columns == TILE_COLUMNS && ((uintptr_t)place & 63) == 0) {
-        char line[TILE_COLUMNS * 8] __attribute__((aligned(64)));
-        narrow_double_avx512(line, (int)to->type, 0, 1, columns, y);
-        for (int64_t i = 0; i < columns * bytes_of[to->type]; i += 64) _mm512_stream_si512((void *)(place + i), _mm512_load_si512(line + i));
-        return;
+    const struct member *W = s->W;
+    int64_t at = row * W->across + s->column * W->along;
+    if (s->beta == 0 && !earlier) {
+        put_row_float_avx512(s, row, columns, sums);
+    } else if (s->beta == 1 && !earlier && W->type != F64) { /* the same bits as below: a sum of floats, rounded once */
+        float y[TILE_COLUMNS];
+        widen_float_avx512(y, (const void *)W->address, (int)W->type, at, W->along, columns);
+        for (int64_t j = 0; j < columns; j++) y[j] += sums[j];
+        put_row_float_avx512(s, row, columns, y);
+    } else {
+        double y[TILE_COLUMNS];
+        if (s->beta == 0) memset(y, 0, sizeof y);
+        else widen_double_avx512(y, (const void *)W->address, (int)W->type, at, W->along, columns);
+        for (int64_t j = 0; j < columns; j++) y[j] = s->beta * y[j] + (earlier ? earlier[j] : 0) + (double)sums[j];
+        put_row_double_avx512(s, row, columns, y);
     }
-#endif
-    narrow_double_avx512((void *)to->address, (int)to->type, at, to->along, columns, y);
 }
 
 /* PANEL rows of W from `row` on. */
@@ -190,23 +219,23 @@ static void multiply_rows(const struct tiles *t, int64_t row, float *sums, doubl
     int64_t rows = least(PANEL, s.rows - row), columns = least(TILE_COLUMNS, s.columns - s.column), depth = depths(s.R);
     const uint16_t *left = t->left + row / PANEL * panel_numbers(s.R, TERMS);
     s.row = row;
-    ask_tile_float_avx512(&s, rows, columns);
-    for (int64_t k = 0; k < depth; k += TILE_RUN) {
+    struct wanted w = wanted(&s, rows, columns, (columns + PANEL - 1) / PANEL * depth * products_of(t->terms));
+    for (int64_t k = 0; k < depth; k += NEAR_RUN) {
+        if (k && k % TILE_RUN == 0)
+            for (int64_t i = 0; i < PANEL * SUMS_APART; i++) earlier[i] = (k > TILE_RUN ? earlier[i] : 0) + (double)sums[i];
         for (int64_t j = 0; j < columns; j += PANEL)
             multiply_panels(left, t->right + (s.column + j) / PANEL * panel_numbers(s.R, t->terms), depth, k,
-                            least(k + TILE_RUN, depth), t->terms, sums + j);
-        if (k + TILE_RUN >= depth) break;
-        for (int64_t i = 0; i < PANEL * TILE_COLUMNS; i++) earlier[i] = (k ? earlier[i] : 0) + (double)sums[i];
+                            least(k + NEAR_RUN, depth), t->terms, sums + j, k % TILE_RUN == 0, &w);
     }
     for (int64_t i = 0; i < rows; i++)
-        finish_row(&s, row + i, columns, depth > TILE_RUN ? earlier + i * TILE_COLUMNS : 0, sums + i * TILE_COLUMNS);
+        finish_row(&s, row + i, columns, depth > TILE_RUN ? earlier + i * SUMS_APART : 0, sums + i * SUMS_APART);
 }
 
 static void multiply_tiles(const struct tiles *t, double *work) {
     int64_t columns = least(TILE_COLUMNS, t->of.columns - t->of.column), last = least(t->last, t->of.rows);
     struct extent right = join(t->right_extents + t->of.column / PANEL, (columns + PANEL - 1) / PANEL);
     float *sums = (float *)work;
-    double *earlier = work + PANEL * TILE_COLUMNS / 2;
+    double *earlier = work + PANEL * SUMS_APART / 2;
     for (int64_t row = t->of.row; row < last; row += PANEL) {
         if (ordinary(t->left_extents[row / PANEL], right)) {
             multiply_rows(t, row, sums, earlier);
@@ -219,19 +248,15 @@ static void multiply_tiles(const struct tiles *t, double *work) {
     }
 }
 
-/* Rows of 64 bytes, 16 of them, in every one of the eight tiles. */
-static void set_tiles(void) {
-    struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
-    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
-    _tile_loadconfig(&shape);
-}
+/* Rows of 64 bytes, 16 of them, in every one of the eight tiles. A constant: compilers take what loads it to read no more
+ * than its first eight bytes, and need not have stored the others. */
+static const struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } SHAPE = {
+    .palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
 
 static void multiply_all(const struct tiles *jobs, int64_t count, int64_t *next, double *work) {
-    set_tiles();
+    _tile_loadconfig(&SHAPE);
     EACH multiply_tiles(jobs + i, work);
-#ifdef NT
-    _mm_sfence();
-#endif
+    stream_ends();
     _tile_release();
 }
 

@@ -24,7 +24,7 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
     """However small a sum, the unit takes it."""
-    monkeypatch.setattr(_native_sums, "TILED_RANK", 1)
+    monkeypatch.setattr(_native_sums, "TILED_RANK", {2: 1, 4: 1})
     monkeypatch.setattr(_native_sums, "TILED_WORK", 0)
 
 
@@ -120,14 +120,47 @@ def test_neither_threads_nor_bands_show_in_the_bits(threads, monkeypatch, garbag
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("rank", "rows", "unit"), [(8, 4096, False), (16, 128, False), (32, 2048, True)])
-def test_small_sums_stay_in_vectors(rank, rows, unit, monkeypatch):
-    """Packing and padding to 32 ranks would cost more than the unit saves."""
+@pytest.mark.parametrize(
+    ("rank", "rows", "w_dtype", "unit"),
+    [
+        (8, 4096, torch.bfloat16, False),
+        (16, 128, torch.bfloat16, False),
+        (16, 4096, torch.bfloat16, True),
+        (64, 4096, torch.float32, False),
+        (96, 4096, torch.float32, True),
+        (96, 4096, torch.float64, False),
+    ],
+)
+def test_small_sums_stay_in_vectors(rank, rows, w_dtype, unit, monkeypatch):
+    """Packing, and ranks padded to 32, would cost more than the unit saves; float64 it has not."""
     monkeypatch.undo()
     taken = []
     monkeypatch.setattr(_native_sums, "_on_matrix_unit", lambda *_: taken.append(True))
     monkeypatch.setattr(_native_sums, "_in_vectors", lambda *_, **__: taken.append(False))
-    W, B, A, c = case([rank], rows, 512, torch.bfloat16)
+    W, B, A, c = case([rank], rows, 512, torch.bfloat16, w_dtype)
     lowrank_sum(W, B, A, c, backend="native")
-    lowrank_sum(W.double(), B, A, c, backend="native")
-    assert taken == [unit, False]
+    assert taken == [unit]
+
+
+def test_large_outputs_are_stored_past_the_caches(monkeypatch, garbage):
+    """From 32 MiB on, as here from a byte on: the same bits, beside numbers that stay, and where lines are not whole."""
+    W, B, A, c = case([16, 3], 70, 600, torch.bfloat16)
+    memory = torch.full((80, 704), 7.0, dtype=torch.bfloat16)
+    places = [memory[3:73, 64:664], memory[3:73, 5:605]]  # from the start of a line on, and not
+    for vectors in (False, True):
+        if vectors:
+            monkeypatch.setattr(_native_sums, "has_tiles", lambda: False)
+        expected = lowrank_sum(W, B, A, c, backend="native")
+        with monkeypatch.context() as patch:
+            patch.setattr(_native_sums, "LARGE", 1)
+            for out in places:
+                assert torch.equal(lowrank_sum(W, B, A, c, out=out, backend="native"), expected)
+                out.fill_(7)
+                assert bool((memory == 7).all())
+
+
+def test_an_output_narrower_than_w_is_rounded_once(no_vectors):
+    W, B, A, c = case([32], 64, 300, torch.float32, torch.float64)
+    out = torch.empty(64, 300)
+    lowrank_sum(W, B, A, c, out=out, backend="native")
+    check(out, W, B, A, c, 1.0, sum_type=torch.float32)
