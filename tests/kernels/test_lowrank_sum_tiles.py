@@ -143,7 +143,7 @@ def test_small_sums_stay_in_vectors(rank, rows, w_dtype, unit, monkeypatch):
 
 
 def test_large_outputs_are_stored_past_the_caches(monkeypatch, garbage):
-    """From 32 MiB on, as here from a byte on: the same bits, beside numbers that stay, and where lines are not whole."""
+    """From 32 MiB on, as here from a byte on: the same bits, beside numbers that stay, and with parts of lines."""
     W, B, A, c = case([16, 3], 70, 600, torch.bfloat16)
     memory = torch.full((80, 704), 7.0, dtype=torch.bfloat16)
     places = [memory[3:73, 64:664], memory[3:73, 5:605]]  # from the start of a line on, and not
