@@ -167,8 +167,17 @@ def factor_combine_blocks(size: Size, device: torch.device) -> Case:
 @entry("lowrank_sum", "kernels", gpu=True)
 def lowrank_sum(size: Size, device: torch.device) -> Case:
     """All clients' products added to one weight: merging, exact residuals; every contender makes a new weight."""
+    return _sum_case(size, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+@entry("lowrank_sum-bf16", "kernels")
+def lowrank_sum_bf16(size: Size, device: torch.device) -> Case:
+    """The same in bfloat16, which some processors multiply with a unit of their own."""
+    return _sum_case(size, device, torch.bfloat16)
+
+
+def _sum_case(size: Size, device: torch.device, dtype: torch.dtype) -> Case:
     side = {"full": 4096, "quick": 2048, "tiny": 24}[size]
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     lora = replace(TINY, modules=1) if size == "tiny" else Lora(1, 10, side, side, 16, dtype)
     (B,), (A,) = factors(lora, device)
     W = torch.randn(lora.m, lora.n, generator=torch.Generator().manual_seed(2)).to(device, lora.dtype)

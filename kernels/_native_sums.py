@@ -48,18 +48,27 @@ class _Sum(NamedTuple):
 
 
 def lowrank_sum(
-    W: Tensor | None, B: Sequence[Tensor], A: Sequence[Tensor], c: Tensor, beta: float, out: Tensor, *, wide: bool
+    W: Tensor | None,
+    B: Sequence[Tensor],
+    A: Sequence[Tensor],
+    c: Tensor,
+    beta: float,
+    out: Tensor,
+    *,
+    wide: bool,
+    fresh: bool,
 ) -> None:
     """Write ``beta W + sum_u c_u B_u A_u`` to ``out``.
 
     In float64 products where ``wide``, else in float32 ones over 64 ranks at a time, or 512 on the matrix unit.
+    ``fresh`` says that ``out`` is new memory, which is in a cache when it has been cleared.
     """
     if not out.numel():
         return
     ends = _described([out if W is None or beta == 0 else W, out], 1)
     coefficients, R = c.detach().resolve_neg().contiguous(), sum(b.shape[1] for b in B)
     scale = bits(0.0 if W is None else beta)
-    stream = out is not W and out.numel() * out.element_size() >= LARGE
+    stream = not fresh and out is not W and out.numel() * out.element_size() >= LARGE
     s = _Sum(_described(B, 1), _described(A, 0), ends, coefficients, R, *out.shape, scale, stream)
     if not wide and _unit_pays(out, R) and has_tiles():
         _on_matrix_unit(s, max(TERMS[a.dtype] for a in A))

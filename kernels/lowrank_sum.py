@@ -72,6 +72,7 @@ def lowrank_sum(
         return out
     kind = resolve(backend, flat(B, A, [coefficients], [t for t in (W, out) if t is not None]), native=True)
     check_sum(W, B, A, coefficients, out)
+    fresh = out is None
     if out is None:
         out = new_output(W, B, A)
         if kind == "native":
@@ -82,7 +83,7 @@ def lowrank_sum(
             return done
     if kind == "native":
         double = torch.float64 in {t.dtype for t in (*B, *A, out)}
-        _native_sums.lowrank_sum(W, B, A, coefficients, beta, out, wide=double)
+        _native_sums.lowrank_sum(W, B, A, coefficients, beta, out, wide=double, fresh=fresh)
         torch.autograd.graph.increment_version(out)  # as every write of torch does: autograd must see it
         return out
     return lowrank_sum_torch(W, B, A, coefficients, beta=beta, out=out)

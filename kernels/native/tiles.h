@@ -148,7 +148,7 @@ static inline struct wanted wanted(const struct sum *s, int64_t rows, int64_t co
 
 static inline void want(struct wanted *w) {
     for (int64_t i = 0; i < w->share && w->rows; i++) {
-        __builtin_prefetch(w->row + w->line * LINE);
+        __builtin_prefetch(w->row + w->line * LINE, 0, 2);
         if (++w->line == w->lines) w->line = 0, w->row += w->step, w->rows--;
     }
 }
