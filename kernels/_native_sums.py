@@ -69,7 +69,7 @@ def lowrank_sum(
     coefficients, R = c.detach().resolve_neg().contiguous(), sum(b.shape[1] for b in B)
     scale = bits(0.0 if W is None else beta)
     stream = not fresh and out is not W and out.numel() * out.element_size() >= LARGE
-    s = _Sum(_described(B, 1), _described(A, 0), ends, coefficients, R, *out.shape, scale, stream)
+    s = _Sum(_described(B, 1), _described(A, 0), ends, coefficients, R, out.shape[0], out.shape[1], scale, stream)
     if not wide and _unit_pays(out, R) and has_tiles():
         _on_matrix_unit(s, max(TERMS[a.dtype] for a in A))
     else:
