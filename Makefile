@@ -91,13 +91,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(wildcard kernels/native/* flora
 	$(BIN)/python -P -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+# What an interrupted installation left is not built upon: pip takes its packages for installed.
+ANEW = $(if $(wildcard $@),,--clear)
 .venv-flower/.ready: pyproject.toml constraints-flower.txt
-	$(PYTHON) -m venv .venv-flower
+	$(PYTHON) -m venv $(ANEW) .venv-flower
 	.venv-flower/bin/python -P -m pip install -q -c constraints-flower.txt -e '.[flower,demo]' pytest
 	touch $@
 
 .venv-nvflare/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-nvflare
+	$(PYTHON) -m venv $(ANEW) .venv-nvflare
 	.venv-nvflare/bin/python -P -m pip install -q -c constraints.txt -e '.[nvflare]' pytest scikit-learn
 	touch $@
 
