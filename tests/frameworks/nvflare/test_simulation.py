@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,14 +25,28 @@ SITES = ("site-1", "site-2")
 
 
 def simulate(command, tmp_path):
-    """Run a job to its end; it must not reach beyond this machine, nor leave anything running."""
+    """Run a job to its end, ``command`` of a folder for it; its output and that folder.
+
+    Where FLARE's simulator gave both clients the same name (its threads share what they tell a client), it runs again.
+    """
+    for attempt in range(3):
+        folder = tmp_path / f"attempt-{attempt}"
+        folder.mkdir()
+        output = run_job(command(folder), folder)
+        if set(re.findall(r"ClientRunner for client: (\S+)", output)) == set(SITES):
+            return output, folder
+    pytest.fail(f"FLARE has not started both clients by their names: {output[-4000:]}")
+
+
+def run_job(command, folder):
+    """It must not reach beyond this machine, nor leave anything running."""
     support = [str(ROOT / "tests" / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = run_watched(
         [sys.executable, "-P", *map(str, command)],
         timeout=280,
-        log=tmp_path / "log.txt",
-        marker=str(tmp_path),
-        cwd=tmp_path,
+        log=folder / "log.txt",
+        marker=str(folder),
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(support), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.output[-4000:]
@@ -43,9 +58,9 @@ def simulate(command, tmp_path):
 
 def test_the_example_job_aggregates_adapters(tmp_path):
     job = ROOT / "examples" / "nvflare" / "job.py"
-    output = simulate([job, "--out", tmp_path / "out", "--steps", 3, "--test", 50], tmp_path)
-    server = tmp_path / "out" / "flare" / "newsgroups" / "server" / "simulate_job" / "app_server"
-    sent = tmp_path / "out" / "sent"
+    output, folder = simulate(lambda folder: [job, "--out", folder / "out", "--steps", 3, "--test", 50], tmp_path)
+    server = folder / "out" / "flare" / "newsgroups" / "server" / "simulate_job" / "app_server"
+    sent = folder / "out" / "sent"
     reports = [json.loads((server / f"fedgram_round_{i}.json").read_text()) for i in range(2)]
     counts = reports[0]["clients"]
     assert list(counts) == list(SITES)
@@ -56,7 +71,7 @@ def test_the_example_job_aggregates_adapters(tmp_path):
         assert report["rho"] == pytest.approx(expected.report.rho, rel=1e-6)
         assert report["rho"] < report["rho_fedavg"]
     state = torch.load(server / "FL_global_model.pt", weights_only=True)["model"]
-    found = fpeft.load_adapter(tmp_path / "out" / "global")
+    found = fpeft.load_adapter(folder / "out" / "global")
     assert found.modules.keys() == expected.adapter.modules.keys()
     for name, layer in expected.adapter.modules.items():
         # The weights came from the report (rounded nowhere) and the tensors travelled as they were: the same bits.
@@ -83,14 +98,14 @@ recipe.execute(SimEnv(num_clients=2, workspace_root=f"{out}/flare"))
 
 def test_stamp_moves_a_bfloat16_model(tmp_path):
     (tmp_path / "job.py").write_text(JOB)
-    simulate([tmp_path / "job.py", tmp_path, HERE / "digits_client.py"], tmp_path)
-    server = tmp_path / "flare" / "digits" / "server" / "simulate_job" / "app_server"
+    _, folder = simulate(lambda folder: [tmp_path / "job.py", folder, HERE / "digits_client.py"], tmp_path)
+    server = folder / "flare" / "digits" / "server" / "simulate_job" / "app_server"
     matcher = stamp.SpatialMatcher(Digits().state_dict(), c=0.4)
     for number in range(2):
         for site in SITES:  # what the server sent out is where the library's own matcher stands
-            start = load_file(tmp_path / f"start-{number}-{site}.safetensors")
+            start = load_file(folder / f"start-{number}-{site}.safetensors")
             assert all(torch.equal(start[name], tensor) for name, tensor in matcher.state.items())
-        states = [load_file(tmp_path / f"sent-{number}-{site}.safetensors") for site in SITES]
+        states = [load_file(folder / f"sent-{number}-{site}.safetensors") for site in SITES]
         step = matcher.step(states, [906, 891])  # odd and even digits among scikit-learn's 1,797
         report = json.loads((server / f"fedgram_round_{number}.json").read_text())
         assert report["coefficients"] == step.dual.coefficients.tolist()
