@@ -51,9 +51,10 @@ def names(count):
 
 
 def settled(values):
-    """Wait until a list has stopped growing; its length."""
-    before = -1
-    while len(values) != before:
-        before = len(values)
-        time.sleep(0.1)
+    """Wait until a list has not grown for 0.4 s (what makes it grow may wait for a core); its length."""
+    before, since = len(values), time.monotonic()
+    while time.monotonic() - since < 0.4:
+        time.sleep(0.05)
+        if len(values) != before:
+            before, since = len(values), time.monotonic()
     return before
