@@ -80,7 +80,9 @@ class ReadAhead:
                 self._change.wait()
             self._wanted = False
             self._taken += 1  # before it is no longer ready: the other thread looks without the lock
-            return self._ready.popleft()
+            portion = self._ready.popleft()
+            self._change.notify_all()  # there is room for another one to be ready
+            return portion
 
     def give_back(self, nbytes: int) -> None:
         """A portion that was taken is done with, and nobody holds it."""
