@@ -129,12 +129,18 @@ def _settings(adapters: Sequence[Adapter]) -> list[int | None]:
     found: list[int | None] = []
     for adapter in adapters:
         try:
-            text = json.dumps(None if adapter.config is None else dict(adapter.config), sort_keys=True)
+            config = {key: _in_order(value) for key, value in (adapter.config or {}).items()}
+            text = json.dumps(config, sort_keys=True)
         except TypeError:  # what it holds need not have the same text in another process
             found.append(None)
         else:
             found.append(zlib.crc32(text.encode()))
     return found
+
+
+def _in_order(value: Any) -> Any:
+    """Names in an order that every process has: lists made of sets have none."""
+    return sorted(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
 
 
 def everyone_has_own(
