@@ -14,8 +14,7 @@ from ._memory import LARGE, address
 from ._stacks import WIDTH
 from .native_calls import LOOPS, TYPES, bits, constant, has_tiles, run_jobs, scratch, table
 
-PANEL, GROUP = 32, 8  # rows of B, or columns of A, that are packed together; panels of a job (tiles.h)
-JOB_PANELS = 8  # of rows of a job, beside a group of columns
+JOB_PANELS = 8  # of rows of a job, beside a group of panels of columns
 TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numbers that hold one of a type
 SIDE_BYTES = 8 << 20  # that the panels of one side take at most, unless a group is larger
 TILED_RANK = {2: 16, 4: 96}  # by bytes of the output's numbers: total rank from which on the matrix unit pays
@@ -94,7 +93,7 @@ def _in_vectors(s: _Sum, *, wide: bool) -> None:
 
 
 class _Side(NamedTuple):
-    """One side's factors as panels: all ranks of ``PANEL`` rows of B, or columns of A, as ``terms`` of bfloat16."""
+    """One side's factors as panels: all ranks of some rows of B, or columns of A, as ``terms`` of bfloat16."""
 
     factors: tuple[int, ...]  # as ``struct panels`` begins
     length: int
@@ -109,7 +108,8 @@ class _Side(NamedTuple):
 
     def bands(self) -> list[range]:
         """Panels that are kept at a time, in whole groups."""
-        count, band = -(-self.length // PANEL), max(1, SIDE_BYTES // (GROUP * self.size)) * GROUP
+        group = constant("panel_group")
+        count, band = -(-self.length // constant("panel")), max(1, SIDE_BYTES // (group * self.size)) * group
         return [range(first, min(count, first + band)) for first in range(0, count, band)]
 
 
@@ -143,19 +143,20 @@ def _on_matrix_unit(s: _Sum, terms: int) -> None:
 
 
 def _pack(side: _Side, band: range, to: _Kept) -> None:
-    groups = range(band.start, band.stop, GROUP)
-    jobs = [(*side.factors, side.length, side.terms, i, min(band.stop, i + GROUP), *to) for i in groups]
-    numbers = PANEL * PANEL * GROUP // 2
-    run_jobs(LOOPS.entries["panels"], table(jobs), len(jobs), numbers, len(band) * side.size // 64)
+    group = constant("panel_group")
+    starts = range(band.start, band.stop, group)
+    jobs = [(*side.factors, side.length, side.terms, i, min(band.stop, i + group), *to) for i in starts]
+    work = len(band) * side.size // 64
+    run_jobs(LOOPS.entries["panels"], table(jobs), len(jobs), constant("panel_work"), work)
 
 
 def _multiply(s: _Sum, rows: range, columns: range, left: _Kept, right: _Kept, terms: int) -> None:
-    starts = range(rows.start, rows.stop, JOB_PANELS), range(columns.start, columns.stop, GROUP)
+    panel, group = constant("panel"), constant("panel_group")
+    starts = range(rows.start, rows.stop, JOB_PANELS), range(columns.start, columns.stop, group)
     sides = terms, left.panels, right.panels, left.extents, right.extents
     jobs = [
-        (*s.tile(row * PANEL, column * PANEL), min(rows.stop, row + JOB_PANELS) * PANEL, *sides)
+        (*s.tile(row * panel, column * panel), min(rows.stop, row + JOB_PANELS) * panel, *sides)
         for row, column in product(*starts)
     ]
-    numbers = max(constant("sum_work"), 3 * PANEL * (PANEL * GROUP + 16) // 2)
-    work = len(rows) * len(columns) * PANEL * PANEL * (s.R // 32 + 1)
-    run_jobs(LOOPS.entries["tiles"], table(jobs), len(jobs), numbers, work)
+    work = len(rows) * len(columns) * panel**2 * (s.R // 32 + 1)
+    run_jobs(LOOPS.entries["tiles"], table(jobs), len(jobs), constant("tile_work"), work)

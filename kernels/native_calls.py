@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 14  # of native.c
+ABI = 15  # of native.c
 # Work (vector operations, about a nanosecond each) below which another thread costs more than it saves: starting one
 # takes 40 us, and it may have to share its core with threads of torch that still spin; within ``spread_over_jobs`` not.
 THREADED_WORK = 1 << 21
@@ -61,7 +61,11 @@ _COUNTS = {
     "fedgram_sum_work": "",
     "fedgram_sum_rows": "",
     "fedgram_sum_columns": "",
+    "fedgram_panel": "",
+    "fedgram_panel_group": "",
     "fedgram_panel_numbers": "ii",
+    "fedgram_panel_work": "",
+    "fedgram_tile_work": "",
 }
 
 

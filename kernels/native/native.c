@@ -243,7 +243,7 @@ int64_t fedgram_level(void) {
 #endif
 
 /* Changed with every change of an entry point: Python refuses an extension that was built from other sources. */
-int64_t fedgram_abi(void) { return 14; }
+int64_t fedgram_abi(void) { return 15; }
 /* Rows of the Gram matrix of K gradients, and numbers of scratch space that it takes. */
 int64_t fedgram_gram_rows(int64_t K) { return gram_rows(K); }
 int64_t fedgram_gram_work(int64_t K) {
@@ -300,7 +300,14 @@ JOBS(lowrank_sum, sum) {
 /* The same on a matrix unit, where there is one that this process may use. */
 #ifdef TILES
 int64_t fedgram_has_tiles(void) { return fedgram_level() >= 2 && ask_for_tiles(); }
+int64_t fedgram_panel(void) { return PANEL; }
+int64_t fedgram_panel_group(void) { return GROUP; }
 int64_t fedgram_panel_numbers(int64_t R, int64_t terms) { return panel_numbers(R, terms); }
+int64_t fedgram_panel_work(void) { return GROUP * PANEL * DEEP / 2; }
+int64_t fedgram_tile_work(void) {
+    int64_t sums = PANEL * SUMS_APART * 3 / 2; /* in float, and of earlier runs in double */
+    return sums > fedgram_sum_work() ? sums : fedgram_sum_work();
+}
 JOBS(panels, panels) {
     (void)level, (void)wide;
     EACH split_panels(jobs + i, (float *)work);
@@ -312,7 +319,11 @@ JOBS(tiles, tiles) {
 #else
 struct nothing;
 int64_t fedgram_has_tiles(void) { return 0; }
+int64_t fedgram_panel(void) { return 0; }
+int64_t fedgram_panel_group(void) { return 0; }
 int64_t fedgram_panel_numbers(int64_t R, int64_t terms) { (void)R, (void)terms; return 0; }
+int64_t fedgram_panel_work(void) { return 0; }
+int64_t fedgram_tile_work(void) { return 0; }
 JOBS(panels, nothing) { (void)level, (void)wide, (void)jobs, (void)count, (void)next, (void)work; }
 JOBS(tiles, nothing) { (void)level, (void)wide, (void)jobs, (void)count, (void)next, (void)work; }
 #endif

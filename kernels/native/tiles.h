@@ -8,13 +8,16 @@
 /* PANEL rows of B, or columns of A, are two tiles of 16, DEEP ranks of them. TILE_COLUMNS of W are worked on at a time,
  * NEAR_RUN depths, whose panel of B the first cache holds; sums stay in float over TILE_RUN. */
 enum { PANEL = 32, DEEP = 32, TILE = 512, TERMS = 3, TILE_COLUMNS = 256, NEAR_RUN = 4, TILE_RUN = 16 };
+/* Panels that are packed, and columns multiplied, by one job. */
+enum { GROUP = TILE_COLUMNS / PANEL };
 /* Rows of sums lie further apart than there are columns, so that they do not share sets of the cache. */
 enum { SUMS_APART = TILE_COLUMNS + 16 };
 
 /* The smallest number but zero (less one) and the largest one of a panel, by magnitude, as the bits of a float. */
 struct extent { uint32_t least, most; };
 
-/* Panels [first, last) of one side: `length` numbers of every rank, times the client's number where there are any. */
+/* Panels [first, last) of one side, `length` numbers of every rank: of B where there are the clients' numbers, by which
+ * it is multiplied, else of A. */
 struct panels {
     const struct member *members;
     int64_t count, R;
@@ -102,7 +105,7 @@ static void split_tile(const float *from, int64_t n, int64_t terms, int turned, 
 static void split_panels(const struct panels *p, float *E) {
     int64_t at = p->first * PANEL, columns = least(p->last * PANEL, p->length) - at, depth = depths(p->R);
     int64_t numbers = panel_numbers(p->R, p->terms), panels = p->last - p->first;
-    __m512i lowest[TILE_COLUMNS / PANEL], most[TILE_COLUMNS / PANEL];
+    __m512i lowest[GROUP], most[GROUP];
     for (int64_t i = 0; i < panels; i++) lowest[i] = _mm512_set1_epi32(-1), most[i] = _mm512_setzero_si512();
     for (int64_t k = 0; k < depth; k++) {
         int64_t n = least(DEEP, p->R - k * DEEP);
@@ -156,12 +159,11 @@ static inline void want(struct wanted *w) {
 static const char products[][2] = {{0, 2}, {1, 1}, {2, 0}, {0, 1}, {1, 0}, {0, 0}}; /* of terms; small ones first */
 static inline int64_t products_of(int64_t terms) { return terms == 3 ? 6 : terms == 2 ? 5 : 3; }
 
-/* PANEL x PANEL sums over depths [from, to), of all products of terms but the smallest, new or added to what is there.
- * Rows lie
- * SUMS_APART from each other. */
+/* PANEL x PANEL sums over depths [from, to), of all products of terms but the smallest, begun here or added to what is
+ * there. Rows lie SUMS_APART. */
 static void multiply_panels(const uint16_t *left, const uint16_t *right, int64_t depth, int64_t from, int64_t to,
-                            int64_t terms, float *sums, int new_, struct wanted *w) {
-    if (new_) {
+                            int64_t terms, float *sums, int begin, struct wanted *w) {
+    if (begin) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);

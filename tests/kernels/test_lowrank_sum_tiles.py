@@ -14,7 +14,9 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {
     "whole tiles": ([32], 64, 256),
     "odd ranks": ([1, 3, 5], 65, 33),
-    "ragged ranks over a run of 128": ([60, 3, 66, 0, 7, 130], 200, 530),
+    "ragged ranks, more than stay in the first cache": ([60, 3, 66, 0, 7, 130], 200, 530),
+    "two runs of sums in float": ([300, 500], 40, 300),
+    "three runs": ([8] * 150, 33, 270),
     "many clients": ([8] * 10, 130, 136),
     "one row": ([2, 20], 1, 200),
     "one column": ([17, 2], 90, 1),
@@ -159,8 +161,10 @@ def test_large_outputs_are_stored_past_the_caches(monkeypatch, garbage):
                 assert bool((memory == 7).all())
 
 
-def test_an_output_narrower_than_w_is_rounded_once(no_vectors):
-    W, B, A, c = case([32], 64, 300, torch.float32, torch.float64)
-    out = torch.empty(64, 300)
-    lowrank_sum(W, B, A, c, out=out, backend="native")
-    check(out, W, B, A, c, 1.0, sum_type=torch.float32)
+def test_a_w_of_float64_is_not_rounded_before_the_sum(no_vectors):
+    """1 + 2^-24 alone rounds to 1 in float32; with 2^-30 more it does not."""
+    W = torch.full((64, 300), 1 + 2.0**-24, dtype=torch.float64)
+    B, A, out = torch.zeros(64, 32), torch.zeros(32, 300), torch.empty(64, 300)
+    B[:, 5], A[5] = 2.0**-15, 2.0**-15
+    lowrank_sum(W, [B], [A], torch.ones(1, dtype=torch.float64), out=out, backend="native")
+    assert bool((out == 1 + 2.0**-23).all())
